@@ -12,7 +12,8 @@ In this file, from top to bottom:
     3. the mixed batch        a pure function of (seed, step); no state to lose
     4. sources                .jsonl, hub data sets, or `builtin`
     5. builtin                our own seeded data, because a user's machine may have no hub
-    6. the model's folder and the vLLM engine, shared by training and evaluation
+    6. packed rows            a group in one row, its prompt stored once
+    7. the model's folder, the machine's memory and the vLLM engine, shared by training and evaluation
 
 It needs no GPU and imports nothing of ours but the answer check of rewards.py. Decisions D1 ... D19 are
 listed in README.md.
@@ -28,6 +29,8 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+
+import torch
 
 from rewards import check_answer
 
@@ -69,7 +72,7 @@ def shuffle_candidates(prompt: Prompt, rng: random.Random) -> Prompt:
     >>> row = Prompt("preference", "Say hi.", ("hi", "no", "hm"), (2.0, 0.0, 1.0))
     >>> shuffled = shuffle_candidates(row, random.Random(0))
     >>> shuffled.responses, shuffled.truth
-    (('hi', 'hm', 'no'), (2.0, 1.0, 0.0))
+    (('no', 'hm', 'hi'), (0.0, 1.0, 2.0))
     """
     order = rng.sample(range(len(prompt.responses)), len(prompt.responses))
     return replace(prompt, responses=tuple(prompt.responses[i] for i in order),
@@ -114,17 +117,15 @@ def quoted(text: str) -> str:
 
 
 def worked_answer(prompt: Prompt) -> str:
-    """The answer a supervised warm start imitates; on P the true scores, moved into [2, 9] when they lie elsewhere.
+    """The answer a supervised warm start imitates; on P the true ranks, spread evenly over the scores 9 to 2.
 
-    >>> worked_answer(Prompt("preference", "Say hi.", ("hi", "no", "hm"), (20.0, 0.0, 10.0)))
-    '<scores>9, 2, 5.5</scores>'
+    >>> worked_answer(Prompt("preference", "Say hi.", ("hi", "no", "hm", "hmm"), (20.0, 0.0, 10.0, 0.0)))
+    '<scores>9, 2, 6, 2</scores>'
     """
     if prompt.kind != "preference":
         return prompt.worked
-    low, high = min(prompt.truth), max(prompt.truth)
-    if 1 <= low <= high <= 10:
-        return score_line(prompt.truth)
-    return score_line(2 + 7 * (score - low) / ((high - low) or 1) for score in prompt.truth)
+    ranks = sorted(set(prompt.truth))
+    return score_line(round(9 - 7 * ranks[::-1].index(score) / max(1, len(ranks) - 1)) for score in prompt.truth)
 
 
 def referee_text(instruction: str, responses) -> str:
@@ -265,6 +266,26 @@ def draw(sources: dict[str, list[Prompt]], mix: str, batch: int, warmup_steps: i
     return interleave(rows)
 
 
+def shard(batch: list[Prompt], minibatches: int, rank: int, world: int) -> list[tuple[int, Prompt]]:
+    """This rank's (index, prompt) pairs, minibatch by minibatch.
+
+    A minibatch is the same contiguous part of the batch for any number of ranks, and a rank's share is a
+    contiguous part of it: so the update does not depend on the number of ranks.
+
+    >>> [index for index, _ in shard(list("abcdefgh"), minibatches=2, rank=1, world=2)]
+    [2, 3, 6, 7]
+    """
+    size, indexed = len(batch) // minibatches, list(enumerate(batch))
+    share = size // world
+    return [row for m in range(minibatches)
+            for row in indexed[m * size + rank * share : m * size + (rank + 1) * share]]
+
+
+def request_seed(seed: int, step: int, index: int, role: str) -> int:
+    """The sampling seed of one prompt: a function of (seed, step, prompt, role) and of nothing else."""
+    return zlib.crc32(f"{seed}/{step}/{index}/{role}".encode())
+
+
 # ---------------------------------------------------------------------------------------- 4. sources
 
 
@@ -368,7 +389,7 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
         return [BUILTIN[kind](random.Random(f"{split}/{kind}/{i}"), split, **options) for i in range(count)]
     if source.endswith((".jsonl", ".json")) or os.path.exists(source):
         if not os.path.isfile(source):
-            raise InputError(f"--{FLAGS[kind]} {source}: no such file; give a .jsonl file, a hub data set id, or builtin")
+            raise InputError(f"--{FLAGS[kind]} {source}: no such file; give a .jsonl file, a hub id, or builtin")
         with open(source, encoding="utf-8", errors="strict") as lines:
             records = [(f"{source}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     else:
@@ -564,10 +585,10 @@ def write_candidate(rng: random.Random, level: int, name: str, sentences, check:
     raise ValueError(f"no text of level {LEVELS[level]!r} for the constraint {check!r} about {name}")
 
 
-def builtin_form(rng: random.Random, split: str, constrained: bool = False):
+def builtin_form(rng: random.Random, split: str):
     """A random topic and form: (topic, its sentences, instruction, check)."""
     name, sentences = rng.choice(topics(split))
-    wording, check = rng.choice([form for form in FORMS if form[1] or not constrained])
+    wording, check = rng.choice(FORMS)
     word = rng.choice([w for w in re.findall(r"\b[a-z]{5,}\b", " ".join(sentences)) if w not in name])
     return name, sentences, wording.format(topic=name, word=word), check.format(word=word)
 
@@ -579,26 +600,25 @@ def longer_is_right(responses, truth) -> float:
     return sum(pairs) / len(pairs)
 
 
-def builtin_preference(rng: random.Random, split: str, n: int = 0, levels=None) -> Prompt:
-    """n responses whose order is known by construction. n = 0 draws 2 to 5; more than 5 repeats levels.
+def builtin_preference(rng: random.Random, split: str, n: int = 0) -> Prompt:
+    """One good response and n - 1 flawed ones, so the order is known by construction; truth is the index in LEVELS.
 
-    Lengths are balanced so that length alone cannot win: a coin says whether longer shall be right more
-    often than not, and the candidates are drawn again, up to 40 times, until they agree with the coin.
+    n = 0 draws 2 to 5, or 8 as the judge of a group sees; above 5 flaws repeat. Lengths are balanced so that length
+    alone cannot win: a coin says whether longer shall be right more often than not, and the candidates are drawn
+    again, up to 40 times, until they agree with the coin.
     """
-    n = n or rng.randint(2, 5)
+    n = n or rng.choice((2, 3, 4, 5, 8))
     name, sentences, instruction, check = builtin_form(rng, split)
-    possible = [level for level in range(len(LEVELS)) if check or level != 3]
-    if levels is None:
-        levels = rng.sample(possible, n) if n <= len(possible) else possible + rng.choices(possible, k=n - len(possible))
-    elif 3 in levels and not check:
-        name, sentences, instruction, check = builtin_form(rng, split, constrained=True)
-    longer, n = rng.random() < 0.5, len(levels)
+    flaws = [level for level in range(4) if check or level != 3]
+    repeated = rng.choices(flaws, k=max(0, n - 1 - len(flaws)))
+    levels = [4] + rng.sample(flaws, n - 1 - len(repeated)) + repeated
+    longer = rng.random() < 0.5
     for _ in range(40):
         responses = [write_candidate(rng, level, name, sentences, check, split) for level in levels]
-        share = longer_is_right(responses, levels) if len(set(levels)) > 1 else 0.5
+        share = longer_is_right(responses, levels)
         if share == 0.5 or (share > 0.5) == longer:
             break
-    return Prompt("preference", instruction, tuple(responses), tuple(1.0 + 2 * level for level in levels), check=check)
+    return Prompt("preference", instruction, tuple(responses), tuple(map(float, levels)), check=check)
 
 
 def builtin_instruction(rng: random.Random, split: str) -> Prompt:
@@ -648,7 +668,80 @@ def builtin_reasoning(rng: random.Random, split: str, level: int | None = None) 
 BUILTIN = {"preference": builtin_preference, "reasoning": builtin_reasoning, "instruction": builtin_instruction}
 
 
-# ------------------------------------------------------------- 6. the model's folder and the vLLM engine
+# -------------------------------------------------------------------------------------- 6. packed rows
+
+
+@dataclass
+class Row:
+    """A packed row: groups one after another, each [prompt, answer 1, ..., answer G], the prompt stored once.
+
+    Positions restart after the prompt for each answer, and the mask lets an answer see its prompt and itself.
+    So G answers cost one prompt, and log-probs and gradients equal those of G separate rows.
+    """
+
+    ids_T: torch.Tensor
+    position_T: torch.Tensor
+    group_T: torch.Tensor  # which group a token belongs to
+    answer_T: torch.Tensor  # 0 in a prompt, 1 ... G in an answer
+    source_N: torch.Tensor  # where in the row stands the token that predicts answer token n
+    target_N: torch.Tensor  # answer token n
+
+
+def build_row(groups: list, device) -> Row:
+    """Groups (anything with `prompt_ids` and `answers`, lists of token ids) as one row.
+
+    >>> from types import SimpleNamespace
+    >>> row = build_row([SimpleNamespace(prompt_ids=[5, 6], answers=[[7, 8], [9]])], "cpu")
+    >>> row.ids_T.tolist(), row.position_T.tolist(), row.answer_T.tolist()
+    ([5, 6, 7, 8, 9], [0, 1, 2, 3, 2], [0, 0, 1, 1, 2])
+    >>> row.source_N.tolist(), row.target_N.tolist()
+    ([1, 2, 1], [7, 8, 9])
+    """
+    ids, position, group_of, answer_of, source, target = [], [], [], [], [], []
+    for g, group in enumerate(groups):
+        prompt_end = len(ids) + len(group.prompt_ids) - 1
+        for a, part in enumerate([group.prompt_ids, *group.answers]):
+            first = 0 if a == 0 else len(group.prompt_ids)
+            if a:  # the prompt's last token predicts the first token of every answer
+                source += [prompt_end] + list(range(len(ids), len(ids) + len(part) - 1))
+                target += part
+            ids += part
+            position += range(first, first + len(part))
+            group_of += [g] * len(part)
+            answer_of += [a] * len(part)
+    return Row(*(torch.tensor(x, device=device) for x in (ids, position, group_of, answer_of, source, target)))
+
+
+def attention_mask(row: Row):
+    """Token q sees token k when k stands before it in the same group, in the prompt or in the same answer."""
+
+    def sees(b, h, q, k):
+        same = (row.group_T[q] == row.group_T[k]) & ((row.answer_T[k] == 0) | (row.answer_T[q] == row.answer_T[k]))
+        return same & (k <= q)
+
+    length = len(row.ids_T)
+    if row.ids_T.is_cuda:  # FlexAttention skips the empty blocks. Not yet run
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(sees, None, None, length, length, device=row.ids_T.device)
+    index = torch.arange(length)
+    return sees(0, 0, index[:, None], index[None, :])[None, None]
+
+
+def pack(groups: list, budget: int) -> list[list]:
+    """Groups into rows of at most `budget` tokens, first fit by falling length; a longer group gets its own row."""
+    rows: list[list] = []
+    size = {id(group): len(group.prompt_ids) + sum(map(len, group.answers)) for group in groups}
+    for group in sorted(groups, key=lambda group: -size[id(group)]):
+        row = next((row for row in rows if sum(size[id(g)] for g in [*row, group]) <= budget), None)
+        if row is None:
+            rows.append([group])
+        else:
+            row.append(group)
+    return rows
+
+
+# ---------------------------------------------------------- 7. the model's folder and the vLLM engine
 
 CACHE = Path(__file__).resolve().parent / ".cache"  # converted weights; safe to delete
 SEED = Path(__file__).resolve().parent / "seed"  # the LoRA adapter that `--method sft` made (see README.md)
@@ -666,7 +759,6 @@ def model_folder(model: str) -> str:
             if not os.path.isfile(os.path.join(model, "config.json")):
                 raise InputError(f"{model}: no model here (no config.json); give a folder that save_pretrained wrote")
         return model
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = "raw" if model == "raw" else f"seed-{zlib.crc32((SEED / 'adapter_model.safetensors').read_bytes()):08x}"
@@ -701,10 +793,23 @@ def model_folder(model: str) -> str:
     return str(folder)
 
 
+def check_memory(folder: str, world: int) -> None:
+    """Refuse more ranks than a CPU machine can hold (a GPU says so itself)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).parameters())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    trainer = 16 * size / 2**30  # fp32 weights, gradients and two moments, shared by all ranks
+    rank = 4 * size / 2**30 + 2.5  # the sampler's weights, 1 GiB of KV cache, the process itself
+    if not torch.cuda.is_available() and trainer + world * rank > free:
+        raise InputError(f"{world} ranks of a {size / 1e6:.0f}M model need about {trainer + world * rank:.1f} GiB and "
+                         f"{free:.1f} GiB are free: use --nproc_per_node={max(0, int((free - trainer) / rank))}, "
+                         "or a smaller model where that is 0")
+
+
 def start_engine(folder: str, max_tokens: int, **options):
     """A vLLM engine in this process. What differs between CPU and GPU stands here, and nowhere else for vLLM."""
-    import torch
-
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB a rank
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two ranks share one core
@@ -716,20 +821,23 @@ def start_engine(folder: str, max_tokens: int, **options):
     # Answers to one prompt share its prefill in whole blocks: 32 is the CPU's smallest.
     machine = (dict(dtype="bfloat16") if torch.cuda.is_available() else
                dict(dtype="float32", enforce_eager=True, block_size=32, enable_chunked_prefill=False))
-    return LLM(folder, max_model_len=max_tokens, max_num_batched_tokens=max(8192, max_tokens),
-               disable_log_stats=True, **machine, **options)
+    return LLM(folder, max_model_len=max_tokens, max_num_batched_tokens=max(8192, max_tokens), disable_log_stats=True,
+               logprobs_mode="processed_logprobs", **machine, **options)
 
 
-def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], seeds: list[int], temperature: float,
-             vocabulary: int, logprobs: int | None = None):
-    """n answers to each prompt through vLLM, token ids in, token ids out; nothing truncates the distribution."""
+def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], seeds: list[int], temperature: float):
+    """n answers to each prompt through vLLM: token ids in, token ids and their log-probs out, nothing truncated.
+
+    One seed a prompt, from which vLLM derives one for each of its n answers: a rerun samples the same tokens.
+    """
     from vllm import SamplingParams
 
     if not prompts:
         return []
-    padded = engine.model_config.get_vocab_size() > vocabulary  # padded ids exist in the head; they mean nothing
+    vocabulary = len(engine.get_tokenizer())
+    padded = engine.model_config.get_vocab_size() > vocabulary  # padded ids exist in the head but mean nothing
     allowed = list(range(vocabulary)) if padded else None
     params = [SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
-                             logprobs=logprobs, allowed_token_ids=allowed)
+                             logprobs=0, allowed_token_ids=allowed)
               for limit, seed in zip(max_tokens, seeds)]
     return engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)

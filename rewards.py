@@ -12,6 +12,7 @@ import logging
 import math
 import re
 from fractions import Fraction
+from statistics import pstdev
 from typing import Sequence
 
 import torch
@@ -244,3 +245,47 @@ def first_position_preference(score_rows: Sequence[Sequence[float]]) -> float:
     shares = [(row[0] == max(row)) / sum(score == max(row) for score in row) - 1 / len(row)
               for row in score_rows if len(row)]
     return sum(shares) / len(shares) if shares else math.nan
+
+
+def mean(values) -> float | None:
+    """The mean, or None of nothing: unknown is not zero."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def figures_of_kind(groups: Sequence[dict]) -> dict:
+    """The figures of one kind of prompt in one step, from the groups of all ranks (lines of rollouts.jsonl).
+
+    Format rate, mean tau and the spread of self-scores all look healthy over a referee that writes one constant
+    line. What exposes it: `zero_spread`, the share of groups without any gradient; `distinct`, the number of
+    different answers in a group; `first_position`; and `entropy`, nats a token. Empty for a kind not drawn.
+    """
+    if not groups:
+        return {}
+    samples = [sample for group in groups for sample in group["samples"]]
+    rewards = [[sample["reward"] for sample in group["samples"]] for group in groups]
+    spreads = [pstdev(row) for row in rewards if None not in row]  # a group that no judgement reached has no reward
+    figures = {
+        "prompts": len(groups), "unjudged": len(groups) - len(spreads),
+        "reward": mean(reward for row in rewards if None not in row for reward in row),
+        "reward_std": mean(spreads), "zero_spread": mean(spread < SMALLEST_SPREAD for spread in spreads),
+        "advantage_scale": mean(abs(sample["advantage"]) for sample in samples),
+        "length": mean(len(sample["ids"]) for sample in samples), "tokens": sum(len(s["ids"]) for s in samples),
+        "finished": mean(sample["finished"] for sample in samples),
+        "distinct": mean(len({sample["text"] for sample in group["samples"]}) for group in groups),
+        "entropy": mean(group["entropy"] for group in groups if group["entropy"] is not None),
+        "logprob": mean(group["logprob"] for group in groups),
+    }
+    if groups[0]["kind"] == "reasoning":
+        return figures
+    if groups[0]["kind"] == "preference":
+        verdicts = [sample["scores"] for sample in samples]
+        figures["tau"] = mean(sample["reward"] for sample in samples if sample["scores"])
+    else:
+        verdicts = [parse_scores(judgement["text"], len(judgement["order"]))
+                    for group in groups for judgement in group["judgements"]]
+        figures["score_std"] = mean(pstdev(verdict) for verdict in verdicts if verdict)
+    read = [verdict for verdict in verdicts if verdict]
+    figures["format"] = len(read) / len(verdicts) if verdicts else None
+    figures["first_position"] = first_position_preference(read) if read else None
+    return figures

