@@ -18,13 +18,12 @@ export TOKENIZERS_PARALLELISM = false
 # Held-out before, training on two ranks, held-out after, curves, the before/after table.
 demo: .venv/ready
 	rm -rf runs/$(NAME)
-	$(python) eval.py heldout --model seed --json runs/before-$(NAME).json
+	$(python) eval.py heldout --model seed --json runs/$(NAME)/heldout-before.json
 	$(python) -m torch.distributed.run --nproc_per_node=$(RANKS) urpo.py --preset smol --name $(NAME) --seed $(SEED)
-	$(python) eval.py heldout --model runs/$(NAME)/checkpoints/last/model --json runs/$(NAME)/after.json
-	mv runs/before-$(NAME).json runs/$(NAME)/before.json
+	$(python) eval.py heldout --model runs/$(NAME)/checkpoints/last/model --json runs/$(NAME)/heldout-after.json
 	$(python) eval.py report runs/$(NAME)
-	$(python) eval.py compare runs/$(NAME)/before.json runs/$(NAME)/after.json
-	@echo "log, rollouts, checkpoint and curves.png: runs/$(NAME)/"
+	$(python) eval.py compare runs/$(NAME)/heldout-before.json runs/$(NAME)/heldout-after.json
+	@echo "log.jsonl, rollouts.jsonl, checkpoints/last/model and curves.png: runs/$(NAME)/"
 
 test: .venv/ready
 	$(python) -m pytest -q --ignore=tests/bench tests

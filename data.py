@@ -190,11 +190,12 @@ def encode_judgement(tokenizer, instruction: str, answers, limit: int, shots: in
         ids = encode_chat(tokenizer, referee_text(instruction, answers), referee_shots(len(answers), shots))
         if len(ids) <= limit:
             return ids
-        longest = max(range(len(answers)), key=lambda i: len(answers[i]))
-        if len(answers[longest]) < 40:
+        longest = max(range(len(answers)), key=lambda i: len(quoted(answers[i]).encode()))  # bytes bound tokens
+        if answers[longest] == "[cut]":
             raise InputError(f"a referee prompt over {len(answers)} answers needs {len(ids)} tokens and "
                              f"--max_prompt_tokens is {limit}: raise it, or lower --group")
-        answers[longest] = answers[longest][: len(answers[longest]) * 3 // 4].rstrip() + " [cut]"
+        text = answers[longest].removesuffix(" [cut]")
+        answers[longest] = (text[: len(text) * 3 // 4].rstrip() + " [cut]").lstrip()
 
 
 # ------------------------------------------------------------------------------------ 3. the mixed batch
@@ -336,8 +337,9 @@ def read_preference(record: dict) -> Prompt:
         raise ValueError(f"field 'scores': {len(truth)} scores for {len(responses)} responses")
     if not all(isinstance(score, (int, float)) and abs(score) < float("inf") for score in truth):
         raise ValueError(f"field 'scores': {truth!r} must hold finite numbers alone")
-    return Prompt("preference", nonempty(field, instruction), tuple(map(message_text, responses)),
-                  tuple(map(float, truth)))
+    if not all(isinstance(text, str) for text in responses):
+        raise ValueError("field 'responses': expected texts")
+    return Prompt("preference", nonempty(field, instruction), tuple(responses), tuple(map(float, truth)))
 
 
 def read_reasoning(record: dict) -> Prompt:
@@ -390,14 +392,14 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
     if source.endswith((".jsonl", ".json")) or os.path.exists(source):
         if not os.path.isfile(source):
             raise InputError(f"--{FLAGS[kind]} {source}: no such file; give a .jsonl file, a hub id, or builtin")
-        with open(source, encoding="utf-8", errors="strict") as lines:
+        with open(source, "rb") as lines:
             records = [(f"{source}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         records = [(f"{source}[{i}]", record) for i, record in enumerate(hub_records(kind, source, split))]
     prompts = []
     for where, record in records:
         try:
-            record = json.loads(record) if isinstance(record, str) else record
+            record = json.loads(record) if isinstance(record, bytes) else record
             if not isinstance(record, dict):
                 raise ValueError(f"expected an object, found {type(record).__name__}")
             prompts.append(READERS[kind](record))
@@ -407,8 +409,13 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
         except KeyError as error:
             raise InputError(f"{where}: no field {error.args[0]!r} for --{FLAGS[kind]}; "
                              f"it has {', '.join(record) or 'none'}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
         except ValueError as error:
             raise InputError(f"{where}: {error}") from None
+        except (AttributeError, TypeError):  # a list or text where the format has an object, or the other way round
+            raise InputError(f"{where}: a field of the wrong type among {', '.join(record)}; "
+                             f"--{FLAGS[kind]} reads {READERS[kind].__doc__}") from None
     if not prompts:
         raise InputError(f"{source}: no rows for --{FLAGS[kind]}")
     return prompts
@@ -578,8 +585,8 @@ def write_candidate(rng: random.Random, level: int, name: str, sentences, check:
             return write_answer(rng, rng.choice([s for other, s in topics(split) if other != name]), check)
         else:
             words = write_answer(rng, sentences, check).split()
-            if level == 2 and len(words) >= 6:
-                return " ".join(words[: rng.randint(3, len(words) - 3)])
+            if level == 2 and len(words) >= 7:  # four words: "Some people" alone could stand in both splits
+                return " ".join(words[: rng.randint(4, len(words) - 3)])
             if level == 0:
                 return " ".join(rng.sample(words, len(words)))
     raise ValueError(f"no text of level {LEVELS[level]!r} for the constraint {check!r} about {name}")
@@ -597,7 +604,7 @@ def longer_is_right(responses, truth) -> float:
     """Share of strictly ordered pairs in which the longer text is the better one (equal lengths count half)."""
     pairs = [(len(a) > len(b)) + 0.5 * (len(a) == len(b)) for a, s in zip(responses, truth)
              for b, t in zip(responses, truth) if s > t]
-    return sum(pairs) / len(pairs)
+    return sum(pairs) / len(pairs) if pairs else 0.5
 
 
 def builtin_preference(rng: random.Random, split: str, n: int = 0) -> Prompt:
@@ -607,11 +614,12 @@ def builtin_preference(rng: random.Random, split: str, n: int = 0) -> Prompt:
     alone cannot win: a coin says whether longer shall be right more often than not, and the candidates are drawn
     again, up to 40 times, until they agree with the coin.
     """
-    n = n or rng.choice((2, 3, 4, 5, 8))
+    n = n or rng.choice((2, 2, 2, 2, 3, 4, 5, 8))
     name, sentences, instruction, check = builtin_form(rng, split)
     flaws = [level for level in range(4) if check or level != 3]
     repeated = rng.choices(flaws, k=max(0, n - 1 - len(flaws)))
     levels = [4] + rng.sample(flaws, n - 1 - len(repeated)) + repeated
+    rng.shuffle(levels)
     longer = rng.random() < 0.5
     for _ in range(40):
         responses = [write_candidate(rng, level, name, sentences, check, split) for level in levels]

@@ -122,7 +122,7 @@ PRESETS = {
     "paper": {},
     "smol": dict(model="seed", preferences="builtin", reasoning="builtin", instructions="builtin", steps=24,
                  warmup_steps=6, batch=12, max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
-                 lr=2e-5, lr_warmup=2, row_tokens=1024, recompute=False, max_drift=0.01, save_every=0),
+                 lr=2e-5, lr_warmup=2, row_tokens=512, recompute=False, max_drift=0.01, save_every=0),
 }
 
 
@@ -134,7 +134,9 @@ def parse_config(arguments: list[str]) -> Config:
     preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
     preset = ("paper" if GPU else "smol") if preset == "auto" else preset
     parser.set_defaults(**PRESETS[preset])
-    (config,) = parser.parse_args_into_dataclasses(arguments)
+    config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"{' '.join(unknown)}: no such setting; --help lists them")
     config.preset = preset
     if config.method == "sft":  # no judge to ground first, and no old weights that a second minibatch could leave
         config.warmup_steps, config.minibatches = 0, 1
@@ -157,7 +159,7 @@ def check_config(config: Config, world: int) -> None:
         raise InputError("--lora_rank: an adapter is trained by --method sft alone; URPO trains all weights")
     if config.batch % (world * config.minibatches):
         part = world * config.minibatches
-        raise InputError(f"--batch {config.batch} does not split over {world} ranks in {config.minibatches} minibatches: "
+        raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
                          f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
     data.mix_counts(config.mix, config.batch, warmup=False)
     if config.warmup_steps:
@@ -278,6 +280,8 @@ def sync(engine, policy: Policy) -> None:
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy)})
     if GPU:
         engine.wake_up(tags=["kv_cache"])
+    else:  # vLLM multiplies by a packed copy of the head, and reload_weights leaves that of a tied head as it was
+        engine.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
     engine.reset_prefix_cache()
 
 
@@ -294,19 +298,16 @@ def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
 def rollout(config: Config, engine, tokenizer, share, step: int) -> list[Group]:
     """Part 2: G answers to each prompt of this rank's share."""
     prompts = [data.encode_prompt(tokenizer, prompt, config.referee_shots) for _, prompt in share]
-    limits = [config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens
-              for _, prompt in share]
+    referee, answer = config.max_referee_tokens, config.max_answer_tokens
+    limits = [referee if prompt.kind == "preference" else answer for _, prompt in share]
     seeds = [data.request_seed(config.seed, step, index, "answer") for index, _ in share]
     outputs = data.generate(engine, prompts, config.group, limits, seeds, config.temperature)
-    groups = []
-    for (index, prompt), ids, output in zip(share, prompts, outputs):
-        answers = [list(sample.token_ids) for sample in output.outputs]
-        groups.append(Group(
-            index, prompt, ids, answers, finished=[sample.finish_reason == "stop" for sample in output.outputs],
-            texts=[tokenizer.decode(answer, skip_special_tokens=True) for answer in answers],
-            sampler_logprobs=[[token[i].logprob for token, i in zip(sample.logprobs, sample.token_ids)]
-                              for sample in output.outputs]))
-    return groups
+    return [Group(index, prompt, ids, answers=[list(sample.token_ids) for sample in output.outputs],
+                  texts=[tokenizer.decode(sample.token_ids, skip_special_tokens=True) for sample in output.outputs],
+                  finished=[sample.finish_reason == "stop" for sample in output.outputs],
+                  sampler_logprobs=[[token[i].logprob for token, i in zip(sample.logprobs, sample.token_ids)]
+                                    for sample in output.outputs])
+            for (index, prompt), ids, output in zip(share, prompts, outputs)]
 
 
 def worked_groups(tokenizer, share) -> list[Group]:
@@ -320,8 +321,9 @@ def worked_groups(tokenizer, share) -> list[Group]:
             if not text:
                 raise InputError(f"--method sft needs worked answers and {prompt.kind} rows have none: use builtin")
             answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+            scores = parse_scores(text, len(shown.truth)) if shown.truth else None
             groups.append(Group(index, shown, data.encode_prompt(tokenizer, shown), [answer], texts=[text],
-                                finished=[True], scores=[None], rewards=[1.0], advantages=[1.0]))
+                                finished=[True], scores=[scores], rewards=[1.0], advantages=[1.0]))
     return groups
 
 
@@ -402,8 +404,7 @@ def set_token_weights(config: Config, groups: list[Group], world: int) -> None:
         group.weights = [world / total / (1 if by_token else len(answer)) for answer in group.answers for _ in answer]
 
 
-def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Group], device,
-           world: int) -> dict[str, float]:
+def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Group], device, world: int) -> dict:
     """Part 6: one optimiser step per minibatch, maximising
 
         J = sum over tokens of  w * min(rho A, clip(rho, 0.8, 1.28) A),   rho = pi(token) / pi_old(token)   [paper]
@@ -504,8 +505,6 @@ class Record:
             self.board = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, log: dict, lines: list[dict]) -> None:
-        if not self.active:
-            return
         with open(self.run / "log.jsonl", "a") as out:
             out.write(json.dumps(log) + "\n")
         if log["step"] % self.config.rollouts_every == 0:
@@ -527,9 +526,8 @@ class Clock:
     def __call__(self, part: str) -> None:
         if GPU:
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] += now - self.last
-        self.last = now
+        now, before = time.perf_counter(), self.last
+        self.seconds[part], self.last = now - before, now
 
 
 def trainer_state(policy: Policy, optimizer, schedule) -> dict:
@@ -569,7 +567,10 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, schedule) -> None:
     state = trainer_state(policy, optimizer, schedule)
     dcp.load(state, checkpoint_id=folder / "trainer")
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    flags = schedule.base_lrs  # the flags of this run win over what the checkpoint remembers
+    schedule.load_state_dict(state["schedule"] | {"base_lrs": flags})
+    for group, lr in zip(optimizer.param_groups, flags):
+        group["lr"] = lr * schedule.lr_lambdas[0](schedule.last_epoch)
 
 
 def last_checkpoint(run: Path) -> tuple[int, Path | None]:
@@ -598,6 +599,9 @@ def train(config: Config, rank: int, world: int) -> None:
             rows = data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.builtin_rows)
             sources[kind], dropped[kind] = data.drop_overlong(rows, tokenizer, config.max_prompt_tokens,
                                                               config.referee_shots, config.group)
+            if not sources[kind]:
+                raise InputError(f"--{data.FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens "
+                                 f"{config.max_prompt_tokens}: raise it")
     data.check_memory(folder, world)
 
     run = Path("runs") / config.name
@@ -614,7 +618,8 @@ def train(config: Config, rank: int, world: int) -> None:
     # vLLM inside each rank, one engine a rank; `data.generate` samples from it.
     engine = None if supervised else data.start_engine(
         folder, config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens),
-        enable_sleep_mode=GPU, gpu_memory_utilization=config.gpu_memory, distributed_executor_backend="external_launcher")
+        distributed_executor_backend="external_launcher", enable_sleep_mode=GPU,
+        gpu_memory_utilization=config.gpu_memory)
     if checkpoint_folder:
         load_checkpoint(checkpoint_folder, policy, optimizer, schedule)
         if engine:
