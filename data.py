@@ -610,11 +610,11 @@ def longer_is_right(responses, truth) -> float:
 def builtin_preference(rng: random.Random, split: str, n: int = 0) -> Prompt:
     """One good response and n - 1 flawed ones, so the order is known by construction; truth is the index in LEVELS.
 
-    n = 0 draws 2 to 5, or 8 as the judge of a group sees; above 5 flaws repeat. Lengths are balanced so that length
-    alone cannot win: a coin says whether longer shall be right more often than not, and the candidates are drawn
-    again, up to 40 times, until they agree with the coin.
+    n = 0 draws 2 to 5, half of them 2; above 5 flaws repeat. Lengths are balanced so that length alone cannot win:
+    a coin says whether longer shall be right more often than not, and the candidates are drawn again, up to 40
+    times, until they agree with the coin.
     """
-    n = n or rng.choice((2, 2, 2, 2, 3, 4, 5, 8))
+    n = n or rng.choice((2, 2, 2, 3, 4, 5))
     name, sentences, instruction, check = builtin_form(rng, split)
     flaws = [level for level in range(4) if check or level != 3]
     repeated = rng.choices(flaws, k=max(0, n - 1 - len(flaws)))

@@ -120,9 +120,10 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "smol": dict(model="seed", preferences="builtin", reasoning="builtin", instructions="builtin", steps=24,
-                 warmup_steps=6, batch=12, max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
-                 lr=2e-5, lr_warmup=2, row_tokens=512, recompute=False, max_drift=0.01, save_every=0),
+    # G = 4: a judge of 135M parameters lists four scores reliably, and loses count at eight.
+    "smol": dict(model="seed", preferences="builtin", reasoning="builtin", instructions="builtin", steps=18,
+                 warmup_steps=5, batch=12, group=4, max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
+                 lr=3e-5, lr_warmup=2, row_tokens=512, recompute=False, max_drift=1e-3, save_every=0),
 }
 
 
@@ -161,9 +162,8 @@ def check_config(config: Config, world: int) -> None:
         part = world * config.minibatches
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
                          f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
-    data.mix_counts(config.mix, config.batch, warmup=False)
-    if config.warmup_steps:
-        data.mix_counts(config.mix, config.batch, warmup=True)
+    for warmup in {False, config.warmup_steps > 0}:
+        data.mix_counts(config.mix, config.batch, warmup)
     if (Path("runs") / config.name / "log.jsonl").exists() and not config.resume:
         raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
 
@@ -253,8 +253,8 @@ def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, config, vocabulary)
     precision = MixedPrecisionPolicy(param_dtype=COMPUTE, reduce_dtype=torch.float32)
-    for layer in lm.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    for layer in lm.model.layers:  # gloo is slower than memory is dear: a CPU gathers a layer once an update
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=GPU)
     # The root frees its weights after a forward pass like every layer: else the pass without gradient of part 5
     # leaves the head unsharded, and optimiser and sync would see a plain tensor in its place.
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
@@ -298,8 +298,7 @@ def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
 def rollout(config: Config, engine, tokenizer, share, step: int) -> list[Group]:
     """Part 2: G answers to each prompt of this rank's share."""
     prompts = [data.encode_prompt(tokenizer, prompt, config.referee_shots) for _, prompt in share]
-    referee, answer = config.max_referee_tokens, config.max_answer_tokens
-    limits = [referee if prompt.kind == "preference" else answer for _, prompt in share]
+    limits = [config.max_referee_tokens if p.kind == "preference" else config.max_answer_tokens for _, p in share]
     seeds = [data.request_seed(config.seed, step, index, "answer") for index, _ in share]
     outputs = data.generate(engine, prompts, config.group, limits, seeds, config.temperature)
     return [Group(index, prompt, ids, answers=[list(sample.token_ids) for sample in output.outputs],
@@ -423,8 +422,9 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
             total["skipped"] += 1
             continue
         for i, row in enumerate(rows):
-            # Gloo is slow, so a CPU reduces gradients once per update; on a GPU whole gradients would fill the memory.
+            # Likewise it reduces gradients once an update; whole gradients would fill a GPU.
             policy.set_requires_gradient_sync(GPU or i == len(rows) - 1)
+            policy.set_reshard_after_backward(GPU or i == len(rows) - 1)
             logprob_N, _ = policy(data.build_row(row or [IDLE], device))
             if not row:
                 (0.0 * logprob_N.sum()).backward()
@@ -505,11 +505,10 @@ class Record:
             self.board = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, log: dict, lines: list[dict]) -> None:
-        with open(self.run / "log.jsonl", "a") as out:
-            out.write(json.dumps(log) + "\n")
-        if log["step"] % self.config.rollouts_every == 0:
-            with open(self.run / "rollouts.jsonl", "a") as out:
-                out.writelines(json.dumps(line) + "\n" for line in lines)
+        recorded = lines if log["step"] % self.config.rollouts_every == 0 else []
+        for name, part in (("log.jsonl", [log]), ("rollouts.jsonl", recorded)):
+            with open(self.run / name, "a") as out:
+                out.writelines(json.dumps(line) + "\n" for line in part)
         if self.board:
             for name, value in log.items():
                 for key, number in value.items() if isinstance(value, dict) else [("", value)]:
@@ -542,10 +541,7 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer, schedule, tokenizer
         shutil.rmtree(unfinished, ignore_errors=True)
     dist.barrier()
     dcp.save(trainer_state(policy, optimizer, schedule), checkpoint_id=unfinished / "trainer")
-    weights = {}
-    for name, weight in full_weights(policy):  # all ranks gather, rank 0 keeps
-        if rank == 0:
-            weights[name] = weight.cpu()
+    weights = {name: weight.cpu() for name, weight in full_weights(policy) if rank == 0}  # all gather, rank 0 keeps
     if rank == 0:
         if policy.adapter_config is not None:  # in peft's own format, bf16
             policy.adapter_config.save_pretrained(unfinished / "adapter")
@@ -586,8 +582,6 @@ def last_checkpoint(run: Path) -> tuple[int, Path | None]:
 def train(config: Config, rank: int, world: int) -> None:
     from transformers import AutoTokenizer
 
-    # Everything that can be wrong with the input is found before a model is loaded.
-    check_config(config, world)
     if rank == 0:
         data.model_folder(config.model)  # converts once; the other ranks then find it
     dist.barrier()
@@ -685,11 +679,10 @@ def train(config: Config, rank: int, world: int) -> None:
 def main() -> None:
     try:
         config = parse_config(sys.argv[1:])
-        # Plain `python urpo.py` is a world of one.
-        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"),
-                            ("MASTER_PORT", 29511)):
-            os.environ.setdefault(name, str(value))
+        alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+        os.environ.update({name: value for name, value in alone.items() if name not in os.environ})  # without torchrun
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        check_config(config, world)
         if GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         else:  # more threads than cores thrash: an update took 7 times as long
