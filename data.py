@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import psutil
 import torch
 
 from rewards import check_answer
@@ -807,7 +808,7 @@ def check_memory(folder: str, world: int) -> None:
 
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).parameters())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    free = psutil.virtual_memory().available / 2**30
     trainer = 16 * size / 2**30  # fp32 weights, gradients and two moments, shared by all ranks
     rank = 4 * size / 2**30 + 2.5  # the sampler's weights, 1 GiB of KV cache, the process itself
     if not torch.cuda.is_available() and trainer + world * rank > free:

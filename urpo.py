@@ -12,7 +12,6 @@ and names stand in README.md, in the log's timings and in the tests:
     7. sync          the new weights into the sampler; log; checkpoint
 
 One policy; no critic, no reward model, no KL and no reference model (beta = 0); one optimiser, one run.
-
     torchrun --nproc_per_node=2 urpo.py      SmolLM2-135M on a CPU, from the seed base; --help prints every default
     torchrun --nproc_per_node=8 urpo.py      Qwen2.5-7B on eight GPUs (not yet run)
 
