@@ -387,7 +387,7 @@ def report(args) -> None:
     from matplotlib import pyplot
 
     drawing = pyplot.figure(figsize=(17, 14), layout="constrained")
-    drawing.suptitle(f"{', '.join(run.name for run in runs)}, from model {about.get('model', 'unknown')}")
+    drawing.suptitle(f"{', '.join(run.name for run in runs)}, from model {about.get('weights', 'unknown')}")
     grid = drawing.add_gridspec(4, 4)
     seconds = drawing.add_subplot(grid[3, :2] if results else grid[3, :], title="seconds of the seven parts")
     for i, (title, curves) in enumerate(PANELS.items()):
