@@ -802,6 +802,17 @@ def model_folder(model: str) -> str:
     return str(folder)
 
 
+def load_tokenizer(folder: str):
+    """The tokenizer of a folder or hub id. Raises InputError where neither we nor the hub have such a model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except OSError as error:
+        raise InputError(f"--model {folder}: no model here, nor on the hub as far as we can see "
+                         f"({str(error).strip().splitlines()[0]})") from None
+
+
 def check_memory(folder: str, world: int) -> None:
     """Refuse more ranks than a CPU machine can hold (a GPU says so itself)."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -189,13 +189,8 @@ def ask(engine, tokenizer, prompts: list[Prompt], n: int, temperature: float, ar
 
 def heldout(args) -> None:
     """Answers, judgements and constraints on held-out rows: a table, and JSON for `compare` and `report`."""
-    from transformers import AutoTokenizer
-
     folder = data.model_folder(args.model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except OSError as error:  # neither a folder nor, as far as we can see, a model on the hub
-        raise InputError(f"--model {args.model}: no model here ({str(error).splitlines()[0]})") from None
+    tokenizer = data.load_tokenizer(folder)
     rows = heldout_rows(args, tokenizer)
     pairs, questions, tasks = (rows.get(kind, []) for kind in data.KINDS)
     prompts = [*questions, *tasks, *pairs, *map(swapped, pairs)]

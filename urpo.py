@@ -12,6 +12,7 @@ and names stand in README.md, in the log's timings and in the tests:
     7. sync          the new weights into the sampler; log; checkpoint
 
 One policy; no critic, no reward model, no KL and no reference model (beta = 0); one optimiser, one run.
+
     torchrun --nproc_per_node=2 urpo.py      SmolLM2-135M on a CPU, from the seed base; --help prints every default
     torchrun --nproc_per_node=8 urpo.py      Qwen2.5-7B on eight GPUs (not yet run)
 
@@ -579,13 +580,11 @@ def last_checkpoint(run: Path) -> tuple[int, Path | None]:
 
 
 def train(config: Config, rank: int, world: int) -> None:
-    from transformers import AutoTokenizer
-
     if rank == 0:
         data.model_folder(config.model)  # converts once; the other ranks then find it
     dist.barrier()
     folder = data.model_folder(config.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = data.load_tokenizer(folder)
     sources, dropped = {}, {}
     for kind, share in data.mix_counts(config.mix, config.batch, warmup=False).items():
         if share:
