@@ -3,7 +3,7 @@
     python eval.py report runs/urpo                          -> runs/urpo/curves.png
     python eval.py report runs/s0 runs/s1 runs/s2 --out docs/seeds.png --csv docs/seeds.csv
     python eval.py heldout --model raw --json before.json    answers, judgements and constraints on held-out rows
-    python eval.py heldout --model runs/urpo/checkpoints/step_24/model --json after.json
+    python eval.py heldout --model runs/urpo/checkpoints/last/model --json after.json
     python eval.py compare before.json after.json            the table that `make demo` ends with
 
 Prompts, referee's template, parsers and engine are those of training: data.py and rewards.py. The file falls into

@@ -123,7 +123,7 @@ PRESETS = {
     # G = 4: a judge of 135M parameters lists four scores reliably, and loses count at eight.
     "smol": dict(model="seed", preferences="builtin", reasoning="builtin", instructions="builtin", steps=18,
                  warmup_steps=5, batch=12, group=4, max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
-                 lr=3e-5, lr_warmup=2, row_tokens=512, recompute=False, max_drift=1e-3, save_every=0),
+                 lr=3e-5, lr_warmup=2, row_tokens=512, recompute=False, save_every=0, max_drift=0.1 if GPU else 1e-3),
 }
 
 
@@ -156,7 +156,9 @@ def check_config(config: Config, world: int) -> None:
         raise InputError(f"--name {config.name!r}: letters, digits, '.', '_' and '-' only; it names a folder in runs/")
     if not 0 <= config.clip_low <= 1 <= config.clip_high:
         raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
-    if config.lora_rank and config.method != "sft":
+    if config.method == "sft" and (config.importance_cap or config.referee_shots):
+        raise InputError("--importance_cap, --referee_shots: --method sft samples nothing and shows no worked examples")
+    if config.lora_rank and config.method == "urpo":
         raise InputError("--lora_rank: an adapter is trained by --method sft alone; URPO trains all weights")
     if config.batch % (world * config.minibatches):
         part = world * config.minibatches
@@ -317,8 +319,6 @@ def worked_groups(tokenizer, share) -> list[Group]:
         mirrored = replace(prompt, responses=prompt.responses[::-1], truth=prompt.truth[::-1])
         for shown in (prompt, mirrored) if len(prompt.responses) > 1 else (prompt,):
             text = data.worked_answer(shown)
-            if not text:
-                raise InputError(f"--method sft needs worked answers and {prompt.kind} rows have none: use builtin")
             answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
             scores = parse_scores(text, len(shown.truth)) if shown.truth else None
             groups.append(Group(index, shown, data.encode_prompt(tokenizer, shown), [answer], texts=[text],
@@ -385,8 +385,7 @@ def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) ->
     return drift
 
 
-# A stand-in for a rank that has no row left while others do: its loss is multiplied by 0.
-IDLE = Group(-1, None, [0], [[0]])
+IDLE = Group(-1, None, [0], [[0]])  # stands in on a rank that has no row left while others do; weighs 0
 
 
 def set_token_weights(config: Config, groups: list[Group], world: int) -> None:
@@ -410,7 +409,7 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
 
     with no KL term (beta = 0). Groups without any advantage are left out: their gradient is exactly 0.
     """
-    total = dict.fromkeys(("loss", "tokens", "low", "high", "grad_norm", "updates", "skipped"), 0.0)
+    total, lr = dict.fromkeys("loss tokens low high grad_norm updates skipped".split(), 0.0), schedule.get_last_lr()[0]
     share = len(groups) // config.minibatches
     for m in range(config.minibatches):
         everything = groups[m * share : (m + 1) * share]
@@ -460,7 +459,7 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
     tokens, updates = max(total["tokens"], 1), max(total["updates"], 1)
     return {"loss": all_reduce(total["loss"]) / world / updates, "grad_norm": total["grad_norm"] / updates,
             "clipped_low": all_reduce(total["low"]) / tokens, "clipped_high": all_reduce(total["high"]) / tokens,
-            "updates": total["updates"], "skipped_updates": total["skipped"], "lr": schedule.get_last_lr()[0]}
+            "updates": total["updates"], "skipped_updates": total["skipped"], "lr": lr}
 
 
 # ------------------------------------------------------------------------------------- log, checkpoint
@@ -566,13 +565,12 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, schedule) -> None:
     flags = schedule.base_lrs  # the flags of this run win over what the checkpoint remembers
     schedule.load_state_dict(state["schedule"] | {"base_lrs": flags})
     for group, lr in zip(optimizer.param_groups, flags):
-        group["lr"] = lr * schedule.lr_lambdas[0](schedule.last_epoch)
+        group |= {"lr": lr * schedule.lr_lambdas[0](schedule.last_epoch), "weight_decay": policy.config.weight_decay}
 
 
 def last_checkpoint(run: Path) -> tuple[int, Path | None]:
     """(steps done, folder) of the newest complete checkpoint; (0, None) if there is none."""
-    found = {int(folder.name[5:]): folder for folder in (run / "checkpoints").glob("step_*")
-             if folder.name[5:].isdigit()}
+    found = {int(folder.name[5:]): folder for folder in (run / "checkpoints").glob("step_*[0-9]")}
     return max(found.items(), default=(0, None))
 
 
@@ -591,10 +589,14 @@ def train(config: Config, rank: int, world: int) -> None:
             rows = data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.builtin_rows)
             sources[kind], dropped[kind] = data.drop_overlong(rows, tokenizer, config.max_prompt_tokens,
                                                               config.referee_shots, config.group)
+            if config.method == "sft" and not all(map(data.worked_answer, rows)):
+                raise InputError(f"--{data.FLAGS[kind]}: --method sft needs worked answers: use builtin")
             if not sources[kind]:
                 raise InputError(f"--{data.FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens "
                                  f"{config.max_prompt_tokens}: raise it")
-    data.check_memory(folder, world)
+    if rank == 0:
+        data.check_memory(folder, world)
+    dist.barrier()  # before any rank fills the memory that is being measured
 
     run = Path("runs") / config.name
     first_step, checkpoint_folder = last_checkpoint(run) if config.resume else (0, None)
@@ -654,15 +656,11 @@ def train(config: Config, rank: int, world: int) -> None:
         # 7. sync: new weights into the engine; log, checkpoint
         if engine:
             sync(engine, policy)
-        lines = [describe(group, step) for group in groups]
         gathered = [None] * world if rank == 0 else None
-        dist.gather_object(lines, gathered)
-        done = step + 1
-        if done == config.steps or (config.save_every and done % config.save_every == 0):
-            save_checkpoint(run / "checkpoints" / f"step_{done}", policy, optimizer, schedule, tokenizer, rank)
+        dist.gather_object([describe(group, step) for group in groups], gathered)
         clock("sync")
-        own = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        memory = all_reduce(own) / 2**30  # peak of all ranks together
+        own = torch.cuda.max_memory_allocated() / 1024 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = all_reduce(own) / 2**20  # peak of all ranks together, GiB
         if rank == 0:
             lines = sorted((line for part in gathered for line in part), key=lambda line: line["index"])
             by_kind = {kind: figures_of_kind([line for line in lines if line["kind"] == kind]) for kind in data.KINDS}
@@ -672,6 +670,9 @@ def train(config: Config, rank: int, world: int) -> None:
                           "tokens_per_second": tokens / sum(clock.seconds.values()), "peak_memory_gib": memory}, lines)
             bar.set_postfix_str(", ".join(f"{kind} {part['reward']:.2f}" for kind, part in by_kind.items()
                                           if part["reward"] is not None))
+        done = step + 1  # after the log: a run killed in between repeats the step, and Record cuts it from the log
+        if done == config.steps or (config.save_every and done % config.save_every == 0):
+            save_checkpoint(run / "checkpoints" / f"step_{done}", policy, optimizer, schedule, tokenizer, rank)
 
 
 def main() -> None:
