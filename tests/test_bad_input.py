@@ -207,6 +207,9 @@ def command(folder, *arguments):
     (["--model", "raw", "--reasoning", "missing.jsonl"], "--reasoning missing.jsonl: no such file"),
     (["--model", "raw", "--builtin_rows", "30", "--max_prompt_tokens", "20"], "--max_prompt_tokens"),
     (["--no_such_flag", "1"], "--no_such_flag"),
+    # Rows from a file have no worked answer to imitate; the test's own file holds one such row.
+    (["--model", "raw", "--method", "sft", "--mix", "0:1:0", "--reasoning", __file__.replace(".py", ".jsonl")],
+     "--reasoning: --method sft needs worked answers: use builtin"),
 ])
 def test_the_command_ends_with_status_2_and_one_line_and_writes_nothing(tmp_path, arguments, part):
     status, lines = command(tmp_path, *arguments)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import data
 import urpo
-from data import InputError, Prompt
+from data import Prompt
 from rewards import clipped_objective, group_advantages
 from urpo import Config, Group
 
@@ -378,11 +378,6 @@ def test_worked_answers_imitate_by_the_same_update(make_policy, plain_model, smo
     parts = [plain_logprobs(plain_model, g.prompt_ids, g.answers[0], config.temperature)[0] for g in groups]
     (-torch.cat(parts).mean()).backward()
     assert_same_gradients(optimizer.steps[0], gradients(plain_model), tolerance=2e-5)
-
-
-def test_supervised_rows_without_worked_answers_are_refused(smol_tokenizer):
-    with pytest.raises(InputError, match="reasoning rows have none: use builtin"):
-        urpo.worked_groups(smol_tokenizer, [(0, Prompt("reasoning", "1 + 1?", answer="2"))])
 
 
 def test_the_clip_range_is_the_papers():
