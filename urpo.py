@@ -55,7 +55,6 @@ from rewards import (clipped_objective, figures_of_kind, group_advantages, parse
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 GPU = torch.cuda.is_available()
-COMPUTE = torch.bfloat16 if GPU else torch.float32  # master weights are fp32 everywhere
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -107,6 +106,7 @@ class Config:
     grad_clip: float = flag(1.0, "largest gradient norm (D13)")
     lora_rank: int = flag(0, "0: train all weights; else a LoRA adapter of this rank, for --method sft alone")
     # machine
+    precision: Literal["bfloat16", "float32"] = flag("bfloat16", "of the trainer's compute; master weights are fp32")
     row_tokens: int = flag(16384, "tokens in one packed row, the micro-batch of log-probs and update")
     logit_chunk: int = flag(1024, "answer tokens whose logits are alive at once")
     recompute: bool = flag(True, "recompute each layer in the backward pass, to save memory")
@@ -123,7 +123,8 @@ PRESETS = {
     # G = 4: a judge of 135M parameters lists four scores reliably, and loses count at eight.
     "smol": dict(model="seed", preferences="builtin", reasoning="builtin", instructions="builtin", steps=18,
                  warmup_steps=5, batch=12, group=4, max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
-                 lr=3e-5, lr_warmup=2, row_tokens=512, recompute=False, save_every=0, max_drift=0.1 if GPU else 1e-3),
+                 lr=3e-5, lr_warmup=2, precision="bfloat16" if GPU else "float32", row_tokens=512, recompute=False,
+                 save_every=0, max_drift=0.1 if GPU else 1e-3),
 }
 
 
@@ -216,6 +217,7 @@ class Policy(nn.Module):
     def __init__(self, lm, config: Config, vocabulary: int):
         super().__init__()
         self.lm, self.config, self.vocabulary = lm, config, vocabulary
+        self.compute = getattr(torch, config.precision)
 
     def forward(self, row: data.Row) -> tuple[Tensor, Tensor]:
         """Row -> (log pi(token) [N], entropy of pi [N]), nats, both fp32."""
@@ -238,23 +240,25 @@ class Policy(nn.Module):
 
 
 def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
-    """The policy, sharded: fp32 master weights; bf16 compute on a GPU (not yet run), fp32 on a CPU."""
+    """The policy, sharded: fp32 master weights, compute in --precision."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="flex_attention" if GPU else "sdpa")
+    continued = config.lora_rank and config.model == "seed"  # train the shipped adapter on, instead of merging it
+    lm = AutoModelForCausalLM.from_pretrained(data.model_folder("raw") if continued else folder, dtype=torch.float32,
+                                              attn_implementation="flex_attention" if GPU else "sdpa")
     lm.train()
     adapter = None
     if config.lora_rank:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
 
-        adapter = get_peft_model(lm, LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank,
-                                                target_modules="all-linear"))  # changes lm in place
+        adapter = (PeftModel.from_pretrained(lm, data.SEED, is_trainable=True) if continued else
+                   get_peft_model(lm, LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank,
+                                                 target_modules="all-linear")))  # changes lm in place
     if config.recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, config, vocabulary)
-    precision = MixedPrecisionPolicy(param_dtype=COMPUTE, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=policy.compute, reduce_dtype=torch.float32)
     for layer in lm.model.layers:  # gloo is slower than memory is dear: a CPU gathers a layer once an update
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=GPU)
     # The root frees its weights after a forward pass like every layer: else the pass without gradient of part 5
@@ -272,7 +276,7 @@ def full_weights(policy: Policy):
         if name == "lm.lm_head.weight" and policy.lm.config.tie_word_embeddings:
             continue
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        yield name.removeprefix("lm."), weight.detach().to(COMPUTE)
+        yield name.removeprefix("lm."), weight.detach().to(policy.compute)
 
 
 def sync(engine, policy: Policy) -> None:
@@ -548,7 +552,7 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer, schedule, tokenizer
                        for name, weight in weights.items() if "lora_" in name},
                       unfinished / "adapter" / "adapter_model.safetensors")
         else:
-            policy.lm.config.dtype = COMPUTE
+            policy.lm.config.dtype = policy.compute
             policy.lm.save_pretrained(unfinished / "model", state_dict=weights)
             tokenizer.save_pretrained(unfinished / "model")
         shutil.rmtree(folder, ignore_errors=True)
