@@ -245,12 +245,13 @@ def interleave(rows: dict[str, list[Prompt]]) -> list[Prompt]:
     return [row for *_, row in sorted(keyed, key=lambda item: item[:2])]
 
 
-def draw(sources: dict[str, list[Prompt]], mix: str, batch: int, warmup_steps: int, seed: int,
-         step: int) -> list[Prompt]:
+def draw(sources: dict[str, list[Prompt]], mix: str, batch: int, warmup_steps: int, seed: int, step: int,
+         both_orders: bool = False) -> list[Prompt]:
     """The batch of step `step` (counted from 0): kinds interleaved, candidates shuffled.
 
     A pure function of its arguments, so it is the same on every rank and after every resume, whatever the
-    global random state is. Each kind walks through its own data, epoch after epoch.
+    global random state is. Each kind walks through its own data, epoch after epoch. With `both_orders` each P row
+    stands twice in a row, the second time with its candidates reversed, and counts as two prompts (ours).
     """
     warm, cold = min(step, warmup_steps), max(0, step - warmup_steps)
     counts = mix_counts(mix, batch, warmup=step < warmup_steps)
@@ -261,10 +262,14 @@ def draw(sources: dict[str, list[Prompt]], mix: str, batch: int, warmup_steps: i
         drawn = warm * (mix_counts(mix, batch, True)[kind] if warm else 0)
         drawn += cold * (mix_counts(mix, batch, False)[kind] if cold else 0)
         rows[kind] = []
+        twice = 1 + (both_orders and kind == "preference")
         for i in range(drawn, drawn + count):
-            epoch, position = divmod(i, len(sources[kind]))
+            epoch, position = divmod(i // twice, len(sources[kind]))
             prompt = sources[kind][epoch_order(seed, kind, epoch, len(sources[kind]))[position]]
-            rows[kind].append(shuffle_candidates(prompt, random.Random(f"{seed}/{step}/{kind}/{i}")))
+            prompt = shuffle_candidates(prompt, random.Random(f"{seed}/{kind}/{i // twice}"))
+            if i % twice:
+                prompt = replace(prompt, responses=prompt.responses[::-1], truth=prompt.truth[::-1])
+            rows[kind].append(prompt)
     return interleave(rows)
 
 

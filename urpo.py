@@ -33,7 +33,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -92,6 +92,7 @@ class Config:
     max_referee_tokens: int = flag(1024, "of answers to P and of self-judgements")
     judgements: int = flag(1, "K listwise judgements of each open-ended group (D6)")
     referee_shots: int = flag(0, "worked examples in every referee prompt (D1)")
+    both_orders: bool = flag(False, "draw each P row in both orders, so that no position pays (paper silent)")
     tau: Literal["b", "strict"] = flag("b", "scipy's tau-b | (C - D) / gold-strict pairs (D3)")
     # objective
     clip_low: float = flag(0.8, "lower end of the ratio (paper: 0.8)")
@@ -140,8 +141,8 @@ def parse_config(arguments: list[str]) -> Config:
     if unknown:
         raise InputError(f"{' '.join(unknown)}: no such setting; --help lists them")
     config.preset = preset
-    if config.method == "sft":  # no judge to ground first, and no old weights that a second minibatch could leave
-        config.warmup_steps, config.minibatches = 0, 1
+    if config.method == "sft":  # no judge to ground first, no old weights that a second minibatch could leave, and
+        config.warmup_steps, config.minibatches, config.both_orders = 0, 1, True  # position teaches nothing
     return config
 
 
@@ -317,16 +318,14 @@ def rollout(config: Config, engine, tokenizer, share, step: int) -> list[Group]:
 
 def worked_groups(tokenizer, share) -> list[Group]:
     """Parts 2 to 5 of the supervised warm start: worked answers with advantage 1. At ratio 1 the gradient of the
-    clipped objective is that of the log-likelihood. P rows stand in both orders, so that position teaches nothing."""
+    clipped objective is that of the log-likelihood."""
     groups = []
     for index, prompt in share:
-        mirrored = replace(prompt, responses=prompt.responses[::-1], truth=prompt.truth[::-1])
-        for shown in (prompt, mirrored) if len(prompt.responses) > 1 else (prompt,):
-            text = data.worked_answer(shown)
-            answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-            scores = parse_scores(text, len(shown.truth)) if shown.truth else None
-            groups.append(Group(index, shown, data.encode_prompt(tokenizer, shown), [answer], texts=[text],
-                                finished=[True], scores=[scores], rewards=[1.0], advantages=[1.0]))
+        text = data.worked_answer(prompt)
+        answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+        scores = parse_scores(text, len(prompt.truth)) if prompt.truth else None
+        groups.append(Group(index, prompt, data.encode_prompt(tokenizer, prompt), [answer], texts=[text],
+                            finished=[True], scores=[scores], rewards=[1.0], advantages=[1.0]))
     return groups
 
 
@@ -628,7 +627,8 @@ def train(config: Config, rank: int, world: int) -> None:
         clock, drift = Clock(), {}
 
         # 1. draw: a mixed batch at P:R:I, a pure function of (seed, step), the same on every rank
-        batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step)
+        batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step,
+                          config.both_orders)
         share = data.shard(batch, config.minibatches, rank, world)
         clock("draw")
 

@@ -313,6 +313,17 @@ def test_candidates_and_their_truth_are_shuffled_together():
     assert len({row.responses for row in rows}) > 5
 
 
+def test_both_orders_draw_every_preference_row_twice_mirrored_and_the_other_kinds_once():
+    rows = [row for step in range(3) for row in data.draw(SOURCES, "1:1:1", 12, 0, 0, step, both_orders=True)]
+    pairs = [row for row in rows if row.kind == "preference"]
+    for shown, mirrored in zip(pairs[::2], pairs[1::2], strict=True):
+        assert (shown.instruction, shown.responses, shown.truth) == (
+            mirrored.instruction, mirrored.responses[::-1], mirrored.truth[::-1])
+    assert len({row.instruction for row in pairs[::2]}) == len(pairs) // 2
+    alone = [row for step in range(3) for row in data.draw(SOURCES, "1:1:1", 12, 0, 0, step)]
+    assert [row for row in rows if row.kind != "preference"] == [row for row in alone if row.kind != "preference"]
+
+
 @pytest.mark.parametrize("mix, batch, parts", [("1:1:1", 12, 4), ("1:1:1", 24, 8), ("2:1:1", 16, 4), ("1:1:1", 12, 2)])
 def test_every_contiguous_share_of_a_batch_holds_each_kind(mix, batch, parts):
     rows, size = data.draw(SOURCES, mix, batch, 0, 0, 0), batch // parts

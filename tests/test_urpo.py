@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def tiny_config(**changes) -> Config:
-    return Config(**{"row_tokens": 64, "logit_chunk": 1024, "recompute": False, "grad_clip": 1e9, "group": 3,
+    return Config(**{"row_tokens": 64, "logit_chunk": 1024, "recompute": False, "precision": "float32", "grad_clip": 1e9, "group": 3,
                      "minibatches": 1, "batch": 4, "temperature": 0.7, "max_drift": 1e-3} | changes)
 
 
@@ -363,10 +363,10 @@ def test_a_real_update_makes_good_answers_likelier(make_policy):
 
 
 def test_worked_answers_imitate_by_the_same_update(make_policy, plain_model, smol_tokenizer):
-    """At ratio 1 and A = 1 the gradient is that of the mean log-likelihood, and P rows stand in both orders."""
+    """At ratio 1 and A = 1 the gradient is that of the mean log-likelihood."""
     row = Prompt("preference", "Say hi.", ("hi", "no"), (9.0, 2.0))
     groups = urpo.worked_groups(smol_tokenizer, [(0, row), (1, Prompt("reasoning", "1 + 1?", answer="2", worked="2"))])
-    assert [group.texts for group in groups] == [["<scores>9, 2</scores>"], ["<scores>2, 9</scores>"], ["2"]]
+    assert [group.texts for group in groups] == [["<scores>9, 2</scores>"], ["2"]]
     assert all(group.answers[0][-1] == smol_tokenizer.eos_token_id for group in groups)
     for group in groups:  # into the tiny model's vocabulary
         group.prompt_ids, group.answers = [i % VOCABULARY for i in group.prompt_ids], [
@@ -464,9 +464,9 @@ def test_the_papers_settings_are_the_defaults():
     assert (config.warmup_steps, config.mix, config.clip_low, config.clip_high) == (100, "1:1:1", 0.8, 1.28)
 
 
-def test_the_warm_start_has_no_warm_up_and_one_minibatch():
+def test_the_warm_start_has_no_warm_up_one_minibatch_and_both_orders():
     config = urpo.parse_config(["--preset", "smol", "--method", "sft"])
-    assert (config.warmup_steps, config.minibatches) == (0, 1)
+    assert (config.warmup_steps, config.minibatches, config.both_orders) == (0, 1, True)
 
 
 @pytest.mark.parametrize("preset", sorted(urpo.PRESETS))
