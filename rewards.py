@@ -274,7 +274,7 @@ def figures_of_kind(groups: Sequence[dict]) -> dict:
         "finished": mean(sample["finished"] for sample in samples),
         "distinct": mean(len({sample["text"] for sample in group["samples"]}) for group in groups),
         "entropy": mean(group["entropy"] for group in groups if group["entropy"] is not None),
-        "logprob": mean(group["logprob"] for group in groups),
+        "logprob": mean(group["logprob"] for group in groups if group["logprob"] is not None),
     }
     if groups[0]["kind"] == "reasoning":
         return figures

@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 import data
 from data import InputError, Prompt
-from rewards import (clipped_objective, figures_of_kind, group_advantages, parse_scores, preference_reward,
-                     self_rewards, verify_answer)
+from rewards import (clipped_objective, figures_of_kind, group_advantages, mean, parse_scores,
+                     preference_reward, self_rewards, verify_answer)
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 GPU = torch.cuda.is_available()
@@ -121,11 +121,13 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    # G = 4: a judge of 135M parameters lists four scores reliably, and loses count at eight.
-    "smol": dict(model="seed", preferences="builtin", reasoning="builtin", instructions="builtin", steps=18,
-                 warmup_steps=5, batch=12, group=4, max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
-                 lr=3e-5, lr_warmup=2, precision="bfloat16" if GPU else "float32", row_tokens=512, recompute=False,
-                 save_every=0, max_drift=0.1 if GPU else 1e-3),
+    # G = 4: a judge of 135M parameters lists four scores reliably, and loses count at eight. Pairs in both orders and
+    # twice as many of them: what a judge of this size learns from few rows drowns in the noise of its self-scores.
+    "smol": dict(model="seed", preferences="builtin:2", reasoning="builtin", instructions="builtin", steps=18,
+                 warmup_steps=8, mix="2:1:1", batch=24, group=4, max_prompt_tokens=800, max_answer_tokens=48,
+                 max_referee_tokens=40, both_orders=True, judgements=2, lr=1e-5,
+                 precision="bfloat16" if GPU else "float32", row_tokens=1024, recompute=False, save_every=0,
+                 max_drift=0.1 if GPU else 1e-3),
 }
 
 
@@ -192,11 +194,15 @@ class Group:
     advantages: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)  # of each answer token in the loss
     old_N: Tensor | None = None  # the trainer's log-probs of all answer tokens, concatenated
-    entropy: float | None = None  # mean token entropy of the answers, nats
 
     @property
     def answer_tokens(self) -> int:
         return sum(map(len, self.answers))
+
+    @property
+    def entropy(self) -> float | None:
+        """Nats a token: minus the sampler's mean log-prob, an unbiased estimate that costs nothing."""
+        return mean(-p for answer in self.sampler_logprobs for p in answer)
 
 
 def pack_evenly(groups: list[Group], config: Config) -> list[list[Group]]:
@@ -220,24 +226,20 @@ class Policy(nn.Module):
         self.lm, self.config, self.vocabulary = lm, config, vocabulary
         self.compute = getattr(torch, config.precision)
 
-    def forward(self, row: data.Row) -> tuple[Tensor, Tensor]:
-        """Row -> (log pi(token) [N], entropy of pi [N]), nats, both fp32."""
+    def forward(self, row: data.Row) -> Tensor:
+        """Row -> log pi(token) [N], nats, fp32."""
         hidden_1TH = self.lm.model(
             input_ids=row.ids_T[None], position_ids=row.position_T[None], attention_mask=data.attention_mask(row),
             use_cache=False).last_hidden_state
         hidden_NH = hidden_1TH[0, row.source_N]
         chunks = zip(hidden_NH.split(self.config.logit_chunk), row.target_N.split(self.config.logit_chunk))
         # The backward pass recomputes each chunk's logits: N x V of them would be the largest tensor of all.
-        parts = [checkpoint(self.token_logprobs, h, t, use_reentrant=False) for h, t in chunks]
-        return torch.cat([logprob for logprob, _ in parts]), torch.cat([entropy for _, entropy in parts])
+        return torch.cat([checkpoint(self.token_logprobs, h, t, use_reentrant=False) for h, t in chunks])
 
-    def token_logprobs(self, hidden_NH: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    def token_logprobs(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
         # Padded vocabulary rows exist in the head but are never sampled, so they are no part of the softmax.
         logits_NV = self.lm.lm_head(hidden_NH)[:, : self.vocabulary].float() / self.config.temperature
-        logprob_NV = torch.log_softmax(logits_NV, dim=-1)
-        with torch.no_grad():
-            entropy_N = -(logprob_NV.exp() * logprob_NV).sum(-1)
-        return logprob_NV.gather(1, target_N[:, None])[:, 0], entropy_N
+        return torch.log_softmax(logits_NV, dim=-1).gather(1, target_N[:, None])[:, 0]
 
 
 def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
@@ -369,16 +371,21 @@ def reward(config: Config, groups: list[Group]) -> None:
 
 @torch.no_grad()
 def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) -> dict[str, float]:
-    """Part 5: log pi_old by the trainer at rollout weights, token entropy, and drift against the sampler (D16)."""
+    """Part 5: log pi_old by the trainer at rollout weights, and drift against the sampler (D16).
+
+    Only for groups with a signal: the others do not enter the loss.
+    """
+    groups = [group for group in groups if any(group.advantages)]
     for row in pack_evenly(groups, config):
-        logprob_N, entropy_N = policy(data.build_row(row or [IDLE], device))
-        lengths = [group.answer_tokens for group in row]
+        logprob_N = policy(data.build_row(row or [IDLE], device))
         if row:
-            for group, old_N, group_entropy_N in zip(row, logprob_N.split(lengths), entropy_N.split(lengths)):
-                group.old_N, group.entropy = old_N, group_entropy_N.mean().item()
+            for group, old_N in zip(row, logprob_N.split([group.answer_tokens for group in row])):
+                group.old_N = old_N
     difference = [old - new for group in groups
                   for old, new in zip(group.old_N.tolist(), (p for answer in group.sampler_logprobs for p in answer))]
     tokens = all_reduce(len(difference))
+    if not tokens:  # no group of any rank has a signal: nothing was measured
+        return {"drift_mean": None, "drift_max": None}
     drift = {"drift_mean": all_reduce(sum(map(abs, difference))) / tokens,
              "drift_max": all_reduce(max(map(abs, difference), default=0.0), dist.ReduceOp.MAX)}
     if not drift["drift_mean"] <= config.max_drift:
@@ -427,7 +434,7 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
             # Likewise it reduces gradients once an update; whole gradients would fill a GPU.
             policy.set_requires_gradient_sync(GPU or i == len(rows) - 1)
             policy.set_reshard_after_backward(GPU or i == len(rows) - 1)
-            logprob_N, _ = policy(data.build_row(row or [IDLE], device))
+            logprob_N = policy(data.build_row(row or [IDLE], device))
             if not row:
                 (0.0 * logprob_N.sum()).backward()
                 continue
@@ -477,7 +484,8 @@ def describe(group: Group, step: int) -> dict:
     columns = {"ids": group.answers, "text": group.texts, "finished": group.finished, "scores": group.scores or unknown,
                "reward": group.rewards or unknown, "advantage": group.advantages}
     return {"step": step, "index": group.index, "kind": prompt.kind, "instruction": prompt.instruction, **own,
-            "prompt_ids": group.prompt_ids, "entropy": group.entropy, "logprob": group.old_N.mean().item(),
+            "prompt_ids": group.prompt_ids, "entropy": group.entropy,
+            "logprob": None if group.old_N is None else group.old_N.mean().item(),
             "samples": [dict(zip(columns, sample)) for sample in zip(*columns.values())]}
 
 

@@ -54,10 +54,10 @@ def random_groups(count, seed=0, **options):
 
 
 def plain_logprobs(model, prompt, answer, temperature):
-    """Log-probs and entropies of one answer, from one sequence on its own: the definition, without any packing."""
+    """Log-probs of one answer, from one sequence on its own: the definition, without any packing."""
     logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1, :VOCABULARY] / temperature
     logprobs = torch.log_softmax(logits, -1)
-    return logprobs[range(len(answer)), answer], torch.distributions.Categorical(logits=logits).entropy()
+    return logprobs[range(len(answer)), answer]
 
 
 def gradients(module, prefix=""):
@@ -82,16 +82,14 @@ def test_worked_examples_in_docstrings():
 def test_a_packed_row_equals_separate_sequences(make_policy, plain_model, count):
     config, groups = tiny_config(), random_groups(count)
     policy = make_policy(config)
-    logprob_N, entropy_N = policy(data.build_row(groups, "cpu"))
+    logprob_N = policy(data.build_row(groups, "cpu"))
     weight_N = torch.randn(len(logprob_N), generator=torch.Generator().manual_seed(1))
     (logprob_N * weight_N).sum().backward()
 
-    parts = [plain_logprobs(plain_model, group.prompt_ids, answer, config.temperature)
-             for group in groups for answer in group.answers]
-    expected_N, expected_entropy_N = (torch.cat(part) for part in zip(*parts))
+    expected_N = torch.cat([plain_logprobs(plain_model, group.prompt_ids, answer, config.temperature)
+                            for group in groups for answer in group.answers])
     (expected_N * weight_N).sum().backward()
     torch.testing.assert_close(logprob_N, expected_N, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy_N, expected_entropy_N, rtol=1e-5, atol=1e-5)
     assert_same_gradients(gradients(policy, "lm."), gradients(plain_model))
 
 
@@ -100,7 +98,7 @@ def test_chunks_and_recomputation_change_nothing(make_policy, changes):
     results = []
     for config in (tiny_config(), tiny_config(**changes)):
         policy = make_policy(config)
-        logprob_N, _ = policy(data.build_row(random_groups(2), "cpu"))
+        logprob_N = policy(data.build_row(random_groups(2), "cpu"))
         logprob_N.square().sum().backward()
         results.append((logprob_N.detach(), gradients(policy)))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
@@ -182,7 +180,6 @@ def test_judgements_are_seeded_and_shuffled_apart_and_the_readable_ones_averaged
 def test_an_unreadable_judgement_gives_no_reward_and_no_advantage_and_is_counted(monkeypatch, smol_tokenizer):
     group, _ = judged_groups(monkeypatch, smol_tokenizer, ["all are fine"])
     assert group.rewards is None and group.advantages == [0.0] * 3
-    group.old_N, group.entropy = torch.zeros(3), 1.0
     figures = urpo.figures_of_kind([urpo.describe(group, 0)])
     assert figures["unjudged"] == 1 and figures["reward"] is None and figures["format"] == 0
 
@@ -203,9 +200,10 @@ def with_old_logprobs(make_policy, groups, shift=0.0, **changes):
     policy = make_policy(config)
     with torch.no_grad():
         for group in groups:
-            logprob_N, _ = policy(data.build_row([group], "cpu"))
+            logprob_N = policy(data.build_row([group], "cpu"))
             parts = (logprob_N + shift).split([len(answer) for answer in group.answers])
             group.sampler_logprobs = [part.tolist() for part in parts]
+            group.advantages = group.advantages or [1.0] * len(group.answers)
     return config, policy
 
 
@@ -216,10 +214,22 @@ def test_old_logprobs_are_those_of_each_group_and_drift_is_their_distance_to_the
     assert drift["drift_mean"] == pytest.approx(5e-4, rel=0.05) and drift["drift_max"] == pytest.approx(5e-4, rel=0.2)
     for group in groups:
         parts = [plain_logprobs(plain_model, group.prompt_ids, answer, config.temperature) for answer in group.answers]
-        logprob_N, entropy_N = (torch.cat(part) for part in zip(*parts))
-        torch.testing.assert_close(group.old_N, logprob_N, rtol=1e-5, atol=1e-5)
-        assert group.entropy == pytest.approx(entropy_N.mean().item(), rel=1e-5)
+        torch.testing.assert_close(group.old_N, torch.cat(parts), rtol=1e-5, atol=1e-5)
         assert not group.old_N.requires_grad
+
+
+def test_groups_without_signal_get_no_old_logprobs_and_a_step_of_them_alone_measures_no_drift(make_policy):
+    groups = random_groups(3)
+    config, policy = with_old_logprobs(make_policy, groups)
+    groups[1].advantages = [0.0] * 3
+    assert urpo.old_logprobs(config, policy, groups, "cpu")["drift_mean"] < 1e-5
+    assert [group.old_N is None for group in groups] == [False, True, False]
+    assert urpo.old_logprobs(config, policy, groups[1:2], "cpu") == {"drift_mean": None, "drift_max": None}
+
+
+def test_the_entropy_of_a_group_is_minus_the_samplers_mean_logprob():
+    assert Group(0, None, [1], [[1, 2], [3]], sampler_logprobs=[[-1.0, -2.0], [-6.0]]).entropy == 3.0
+    assert Group(0, None, [1], [[1]]).entropy is None
 
 
 def test_a_stale_sampler_stops_the_run(make_policy):
@@ -278,7 +288,7 @@ def plain_loss(model, config, groups):
     for group in groups:
         old = group.old_N.split([len(answer) for answer in group.answers])
         for answer, advantage, old_N, sampler_N in zip(group.answers, group.advantages, old, group.sampler_logprobs):
-            logprob_N, _ = plain_logprobs(model, group.prompt_ids, answer, config.temperature)
+            logprob_N = plain_logprobs(model, group.prompt_ids, answer, config.temperature)
             ratio_N = torch.exp(logprob_N - old_N)
             gain_N = torch.minimum(ratio_N * advantage, ratio_N.clamp(0.8, 1.28) * advantage)
             if config.importance_cap:
@@ -375,7 +385,7 @@ def test_worked_answers_imitate_by_the_same_update(make_policy, plain_model, smo
     policy = make_policy(config)
     optimizer = RecordingOptimizer(policy)
     urpo.update(config, policy, optimizer, SCHEDULE, groups, "cpu", world=1)
-    parts = [plain_logprobs(plain_model, g.prompt_ids, g.answers[0], config.temperature)[0] for g in groups]
+    parts = [plain_logprobs(plain_model, g.prompt_ids, g.answers[0], config.temperature) for g in groups]
     (-torch.cat(parts).mean()).backward()
     assert_same_gradients(optimizer.steps[0], gradients(plain_model), tolerance=2e-5)
 
@@ -402,7 +412,7 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule(make_policy, smol_
         return policy, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1))
 
     def advance(policy, optimizer, schedule):
-        policy(data.build_row(random_groups(1), "cpu"))[0].sum().backward()
+        policy(data.build_row(random_groups(1), "cpu")).sum().backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
