@@ -493,7 +493,7 @@ HEALTH = {  # figure -> (title, how to read it)
     "tied": ("one score for all, share of readable", "no order, so no gradient"),
     "distinct": ("distinct score lines a group", "of the readable judgements of one prompt; at 1 the samples agree, "
                  "and P has no gradient. I: only with --judgements above 1"),
-    "commonest": ("share of the commonest score line", "among readable lines of the same length; 1 where a step has one"),
+    "commonest": ("share of the commonest score line", "among readable lines of equal length; 1 where a step has one"),
     "entropy": ("entropy of the scores, nats", "of the histogram above; a constant line of unequal scores has some"),
     "deviation": ("deviation within a line, points", "a constant line of unequal scores has it too"),
     "first_position": ("first-position preference", "0: blind to order, in expectation"),
