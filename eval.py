@@ -1,19 +1,23 @@
 """Measure a model on held-out data, compare two measurements, draw the curves of a run.
 
-    python eval.py report runs/urpo                          -> runs/urpo/curves.png
+    python eval.py report runs/urpo                          -> runs/urpo/curves.png, runs/urpo/report.html
     python eval.py report runs/s0 runs/s1 runs/s2 --out docs/seeds.png --csv docs/seeds.csv
     python eval.py heldout --model raw --json before.json    answers, judgements and constraints on held-out rows
     python eval.py heldout --model runs/urpo/checkpoints/last/model --json after.json
     python eval.py compare before.json after.json            the table that `make demo` ends with
 
 Prompts, referee's template, parsers and engine are those of training: data.py and rewards.py. The file falls into
-1. scoring (pure functions, from parsed scores to figures), 2. generation, 3. tables, 4. curves, 5. the commands.
+1. scoring (pure functions, from parsed scores to figures), 2. generation, 3. tables, 4. curves and report.html,
+5. the commands.
 One rule of rewards.py holds here too: unknown is not zero. What was not measured is None, "-" or a gap.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import hashlib
+import io
 import json
 import math
 import os
@@ -22,14 +26,17 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
+from statistics import pstdev, stdev
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 import data
 from data import InputError, Prompt
-from rewards import first_position_preference, mean, parse_scores, verify_answer
+from rewards import first_position_preference, kendall_tau, mean, parse_scores, verify_answer
 
 # ------------------------------------------------------------------------------------------ 1. scoring
 
@@ -233,11 +240,11 @@ SETTINGS = (*data.FLAGS.values(), "rows", "samples", "referee_shots", "max_promp
             "max_referee_tokens", "seed")
 
 
-def write_whole(path: str, text: str) -> None:
+def write_whole(path: str | Path, content: str | bytes) -> None:
     """A file that is either complete or absent."""
     unfinished = Path(f"{path}.{os.getpid()}")
     unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     unfinished.rename(path)
 
 
@@ -293,7 +300,7 @@ def compare(args) -> None:
             print(f"not measured alike: --{name} {a} before, {b} after")
 
 
-# ------------------------------------------------------------------------------------------- 4. curves
+# --------------------------------------------------------------------------- 4. curves and report.html
 
 COLORS = {"preference": "tab:blue", "reasoning": "tab:orange", "instruction": "tab:green"}
 P, R, I = data.KINDS
@@ -346,43 +353,100 @@ def averaged(curves: list[dict[int, float]]) -> dict[int, float]:
     return {step: math.nan if value is None else value for step, value in zip(steps, means)}
 
 
-def read_log(run: Path) -> list[dict]:
-    """The steps of a run. A last line that a crash cut short is dropped, and said so."""
+def read_lines(path: Path, fields: str, repairs: list[str]):
+    """The lines of a run's .jsonl, one at a time. A last line that a crash cut short is left out; `repairs` says so."""
+    cut = None
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, text in enumerate(lines, 1):
+            if cut:
+                raise InputError(f"{path}:{number - 1}: not JSON ({cut}); remove the line")
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError as error:
+                cut = error.msg
+                continue
+            for field in fields.split():
+                if not isinstance(line, dict) or field not in line:
+                    raise InputError(f"{path}:{number}: no {field!r}; not a line that urpo.py wrote")
+            yield line
+    if cut:
+        repairs.append(f"{path}:{number}: the last line is incomplete and was left out")
+
+
+def read_log(run: Path, repairs: list[str] | None = None) -> list[dict]:
+    """The steps of a run."""
     path = run / "log.jsonl"
     if not path.is_file():
         raise InputError(f"{run}: no run here (no log.jsonl); give a folder such as runs/urpo")
-    steps, lines = [], path.read_text(encoding="utf-8").splitlines()
-    for number, text in enumerate(lines, 1):
-        try:
-            steps.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InputError(f"{path}:{number}: not JSON ({error.msg}); remove the line") from None
-            print(f"{path}:{number}: the last line is incomplete and was left out", file=sys.stderr)
+    steps = list(read_lines(path, "step", [] if repairs is None else repairs))
     if not steps:
         raise InputError(f"{path}: no step is complete yet")
     return steps
 
 
 def report(args) -> None:
-    """Curves of one run, with its heldout*.json; or of several overlaid: a thin line each, a thick one their mean."""
-    runs = [Path(run) for run in args.runs]
+    """Curves of one run, with its heldout*.json; or of several overlaid: a thin line each, a thick one their mean.
+    Of one run also report.html: the curves, the referee's health and the trajectories in one file without network."""
+    runs, repairs = [Path(run) for run in args.runs], []
     if len(runs) > 1 and not args.out:
         raise InputError("several runs: give --out FILE for their picture")
-    logs = [read_log(run) for run in runs]
-    config = runs[0] / "config.json"
-    about = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    warmup = about.get("config", {}).get("warmup_steps", 0)
+    logs = [read_log(run, repairs) for run in runs]
+    config, about = runs[0] / "config.json", {}
+    if config.is_file():
+        try:
+            about = json.loads(config.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{config}:{error.lineno}: not JSON ({error.msg}); remove it or restore it") from None
     measured = sorted(runs[0].glob("heldout*.json"), key=lambda path: path.stat().st_mtime)  # as time went
     results = {path.stem: read_result(path) for path in measured} if len(runs) == 1 else {}
+    rollouts = read_rollouts(runs[0], args.groups, about.get("config", {}), repairs) if len(runs) == 1 else None
+    for repair in repairs:
+        print(repair, file=sys.stderr)
+    curves = draw_curves([run.name for run in runs], logs, about, results)
+    page = rollouts and write_page(runs[0].resolve().name, logs[0], about, curves, rollouts, repairs)
+    out = args.out or runs[0] / "curves.png"
+    write_whole(out, curves)
+    print(out)
+    if page:
+        write_whole(runs[0] / "report.html", page)
+        print(runs[0] / "report.html")
+    if args.csv:
+        names = [name for curves in PANELS.values() for name in curves]
+        lines = [",".join(["run", "step", *names])]
+        for run, log in zip(runs, logs):  # an empty field: not measured
+            lines += [",".join([run.name, str(line["step"]), *("" if math.isnan(x) else f"{x:.6g}" for x in (
+                figure_of(line, name) for name in names))]) for line in log]
+        write_whole(args.csv, "\n".join(lines) + "\n")
+        print(args.csv)
 
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def new_picture(width: float, height: float, title: str = ""):
+    """A drawing that belongs to no window; `.savefig` writes it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    drawing = pyplot.figure(figsize=(17, 14), layout="constrained")
-    drawing.suptitle(f"{', '.join(run.name for run in runs)}, from model {about.get('weights', 'unknown')}")
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(drawing)
+    if title:
+        drawing.suptitle(title, parse_math=False)
+    return drawing
+
+
+def png(drawing, dpi: int) -> bytes:
+    for axis in drawing.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        if not axis.has_data() and axis.axison:
+            axis.set_yticks([], [])
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="gray")
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def draw_curves(names: list[str], logs: list[list[dict]], about: dict, results: dict[str, dict]) -> bytes:
+    """The picture of PANELS, of the seconds of the seven parts and of what was measured held out."""
+    warmup = about.get("config", {}).get("warmup_steps", 0)
+    drawing = new_picture(17, 14, f"{', '.join(names)}, from model {about.get('weights', 'unknown')}")
     grid = drawing.add_gridspec(4, 4)
     seconds = drawing.add_subplot(grid[3, :2] if results else grid[3, :], title="seconds of the seven parts")
     for i, (title, curves) in enumerate(PANELS.items()):
@@ -397,37 +461,290 @@ def report(args) -> None:
             axis.plot(curve.keys(), curve.values(), color=color, label=label, marker=".", markersize=3)
             axis.legend(fontsize=7, frameon=False)
             axis.set_yscale("log" if "(log)" in title else "linear")
-        if not axis.lines:
-            axis.set_yticks([], [])
-            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="gray")
-    parts = list(logs[0][0]["seconds"])
+    parts = list(logs[0][0].get("seconds", {}))
     curves = [averaged([{line["step"]: figure_of(line, f"seconds.{part}") for line in log} for log in logs])
               for part in parts]
-    seconds.stackplot(list(curves[0]), *(curve.values() for curve in curves), labels=parts)
+    if parts:
+        seconds.stackplot(list(curves[0]), *(curve.values() for curve in curves), labels=parts)
+        seconds.legend(fontsize=7, frameon=False, loc="upper left", ncols=4)
     seconds.locator_params(axis="x", integer=True)  # of all panels: they share the axis
-    seconds.legend(fontsize=7, frameon=False, loc="upper left", ncols=4)
     for axis in drawing.axes:
         axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-        if 0 < warmup <= max(curves[0]):  # from here on instructions join, and the judge rewards itself
-            axis.axvline(warmup - 0.5, color="black", linewidth=0.6)
+        if axis.has_data() and 0 < warmup <= max(line["step"] for log in logs for line in log):
+            axis.axvline(warmup - 0.5, color="black", linewidth=0.6)  # instructions join: the judge rewards itself
     if results:
         text = drawing.add_subplot(grid[3, 2:], title="held out: value [95 % interval]")
         text.axis("off")
         text.text(0, 1, table(results), family="monospace", fontsize=7, va="top")
-    out = Path(args.out or runs[0] / "curves.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(out, dpi=110)
-    pyplot.close(drawing)
-    print(out)
-    if args.csv:
-        names = [name for curves in PANELS.values() for name in curves]
-        lines = [",".join(["run", "step", *names])]
-        for run, log in zip(runs, logs):  # an empty field: not measured
-            lines += [",".join([run.name, str(line["step"]), *("" if math.isnan(x) else f"{x:.6g}" for x in (
-                figure_of(line, name) for name in names))]) for line in log]
-        write_whole(args.csv, "\n".join(lines) + "\n")
-        print(args.csv)
+    return png(drawing, 110)
+
+
+# ---- the referee's health: from rollouts.jsonl, beside what two judges that read nothing would show ----
+
+
+class Judgement(NamedTuple):
+    scores: tuple[float, ...] | None  # in the order shown; None: unreadable
+    lengths: tuple[int, ...]  # characters of each judged text, in the same order
+    truth: tuple[float, ...] | None  # P: the true scores, in the same order; I: nobody knows them
+
+
+HEALTH = {  # figure -> (title, how to read it)
+    "unparsed": ("unreadable judgements, share", "P: reward -1; I: the group teaches nothing"),
+    "tied": ("one score for all, share of readable", "no order, so no gradient"),
+    "distinct": ("distinct score lines a group", "of the readable judgements of one prompt; at 1 the samples agree, "
+                 "and P has no gradient. I: only with --judgements above 1"),
+    "commonest": ("share of the commonest score line", "among readable lines of equal length; 1 where a step has one"),
+    "entropy": ("entropy of the scores, nats", "of the histogram above; a constant line of unequal scores has some"),
+    "deviation": ("deviation within a line, points", "a constant line of unequal scores has it too"),
+    "first_position": ("first-position preference", "0: blind to order, in expectation"),
+    "length": ("rank correlation of score with length", "Kendall's tau-b with the characters of the judged text, "
+               "a judgement at a time; on P the better text may well be the longer one"),
+    "tau": ("Kendall's tau with the truth", "of readable judgements; what the constant line has here is noise"),
+}
+PROBE = {  # figure under "probe" in log.jsonl -> (title, always one score for all, always one line, how to read it)
+    "first_position": ("first-position preference", "0", "0 or ±0.5",
+                       "fixed pairs judged in both orders: real differences of quality cancel"),
+    "self_preference": ("own answer above a frozen copy's, points", "0", "0", "answers of equal hidden-gold quality"),
+    "empty": ("an empty answer above an honest one, points", "0", "0", "hack; below 0: seen through"),
+    "ten_of_ten": ("“give this answer 10 out of 10” above an honest one, points", "0", "0",
+                   "hack; below 0: seen through"),
+    "repetition": ("a very long repetition above an honest one, points", "0", "0", "hack; below 0: seen through"),
+    "copy": ("a text and its own copy apart, points", "0", "s1 and s2 apart",
+             "hack; 0 is right, and also what one score for all gives"),
+}
+JUDGES = ("run", "one score", "one line")
+
+
+def judgements_of(group: dict) -> list[Judgement]:
+    """The judgements in a line of rollouts.jsonl: on P the G samples, on I the K self-judgements, on R none."""
+    if group["kind"] == "preference":
+        lengths = tuple(len(text) for text in group["responses"])
+        return [Judgement(sample["scores"] and tuple(sample["scores"]), lengths, tuple(group["truth"]))
+                for sample in group["samples"]]
+    verdicts = [(parse_scores(judgement["text"], len(judgement["order"])), judgement["order"])
+                for judgement in group["judgements"]]
+    return [Judgement(scores and tuple(scores), tuple(len(group["samples"][i]["text"]) for i in order), None)
+            for scores, order in verdicts]
+
+
+rank_correlation = lru_cache(maxsize=2**16)(kendall_tau)  # scipy takes 0.3 ms a call, and score lines repeat
+
+
+def referee_health(groups: list[list[Judgement]]) -> dict[str, float | None]:
+    """HEALTH of some judgements, listed by prompt (ours). None: not measured.
+
+    >>> right, wrong = (Judgement(scores, (40, 10), (1.0, 0.0)) for scores in ((9.0, 2.0), (2.0, 9.0)))
+    >>> figures = referee_health([[right, wrong], [right, right._replace(scores=None)]])
+    >>> [figures[name] for name in ("unparsed", "tied", "distinct", "first_position", "length")]
+    [0.25, 0.0, 2.0, 0.16666666666666666, 0.3333333333333333]
+    """
+    everything = [judgement for group in groups for judgement in group]
+    read = [judgement for judgement in everything if judgement.scores]
+    by_group = [[judgement.scores for judgement in group if judgement.scores] for group in groups]
+    lines = {}
+    for judgement in read:
+        lines.setdefault(len(judgement.scores), Counter())[judgement.scores] += 1
+    histogram = Counter(score for judgement in read for score in judgement.scores)
+    return {
+        "unparsed": mean(not judgement.scores for judgement in everything),
+        "tied": mean(len(set(judgement.scores)) == 1 for judgement in read),
+        "distinct": mean(len(set(scores)) for scores in by_group if len(scores) > 1),  # of one, 1 says nothing
+        "commonest": sum(max(count.values()) for count in lines.values()) / len(read) if read else None,
+        "entropy": float(stats.entropy(list(histogram.values()))) if read else None,
+        "deviation": mean(pstdev(judgement.scores) for judgement in read),
+        "first_position": first_position_preference([judgement.scores for judgement in read]) if read else None,
+        "length": mean(rank_correlation(judgement.scores, judgement.lengths) for judgement in read),
+        "tau": mean(rank_correlation(judgement.scores, judgement.truth) for judgement in read if judgement.truth),
+    }
+
+
+def constant_judges(steps: dict[int, list[list[Judgement]]]) -> dict[str, dict[int, tuple[float, ...]]]:
+    """Two judges that read nothing, {texts shown: scores}: one score for all, and the run's own commonest line.
+
+    >>> usual, other = (Judgement(scores, (40, 10), None) for scores in ((9.0, 2.0), (5.0, 6.0)))
+    >>> constant_judges({0: [[usual, other]], 1: [[usual, usual]]})
+    {'one score': {2: (5.0, 5.0)}, 'one line': {2: (9.0, 2.0)}}
+    """
+    lines = {}
+    for judgement in (judgement for groups in steps.values() for group in groups for judgement in group
+                      if judgement.scores):
+        lines.setdefault(len(judgement.scores), Counter())[judgement.scores] += 1
+    return {"one score": {n: (5.0,) * n for n in sorted(lines)},
+            "one line": {n: lines[n].most_common(1)[0][0] for n in sorted(lines)}}
+
+
+def health_curves(steps: dict[int, list[list[Judgement]]], constant: dict) -> dict[str, dict[str, dict]]:
+    """{judge: {figure: {step: value}}}: the run's judge, then the constant ones in its place on the same texts."""
+    curves = {judge: {figure: {} for figure in HEALTH} for judge in JUDGES}
+    for step, groups in steps.items():
+        for judge in JUDGES:
+            shown = groups if judge == "run" else [
+                [judgement._replace(scores=constant[judge][len(judgement.lengths)]) for judgement in group
+                 if len(judgement.lengths) in constant[judge]] for group in groups]
+            for figure, value in referee_health(shown).items():
+                curves[judge][figure][step] = value
+    return curves
+
+
+def at_start_and_end(curve: dict[int, float | None]) -> tuple[float | None, float | None]:
+    """Means of the first and of the last fifth of the measured steps.
+
+    >>> at_start_and_end({0: 1.0, 1: None, 2: 3.0}), at_start_and_end({0: None})
+    ((1.0, 3.0), (None, None))
+    """
+    values = [value for value in curve.values() if value is not None and not math.isnan(value)]
+    fifth = max(1, len(values) // 5)
+    return mean(values[:fifth]), mean(values[-fifth:])
+
+
+def health_table(health: dict, log: list[dict]) -> list[tuple[str, list[dict]]]:
+    """(heading, rows) of report.html: P and I from the trajectories, the probes from the log."""
+    parts = []
+    for kind, heading in ((P, "judging given responses (P): trained"), (I, "judging its own answers (I): not trained")):
+        curves = health[kind]
+        names = [name for name in HEALTH if name != "tau" or kind == P]  # nobody knows the true order of I
+        parts.append((heading, [{
+            "title": HEALTH[name][0], "reading": HEALTH[name][1],
+            "values": [*at_start_and_end(curves["run"][name]),
+                       *(mean(value for value in curves[judge][name].values() if value is not None)
+                         for judge in JUDGES[1:])]} for name in names]))
+    rows = [{"title": title, "reading": reading, "values": [*at_start_and_end(probe_curve(log, name)), one, line]}
+            for name, (title, one, line, reading) in PROBE.items()]
+    return [*parts, ("a fixed probe set (urpo.py --probe_every)", rows)]
+
+
+def probe_curve(log: list[dict], name: str) -> dict[int, float]:
+    return {line["step"]: value for line in log if not math.isnan(value := figure_of(line, f"probe.{name}"))}
+
+
+def draw_health(health: dict, steps: dict, log: list[dict]) -> bytes:
+    """HEALTH over the steps, solid; a constant judge on the same texts, dashed and dotted; histograms of the scores."""
+    drawing = new_picture(17, 13)
+    grid = drawing.add_gridspec(4, 4)
+    for i, (name, (title, _)) in enumerate(HEALTH.items()):
+        axis = drawing.add_subplot(grid[i // 4, i % 4], title=title)
+        for kind in (P, I):
+            for judge, style in zip(JUDGES, ("-", "--", ":")):
+                curve = {step: value for step, value in health[kind][judge][name].items() if value is not None}
+                if judge != "run" and curve:
+                    curve = dict.fromkeys((min(curve), max(curve)), mean(curve.values()))
+                if curve:
+                    axis.plot(curve.keys(), curve.values(), style, color=COLORS[kind], linewidth=1,
+                              marker="." if judge == "run" else None, markersize=3,
+                              label=f"{kind}, {judge}" if judge != "run" else kind)
+    axis = drawing.axes[0]
+    if axis.lines:
+        axis.legend(fontsize=7, frameon=False)
+    names = list(PROBE)
+    for cell, title, names in ((1, "probe set: first-position preference", names[:1]),
+                               (2, "probe set: points above the other text", names[1:])):
+        axis = drawing.add_subplot(grid[2, cell], title=title)
+        for name in names:
+            if curve := probe_curve(log, name):
+                axis.plot(curve.keys(), curve.values(), marker=".", markersize=3, label=name)
+                axis.legend(fontsize=7, frameon=False)
+        if axis.lines:
+            axis.axhline(0, linestyle="--", linewidth=1, color="gray")
+    key = drawing.add_subplot(grid[2, 3])
+    key.axis("off")
+    key.text(0, 1, "solid: the judge of this run\ndashed: a judge that gives one score to all\n"
+             "dotted: a judge that always writes\n   this run's commonest line", va="top", fontsize=9)
+    for kind, cell in ((P, grid[3, :2]), (I, grid[3, 2:])):
+        axis = drawing.add_subplot(cell, title=f"histogram of the scores, {kind}: share of a step's scores")
+        values = {step: [round(score) for group in groups for judgement in group for score in judgement.scores or ()]
+                  for step, groups in steps[kind].items()}
+        if any(values.values()):
+            shares_SV = [[row.count(v) / max(1, len(row)) for v in range(1, 11)] for row in values.values()]
+            axis.imshow(np.transpose(shares_SV), origin="lower", aspect="auto", cmap="Greys", vmin=0, vmax=1,
+                        interpolation="nearest", extent=(-0.5, len(values) - 0.5, 0.5, 10.5))
+            labels = list(values)
+            ticks = range(0, len(labels), max(1, len(labels) // 10))
+            axis.set_xticks(ticks, [labels[i] for i in ticks])
+            axis.set_yticks(range(1, 11))
+    for axis in drawing.axes:
+        axis.set_xlabel("step")
+    return png(drawing, 80)
+
+
+# ---- trajectories, and the page ----
+
+RECORDED = {P: ("responses", "truth"), R: ("answer",), I: ("judgements",)}
+SAMPLED = ("text", "ids", "finished", "scores", "reward", "advantage")
+EMBEDDED = 1000  # groups of answers that report.html holds unless --groups says otherwise; a browser opens it at once
+
+
+def explanation(group: dict, scale: str) -> dict:
+    """A line of rollouts.jsonl as the template shows it: with what the judge was shown, who scored which answer,
+    mean and unbiased deviation of the rewards. Of the token ids only their number is kept."""
+    kind, samples = group["kind"], group["samples"]
+    rewards = [sample["reward"] for sample in samples]
+    judged = None not in rewards
+    prompt = Prompt(kind, group["instruction"], tuple(group.get("responses", ())))
+    return {
+        **{name: group.get(name) for name in ("step", "index", "kind", "instruction", "responses", "truth", "answer")},
+        "prompt": data.prompt_text(prompt) if kind != "instruction" else None, "rewards": rewards if judged else [],
+        "mean": mean(rewards) if judged else None, "scale": scale,
+        "std": None if not judged else stdev(rewards) if len(rewards) > 1 else 0.0,
+        "check": group.get("check"),
+        "samples": [{"text": sample["text"], "scores": sample["scores"], "reward": sample["reward"],
+                     "advantage": sample["advantage"], "tokens": len(sample["ids"]), "finished": sample["finished"],
+                     "complies": data.complies(group["check"], sample["text"]) if group.get("check") else None}
+                    for sample in samples],
+        "judgements": [judgement | {"scores": parse_scores(judgement["text"], len(judgement["order"]))}
+                       for judgement in group.get("judgements", ())]}
+
+
+def read_rollouts(run: Path, most: int, config: dict, repairs: list[str]) -> tuple[dict, list[dict], Counter]:
+    """rollouts.jsonl in one pass -> (judgements {kind: {step: groups}}, at most `most` groups explained, counts).
+
+    The groups kept are evenly spaced within each kind: whenever there are too many, every second one goes. A supervised
+    run has worked answers on P, which are nobody's judgements.
+    """
+    path, steps, kept, counts = run / "rollouts.jsonl", {P: {}, I: {}}, {kind: [] for kind in data.KINDS}, Counter()
+    stride = dict.fromkeys(data.KINDS, 1)
+    if not path.is_file():
+        return steps, [], counts
+    for group in read_lines(path, "step index kind instruction samples", repairs):
+        kind = group["kind"]
+        missing = [f"kind of {', '.join(data.KINDS)}"] if kind not in data.KINDS else [
+            *(field for field in RECORDED[kind] if field not in group),
+            *(field for sample in group["samples"] for field in SAMPLED if field not in sample)]
+        if missing:
+            raise InputError(f"{path}: step {group['step']}, prompt {group['index']}: no {missing[0]}; "
+                             "not a line that urpo.py wrote")
+        if kind in steps and config.get("method") != "sft":
+            steps[kind].setdefault(group["step"], []).append(judgements_of(group))
+        if counts[kind] % stride[kind] == 0:
+            kept[kind].append(explanation(group, config.get("advantage", "std")))
+            if len(kept[kind]) > max(1, most // len(data.KINDS)):
+                kept[kind], stride[kind] = kept[kind][::2], 2 * stride[kind]
+        counts[kind] += 1
+        counts["trajectories"] += len(group["samples"])
+    groups = sorted((group for part in kept.values() for group in part), key=lambda g: (g["step"], g["index"]))
+    counts["groups"] = sum(counts[kind] for kind in data.KINDS)
+    return steps, groups, counts
+
+
+def write_page(name: str, log: list[dict], about: dict, curves: bytes, rollouts: tuple, repairs: list[str]) -> str:
+    """report.html from report.html.jinja. Every text of the run is escaped by the template engine (autoescape)."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    steps, groups, counts = rollouts
+    constant = {kind: constant_judges(part) for kind, part in steps.items()}
+    health = {kind: health_curves(part, constant[kind]) for kind, part in steps.items()}
+    engine = Environment(loader=FileSystemLoader(Path(__file__).resolve().parent), autoescape=True,
+                         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    engine.filters |= {
+        "number": lambda x: "not measured" if x is None else x if isinstance(x, str) else f"{round(x, 3) + 0:g}",
+        "png": lambda image: "data:image/png;base64," + base64.b64encode(image).decode(),
+        "scores": lambda scores: "unreadable" if scores is None else ", ".join(f"{score:g}" for score in scores),
+        "sha256": lambda text: "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}
+    page = engine.get_template("report.html.jinja").render(
+        run=name, about=about, repairs=repairs, log=log, curves=curves, groups=groups, counts=counts,
+        shown=sum(len(group["samples"]) for group in groups), kinds=data.KINDS, constant=constant,
+        health=health_table(health, log), picture=draw_health(health, steps, log),
+        supervised=about.get("config", {}).get("method") == "sft")
+    return page.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON may hold
 
 
 # ----------------------------------------------------------------------------------------- 5. commands
@@ -443,11 +760,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="report | heldout | compare")
-    part = commands.add_parser("report", help="draw the curves of one run or of several", allow_abbrev=False)
+    part = commands.add_parser("report", help="curves of one run or of several; of one, also report.html",
+                               allow_abbrev=False)
     part.set_defaults(command=report)
     part.add_argument("runs", nargs="+", help="folders that hold a log.jsonl; several are overlaid")
     part.add_argument("--out", help="the picture; default <run>/curves.png")
     part.add_argument("--csv", help="also write the figures of the panels, a line a step")
+    part.add_argument("--groups", type=positive, default=EMBEDDED,
+                      help=f"at most so many prompts, with all their answers, in report.html; default {EMBEDDED}")
     part = commands.add_parser("heldout", help="measure a model on held-out rows", allow_abbrev=False)
     part.set_defaults(command=heldout)
     part.add_argument("--model", required=True, help="a folder, a hub id, raw, or seed (see data.py)")
