@@ -2,13 +2,15 @@
 
     python eval.py report runs/urpo                          -> runs/urpo/curves.png, runs/urpo/report.html
     python eval.py report runs/s0 runs/s1 runs/s2 --out docs/seeds.png --csv docs/seeds.csv
+    python eval.py explain runs/urpo --step 3 --prompt 5     why the rewards of one prompt are what they are
+    python eval.py explain runs/urpo --all                   every reward derived again; exit status 1 if wrong
     python eval.py heldout --model raw --json before.json    answers, judgements and constraints on held-out rows
     python eval.py heldout --model runs/urpo/checkpoints/last/model --json after.json
     python eval.py compare before.json after.json            the table that `make demo` ends with
 
 Prompts, referee's template, parsers and engine are those of training: data.py and rewards.py. The file falls into
 1. scoring (pure functions, from parsed scores to figures), 2. generation, 3. tables, 4. curves and report.html,
-5. the commands.
+5. explain, 6. the commands.
 One rule of rewards.py holds here too: unknown is not zero. What was not measured is None, "-" or a gap.
 """
 
@@ -27,16 +29,19 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from statistics import pstdev, stdev
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import stats
 
 import data
 from data import InputError, Prompt
-from rewards import first_position_preference, kendall_tau, mean, parse_scores, verify_answer
+from rewards import (figures_of_kind, first_position_preference, group_advantages, kendall_tau, mean, parse_scores,
+                     preference_reward, self_rewards, verify_answer)
 
 # ------------------------------------------------------------------------------------------ 1. scoring
 
@@ -384,6 +389,15 @@ def read_log(run: Path, repairs: list[str] | None = None) -> list[dict]:
     return steps
 
 
+def read_about(run: Path) -> dict:
+    """The run's config.json; {} where there is none."""
+    path = run / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); remove it or restore it") from None
+
+
 def report(args) -> None:
     """Curves of one run, with its heldout*.json; or of several overlaid: a thin line each, a thick one their mean.
     Of one run also report.html: the curves, the referee's health and the trajectories in one file without network."""
@@ -391,12 +405,7 @@ def report(args) -> None:
     if len(runs) > 1 and not args.out:
         raise InputError("several runs: give --out FILE for their picture")
     logs = [read_log(run, repairs) for run in runs]
-    config, about = runs[0] / "config.json", {}
-    if config.is_file():
-        try:
-            about = json.loads(config.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{config}:{error.lineno}: not JSON ({error.msg}); remove it or restore it") from None
+    about = read_about(runs[0])
     measured = sorted(runs[0].glob("heldout*.json"), key=lambda path: path.stat().st_mtime)  # as time went
     results = {path.stem: read_result(path) for path in measured} if len(runs) == 1 else {}
     rollouts = read_rollouts(runs[0], args.groups, about.get("config", {}), repairs) if len(runs) == 1 else None
@@ -694,6 +703,18 @@ def explanation(group: dict, scale: str) -> dict:
                        for judgement in group.get("judgements", ())]}
 
 
+def read_groups(path: Path, repairs: list[str]):
+    """The lines of rollouts.jsonl, each with every field from which its rewards can be derived again."""
+    for group in read_lines(path, "step index kind instruction samples", repairs):
+        missing = [f"kind of {', '.join(data.KINDS)}"] if group["kind"] not in data.KINDS else [
+            *(field for field in RECORDED[group["kind"]] if field not in group),
+            *(field for sample in group["samples"] for field in SAMPLED if field not in sample)]
+        if missing:
+            raise InputError(f"{path}: step {group['step']}, prompt {group['index']}: no {missing[0]}; "
+                             "not a line that urpo.py wrote")
+        yield group
+
+
 def read_rollouts(run: Path, most: int, config: dict, repairs: list[str]) -> tuple[dict, list[dict], Counter]:
     """rollouts.jsonl in one pass -> (judgements {kind: {step: groups}}, at most `most` groups explained, counts).
 
@@ -704,14 +725,8 @@ def read_rollouts(run: Path, most: int, config: dict, repairs: list[str]) -> tup
     stride = dict.fromkeys(data.KINDS, 1)
     if not path.is_file():
         return steps, [], counts
-    for group in read_lines(path, "step index kind instruction samples", repairs):
+    for group in read_groups(path, repairs):
         kind = group["kind"]
-        missing = [f"kind of {', '.join(data.KINDS)}"] if kind not in data.KINDS else [
-            *(field for field in RECORDED[kind] if field not in group),
-            *(field for sample in group["samples"] for field in SAMPLED if field not in sample)]
-        if missing:
-            raise InputError(f"{path}: step {group['step']}, prompt {group['index']}: no {missing[0]}; "
-                             "not a line that urpo.py wrote")
         if kind in steps and config.get("method") != "sft":
             steps[kind].setdefault(group["step"], []).append(judgements_of(group))
         if counts[kind] % stride[kind] == 0:
@@ -747,7 +762,140 @@ def write_page(name: str, log: list[dict], about: dict, curves: bytes, rollouts:
     return page.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON may hold
 
 
-# ----------------------------------------------------------------------------------------- 5. commands
+# ------------------------------------------------------------------------------------------ 5. explain
+
+
+def derive(group: dict, config: dict) -> list[dict]:
+    """Scores, reward and advantage of each sample of a line of rollouts.jsonl, from its texts alone by rewards.py.
+
+    >>> config = {"method": "urpo", "tau": "b", "advantage": "std"}
+    >>> samples = [{"text": "so 5"}, {"text": "it is 4"}]
+    >>> derive({"kind": "reasoning", "answer": "4", "samples": samples}, config)[1]
+    {'scores': None, 'reward': 1.0, 'advantage': 0.7071057558059692}
+    """
+    texts = [sample["text"] for sample in group["samples"]]
+    scores, rewards = [None] * len(texts), None
+    if group["kind"] == "preference":
+        scores = [parse_scores(text, len(group["truth"])) for text in texts]
+        rewards = [preference_reward(text, group["truth"], config["tau"]) for text in texts]
+    elif group["kind"] == "reasoning":
+        rewards = [verify_answer(text, group["answer"]) for text in texts]
+    elif config["method"] == "urpo":
+        rewards = self_rewards(*([judgement[name] for judgement in group["judgements"]] for name in ("text", "order")))
+    if config["method"] == "sft":  # worked answers: given, not earned
+        rewards = advantages = [1.0] * len(texts)
+    elif rewards is None:  # no judgement could be read (D8)
+        rewards, advantages = [None] * len(texts), [0.0] * len(texts)
+    else:
+        advantages = group_advantages(torch.tensor(rewards), config["advantage"]).tolist()
+    return [dict(zip(("scores", "reward", "advantage"), values)) for values in zip(scores, rewards, advantages)]
+
+
+def agree(a, b) -> bool:
+    """Equal but for float32 rounding; None, which is unknown, equals None alone.
+
+    >>> agree([9, 2.0], [9.0, 2]), agree(0.7071058, 0.70710576), agree(None, 0.0), agree(math.nan, math.nan)
+    (True, True, False, True)
+    """
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(agree, a, b))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6) or math.isnan(a) and math.isnan(b)
+    return a == b
+
+
+def differences(group: dict, config: dict) -> list[str]:
+    """What a line of rollouts.jsonl records and its texts do not bear out."""
+    where = f"step {group['step']}, prompt {group['index']}"
+    try:
+        derived = derive(group, config)
+    except ValueError as error:
+        return [f"{where}: {error}"]
+    return [f"{where}, answer {i}: {name} {sample[name]} recorded, {value} derived"
+            for i, (sample, own) in enumerate(zip(group["samples"], derived), 1) for name, value in own.items()
+            if not agree(sample[name], value)]
+
+
+def shown(text: str) -> str:
+    """A text of the run as a terminal may show it: indented, its control characters spelled out."""
+    safe = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "\n".join("    | " + line for line in safe.split("\n"))
+
+
+def in_words(group: dict, config: dict) -> str:
+    """One group as recorded: what was asked, what was answered, who judged it how, and what that makes."""
+    told = explanation(group, config["advantage"])
+    lines = [f"step {group['step']}, prompt {group['index']}: {group['kind']}", "question", shown(told["instruction"])]
+    if told["responses"]:
+        lines += ["judge prompt", shown(told["prompt"]), f"true scores, as shown: {told['truth']}"]
+    if told["answer"]:
+        lines += ["true answer", shown(told["answer"])]
+    for i, sample in enumerate(told["samples"], 1):
+        lines += [f"answer {i}, {sample['tokens']} tokens{'' if sample['finished'] else ', cut off'}",
+                  shown(sample["text"])]
+        if sample["scores"]:
+            tau = kendall_tau(sample["scores"], told["truth"], config["tau"])
+            lines += [f"scores: {sample['scores']}, tau {tau:.4g}"]
+        elif told["responses"]:
+            lines += ["scores: unreadable, which earns -1 (D4)"]
+    for judgement in told["judgements"]:
+        lines += [f"judge prompt over answers {', '.join(str(i + 1) for i in judgement['order'])}, in this order",
+                  shown(judgement["prompt"]), "judge text", shown(judgement["text"]),
+                  f"scores: {judgement['scores'] or 'unreadable'}"]
+    for i, sample in enumerate(told["samples"], 1):
+        reward = "none, no judgement can be read (D8)" if sample["reward"] is None else f"{sample['reward']:.4g}"
+        lines += [f"answer {i}: reward {reward}, advantage {sample['advantage']:.4g}"]
+    if told["rewards"]:
+        rule = {"std": "(reward - mean) / (std + 1e-6), 0 without spread", "center": "reward - mean"}[told["scale"]]
+        lines += [f"mean {told['mean']:.4g}, unbiased std {told['std']:.4g}; advantage = "
+                  + ("1, since worked answers are imitated" if config["method"] == "sft" else rule)]
+    return "\n".join(lines)
+
+
+def explain(args) -> None:
+    """Why the rewards of a run are what they are: one prompt in full, or every number of the run derived again.
+
+    With --all the figures of log.jsonl are derived too. Exit status 1 and each difference where the record is wrong.
+    """
+    run, repairs, wrong, found, told = Path(args.run), [], [], Counter(), 0
+    log = {line["step"]: line for line in read_log(run, repairs)}
+    expected = {step: sum(line[kind]["prompts"] for kind in data.KINDS if kind in line) for step, line in log.items()}
+    path, config = run / "rollouts.jsonl", read_about(run).get("config", {})
+    if not path.is_file() or not {"method", "tau", "advantage", "rollouts_every"} <= config.keys():
+        raise InputError(f"{run}: no rollouts.jsonl, or no config.json with the run's settings: nothing to derive from")
+    for step, groups in groupby(read_groups(path, repairs), key=lambda group: group["step"]):
+        groups = list(groups)
+        found[step] += len(groups)
+        for group in groups if args.all else [g for g in groups if (step, g["index"]) == (args.step, args.prompt)]:
+            told += len(group["samples"])
+            wrong += differences(group, config)
+            if not args.all:
+                print(in_words(group, config))
+        if args.all and found[step] == expected.get(step):
+            for kind in data.KINDS:
+                logged = log[step].get(kind, {})
+                derived = figures_of_kind([group for group in groups if group["kind"] == kind])
+                wrong += [f"step {step}: {kind}.{name} is {logged[name]} in log.jsonl, {value} derived"
+                          for name, value in derived.items() if name in logged and not agree(logged[name], value)]
+    for step in sorted(log.keys() | found.keys()) if args.all else ():
+        number = expected.get(step, 0) if step % config["rollouts_every"] == 0 else 0
+        if found[step] != number and step == max(log.keys() | found.keys()):  # as a crash leaves it
+            repairs.append(f"{run}: step {step} is the last and incomplete ({found[step]} prompts in rollouts.jsonl, "
+                           f"{number} in log.jsonl): its figures were left out")
+        elif found[step] != number:
+            wrong.append(f"step {step}: {found[step]} prompts in rollouts.jsonl, {number} in log.jsonl")
+    if not told:
+        raise InputError(f"{path}: no prompt {args.prompt} of step {args.step}; it holds "
+                         f"{found.total()} prompts of steps {min(found, default=0)} to {max(found, default=0)}")
+    for line in repairs + wrong:
+        print(line, file=sys.stderr)
+    if wrong:
+        sys.exit(1)
+    if args.all:
+        print(f"{run}: all {told} rewards and advantages are as the texts make them")
+
+
+# ----------------------------------------------------------------------------------------- 6. commands
 
 
 def positive(text: str) -> int:
@@ -759,7 +907,7 @@ def positive(text: str) -> int:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="report | heldout | compare")
+    commands = parser.add_subparsers(required=True, metavar="report | explain | heldout | compare")
     part = commands.add_parser("report", help="curves of one run or of several; of one, also report.html",
                                allow_abbrev=False)
     part.set_defaults(command=report)
@@ -768,6 +916,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     part.add_argument("--csv", help="also write the figures of the panels, a line a step")
     part.add_argument("--groups", type=positive, default=EMBEDDED,
                       help=f"at most so many prompts, with all their answers, in report.html; default {EMBEDDED}")
+    part = commands.add_parser("explain", help="derive the rewards of a run again", allow_abbrev=False)
+    part.set_defaults(command=explain)
+    part.add_argument("run", help="a folder that holds log.jsonl, rollouts.jsonl and config.json")
+    part.add_argument("--step", type=int, help="with --prompt: show one prompt in full")
+    part.add_argument("--prompt", type=int, help="its number in the step's batch, from 0")
+    part.add_argument("--all", action="store_true", help="check every number; exit status 1 where one is wrong")
     part = commands.add_parser("heldout", help="measure a model on held-out rows", allow_abbrev=False)
     part.set_defaults(command=heldout)
     part.add_argument("--model", required=True, help="a folder, a hub id, raw, or seed (see data.py)")
@@ -787,7 +941,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     part.set_defaults(command=compare)
     part.add_argument("before")
     part.add_argument("after")
-    return argparse.Namespace(**vars(parser.parse_args(arguments)), arguments=arguments)
+    args = argparse.Namespace(**vars(parser.parse_args(arguments)), arguments=arguments)
+    if args.command is explain and args.all == (args.step is not None and args.prompt is not None):
+        parser.error("explain: give --step and --prompt, or --all")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -42,7 +42,7 @@ def made_up_run(folder, steps=6, warmup=2, judge=None, answer="An answer.", prob
                      rf"\boxed{{{prompt.answer if rng.random() < 0.3 * step else 0}}}" if kind == "reasoning" else
                      answer * rng.randint(1, 3) for _ in range(group)]
             made = urpo.Group(len(groups), prompt, [1, 2, 3], [[7] * len(text) for text in texts], texts=texts,
-                              finished=[True] * group, old_N=torch.tensor([-1.0]), entropy=1.0)
+                              finished=[True] * group, old_N=torch.tensor([-1.0]), sampler_logprobs=[[-1.0]] * group)
             if kind == "instruction":
                 order = rng.sample(range(group), group)
                 shown = data.referee_text(prompt.instruction, [texts[i] for i in order])
