@@ -1,16 +1,21 @@
-"""Measure a model on held-out data, compare two measurements, draw the curves of a run.
+"""Measure a model, compare measurements, draw the curves of a run, and say why its rewards are what they are.
 
     python eval.py report runs/urpo                          -> runs/urpo/curves.png, runs/urpo/report.html
     python eval.py report runs/s0 runs/s1 runs/s2 --out docs/seeds.png --csv docs/seeds.csv
     python eval.py explain runs/urpo --step 3 --prompt 5     why the rewards of one prompt are what they are
-    python eval.py explain runs/urpo --all                   every reward derived again; exit status 1 if wrong
+    python eval.py explain runs/urpo --all                   every reward derived again; exit status 1 if one is wrong
     python eval.py heldout --model raw --json before.json    answers, judgements and constraints on held-out rows
     python eval.py heldout --model runs/urpo/checkpoints/last/model --json after.json
     python eval.py compare before.json after.json            the table that `make demo` ends with
+    python eval.py probe --model raw --group 8               what could this model learn? Takes every flag of urpo.py
+    python eval.py rewardbench --model M                     the paper's three scores: as a judge,
+    python eval.py reasoning --model M --data openai/gsm8k:main HuggingFaceH4/MATH-500
+    python eval.py alpacaeval --model M --data alpaca_eval.json --outputs model_outputs.json
+    python eval.py alpacaeval --judge J --outputs model_outputs.json --against other.json
 
 Prompts, referee's template, parsers and engine are those of training: data.py and rewards.py. The file falls into
-1. scoring (pure functions, from parsed scores to figures), 2. generation, 3. tables, 4. curves and report.html,
-5. explain, 6. the commands.
+1. scoring (pure functions, from parsed scores to figures), 2. the commands that run a model, 3. tables, 4. curves and
+report.html, 5. explain, 6. the command line.
 One rule of rewards.py holds here too: unknown is not zero. What was not measured is None, "-" or a gap.
 """
 
@@ -25,11 +30,10 @@ import math
 import os
 import shlex
 import sys
-import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import combinations, compress, groupby, islice
 from pathlib import Path
 from statistics import pstdev, stdev
 from typing import NamedTuple
@@ -41,7 +45,7 @@ from scipy import stats
 import data
 from data import InputError, Prompt
 from rewards import (figures_of_kind, first_position_preference, group_advantages, kendall_tau, mean, parse_scores,
-                     preference_reward, self_rewards, verify_answer)
+                     preference_reward, self_rewards, verify_answer, _final_answer)
 
 # ------------------------------------------------------------------------------------------ 1. scoring
 
@@ -58,13 +62,31 @@ def interval(values) -> dict:
     {'value': None, 'low': None, 'high': None, 'count': 0}
     """
     values = [float(value) for value in values if value is not None]
-    low = high = None
-    if values and set(values) <= {0.0, 1.0}:
-        low, high = stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-    elif len(values) > 1:
-        low, high = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile",
-                                    rng=np.random.default_rng(0)).confidence_interval
+    if not values or set(values) - {0.0, 1.0}:
+        return weighted_mean([(values, 1)])
+    low, high = stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
     return figure(mean(values), len(values), low, high)
+
+
+def weighted_mean(parts) -> dict:
+    """sum_i w_i mean(values_i) / sum_i w_i over parts (values, weight), and its 95 % interval by bootstrap: rows are
+    drawn anew within each part, so that the parts keep their weights. None in values is left out, as in `interval`.
+
+    >>> weighted_mean([([1, 1, 0, 0], 1), ([1, 1, None], 3)])
+    {'value': 0.875, 'low': 0.75, 'high': 1.0, 'count': 6}
+    """
+    parts = [(np.array([value for value in values if value is not None], float), weight) for values, weight in parts]
+    parts = [(values, weight) for values, weight in parts if len(values)]
+    samples, weights = [values for values, _ in parts], np.array([weight for _, weight in parts])
+
+    def statistic(*samples, axis=-1):
+        return sum(weight * np.mean(values, axis) for weight, values in zip(weights, samples)) / weights.sum()
+
+    low = high = None
+    if samples and min(map(len, samples)) > 1:
+        low, high = stats.bootstrap(samples, statistic, n_resamples=2000, method="percentile",
+                                    rng=np.random.default_rng(0)).confidence_interval
+    return figure(statistic(*samples) if samples else None, sum(map(len, samples)), low, high)
 
 
 def figure(value: float | None, count: int, low: float | None = None, high: float | None = None) -> dict:
@@ -95,12 +117,13 @@ def pair_figures(better_first, worse_first) -> dict:
     format          share of judgements that can be read
     both_orders     sample s is right in BOTH orders; a tie or an unread judgement is not right
     single_order    right in the order shown; a tie or an unread judgement is worth a coin, 0.5
+    strict          right in the order shown; a tie or an unread judgement is worth 0
     expected        the expected scores have the right sign; a tie, or an order never read, 0.5
     consistent      the same winner in both orders, among samples read in both; a tie has no winner
     first_position  rewards.first_position_preference: -0.5 ... 0.5; blind to order is 0
 
     >>> list(pair_figures([[9, 3], [5, 5]], [[2, 8], None]).values())
-    [0.75, 0.5, 0.75, 1.0, 1.0, 0.0]
+    [0.75, 0.5, 0.75, 0.5, 1.0, 1.0, 0.0]
     """
     forward = [None if scores is None else scores[0] - scores[1] for scores in better_first]
     backward = [None if scores is None else scores[1] - scores[0] for scores in worse_first]
@@ -114,6 +137,7 @@ def pair_figures(better_first, worse_first) -> dict:
     return {"format": len(read) / len(forward + backward),
             "both_orders": sum(a > 0 and b > 0 for a, b in both) / len(forward),
             "single_order": mean(map(credit, forward + backward)),
+            "strict": mean((margin or 0) > 0 for margin in forward + backward),
             "expected": credit(expected and expected[0] - expected[1]),
             "consistent": mean(a * b > 0 for a, b in both),
             "first_position": first_position_preference(read) if read else None}
@@ -144,11 +168,111 @@ def referee_figures(greedy, sampled, parts=()) -> dict:
         "commonest line": figure(max(lines.values()) / lines.total() if lines else None, lines.total())}
 
 
-# --------------------------------------------------------------------------------------- 2. generation
+# RewardBench's sections, their subsets, and each subset's weight in its section: SUBSET_MAPPING and EXAMPLE_COUNTS
+# in rewardbench/constants.py of github.com/allenai/reward-bench, version 0.1.4. Weights are the numbers of pairs, but
+# for math-prm: its 447 pairs weigh as much as all code. https://arxiv.org/abs/2403.13787
+REWARDBENCH = {
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+             "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
+                  "hep-rust": 164},
+}
+
+
+def benchmark_figures(labels, values) -> dict[str, dict[str, dict]]:
+    """One measure of many pairs -> a figure a subset, a section, and the plain mean of the sections.
+
+    labels: (section, subset) of each pair. A subset that RewardBench does not know weighs as many pairs as it has.
+    """
+    parts: dict[str, dict[str, list]] = {section: {} for section in REWARDBENCH}
+    for (section, subset), value in zip(labels, values):
+        parts.setdefault(section, {}).setdefault(subset, []).append(value)
+    figures, everything = {}, []
+    for section, subsets in parts.items():
+        known = [(part, REWARDBENCH.get(section, {}).get(subset, len(part))) for subset, part in subsets.items()
+                 if any(value is not None for value in part)]
+        figures[section] = {subset: interval(part) for subset, part in subsets.items()} | {
+            "section": weighted_mean(known)}
+        everything += [(part, weight / sum(weight for _, weight in known)) for part, weight in known]
+    figures = {section: figures[section] for section, subsets in parts.items() if subsets}
+    return figures | {"RewardBench": {"mean of the sections": weighted_mean(everything)}}
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The unbiased estimate of P(at least one of k answers is right) from n >= k answers, `right` of them right:
+    1 - C(n - right, k) / C(n, k). Chen et al. 2021, https://arxiv.org/abs/2107.03374, equation 1.
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 2, 2), pass_at_k(4, 3, 2)
+    (0.25, 0.8333333333333334, 1.0)
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(texts, answer: str) -> float:
+    """maj@k: is the commonest final answer right? Answers are the same where `verify_answer` finds them equal; texts
+    without one have no vote; of several commonest ones each counts its share.
+
+    >>> majority(["it is 4", "so 5", "4.0", "no idea"], "4"), majority(["4", "5"], "4"), majority(["no idea"], "4")
+    (1.0, 0.5, 0.0)
+    """
+    votes: list[list] = []  # [final answer, how often, is it right]
+    for text in texts:
+        if given := _final_answer(text):
+            vote = next((vote for vote in votes if verify_answer(text, vote[0])), None)
+            if vote is None:
+                votes.append([given, 1, verify_answer(text, answer)])
+            else:
+                vote[1] += 1
+    most = max((count for _, count, _ in votes), default=0)
+    return mean(right for _, count, right in votes if count == most) or 0.0
+
+
+def length_controlled(preferences, lengths, reference_lengths) -> float | None:
+    """The win rate had both answers been of one length: sigmoid(a) of the logistic model of AlpacaEval 2
+    (https://arxiv.org/abs/2404.04475), fitted as its package fits it (L1 penalty, chosen by 5-fold cross-validation):
+
+        P(win) = sigmoid(a + b tanh(d / std(d))),    d = characters of the reference - characters of the answer
+
+    There a third term is the instruction's difficulty, known for its 805 instructions alone; without it this is
+    `length_controlled_minimal` of that package. preferences: 1 win, 0.5 tie, 0 loss, None unread. None below 5.
+
+    >>> preferences = [1, 1, 0, 1, 0, 0.5] * 5
+    >>> round(length_controlled(preferences, [90, 80, 20, 70, 30, 50] * 5, [50] * 30), 2)  # the longer one wins
+    0.5
+    """
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.model_selection import GroupKFold
+
+    read = np.array([value is not None for value in preferences])
+    if read.sum() < 5:
+        return None
+    longer = np.subtract(reference_lengths, lengths).astype(float)
+    feature = np.tanh(longer / longer.std(ddof=1)) if longer.std() else longer * 0
+    won = np.array([value for value in preferences if value is not None], float)
+    rows = np.tile(np.stack([feature[read], np.ones(len(won))], axis=1), (2, 1))  # each stands as a win and as a loss,
+    labels, weights = np.repeat([1, 0], len(won)), np.concatenate([won, 1 - won])  # weighted by its preference
+    folds = GroupKFold(5).split(rows, labels, np.tile(np.arange(len(won)), 2))
+    model = LogisticRegressionCV(cv=list(folds), scoring="neg_log_loss", l1_ratios=(1,), solver="liblinear",
+                                 random_state=123, fit_intercept=False, use_legacy_attributes=False)
+    return float(1 / (1 + np.exp(-model.fit(rows, labels, sample_weight=weights).coef_[0, 1])))
+
+
+# ------------------------------------------------------------------- 2. the commands that run a model
 
 
 def swapped(prompt: Prompt) -> Prompt:
     return replace(prompt, responses=prompt.responses[::-1], truth=prompt.truth[::-1])
+
+
+def better_first(row: Prompt) -> Prompt | None:
+    """A pair with its better response first; None for a row that is no pair of unequal responses."""
+    if len(row.truth) != 2 or row.truth[0] == row.truth[1]:
+        return None
+    return row if row.truth[0] > row.truth[1] else swapped(row)
 
 
 def difficulty(pair: Prompt) -> str:
@@ -156,9 +280,82 @@ def difficulty(pair: Prompt) -> str:
     return "good vs breaks" if data.LEVELS[int(pair.truth[1])] == "breaks the constraint" else "others"
 
 
+def open_model(name: str):
+    """(folder, tokenizer) of a model that can chat and has weights."""
+    folder = data.model_folder(name)
+    tokenizer = data.load_tokenizer(folder)
+    data.encode_chat(tokenizer, "")  # refuses a tokenizer without chat template, before rows are read
+    if os.path.isdir(folder) and not any(Path(folder).glob(f"*.{kind}") for kind in ("safetensors", "bin")):
+        raise InputError(f"{folder}: no weights here (*.safetensors or *.bin); give a folder that save_pretrained wrote")
+    return folder, tokenizer
+
+
+def open_engine(folder: str, args):
+    """The engine with room for the longest prompt and answer."""
+    needed = args.max_prompt_tokens + max(args.max_answer_tokens, args.max_referee_tokens)
+    config = Path(folder) / "config.json"
+    known = json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else None
+    if known and needed > known:
+        raise InputError(f"--max_prompt_tokens {args.max_prompt_tokens}: with the answer that makes {needed} tokens, "
+                         f"and {folder} reads {known}; lower it, or --max_answer_tokens and --max_referee_tokens")
+    return data.start_engine(folder, needed)
+
+
+def fitting(rows, tokenizer, args, source: str, what: str = "row") -> list[bool]:
+    """Which rows fit, in either order of their responses. The others are left out, never cut, and this is said."""
+    fits = [args.max_prompt_tokens >= max(len(data.encode_prompt(tokenizer, shown, args.referee_shots))
+                                          for shown in {row, swapped(row)}) for row in rows]
+    dropped = f"{len(rows) - sum(fits)} of {len(rows)} longer than {args.max_prompt_tokens} tokens"
+    if not any(fits):
+        raise InputError(f"{source}: no valid {what} is left ({dropped}; --max_prompt_tokens)")
+    if not all(fits):
+        print(f"{source}: {dropped}, left out; --max_prompt_tokens", file=sys.stderr)
+    return fits
+
+
+class Answer(NamedTuple):
+    text: str
+    tokens: int
+    finished: bool  # False: cut off
+
+
+def ask(engine, tokenizer, prompts: list[Prompt], n: int, temperature: float, args) -> list[list[Answer]]:
+    """n answers to every prompt in one call of the engine, which shows a progress bar."""
+    print(f"{n} x {len(prompts)} answers at T = {temperature:g}", file=sys.stderr)
+    limits = [args.max_referee_tokens if prompt.kind == "preference" else args.max_answer_tokens for prompt in prompts]
+    seeds = [data.request_seed(args.seed, 0, i, "heldout") for i in range(len(prompts))]
+    ids = [data.encode_prompt(tokenizer, prompt, args.referee_shots) for prompt in prompts]
+    outputs = data.generate(engine, ids, n, limits, seeds, temperature, progress=True)
+    return [[Answer(tokenizer.decode(sample.token_ids, skip_special_tokens=True), len(sample.token_ids),
+                    sample.finish_reason == "stop") for sample in output.outputs] for output in outputs]
+
+
+def both_orders(pairs) -> list[Prompt]:
+    return [*pairs, *map(swapped, pairs)]
+
+
+def verdicts(answers: list[list[Answer]]) -> list[tuple]:
+    """The answers to `both_orders(pairs)` -> (better_first, worse_first) of each pair, as in `pair_figures`."""
+    scores = [[parse_scores(answer.text, 2) for answer in samples] for samples in answers]
+    return list(zip(scores[: len(scores) // 2], scores[len(scores) // 2 :]))
+
+
+def finish(args, figures: dict, printed: str) -> None:
+    """The end of every command that measures: its table, and with --json a file that `compare` reads."""
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("command", "arguments", "model", "judge", "json", "flags")}
+    result = {"model": args.model or args.judge, "command": shlex.join(["python", "eval.py", *args.arguments]),
+              "settings": settings, "figures": figures}
+    print(printed)
+    if args.json:
+        write_whole(args.json, json.dumps(result, indent=1))
+
+
+# ---- heldout ----
+
+
 def heldout_rows(args, tokenizer) -> dict[str, list[Prompt]]:
-    """The rows to measure, by kind, none twice: a repeated row is no independent trial. Pairs stand better first.
-    Rows that are too long are left out, never cut."""
+    """The rows to measure, by kind, none twice: a repeated row is no independent trial. Pairs stand better first."""
     rows: dict[str, list[Prompt]] = {}
     for kind, flag in data.FLAGS.items():
         source, what = getattr(args, flag), "row"
@@ -169,44 +366,23 @@ def heldout_rows(args, tokenizer) -> dict[str, list[Prompt]]:
         found = list({(row.instruction, row.responses): row for row in reversed(found)}.values())[::-1]
         if kind == "preference":
             what = "pair (two responses of different scores)"
-            found = [row if row.truth[0] > row.truth[1] else swapped(row) for row in found
-                     if len(row.truth) == 2 and row.truth[0] != row.truth[1]]
+            found = [row for row in map(better_first, found) if row]
         elif kind == "instruction" and source == "builtin":
             found = [row for row in found if row.check]
         found = found[: args.rows]
-        rows[kind] = [row for row in found if args.max_prompt_tokens >= max(
-            len(data.encode_prompt(tokenizer, shown, args.referee_shots)) for shown in (row, swapped(row)))]
-        dropped = f"{len(found) - len(rows[kind])} of {len(found)} longer than {args.max_prompt_tokens} tokens"
-        if not rows[kind]:
-            raise InputError(f"--{flag} {source}: no valid {what} is left ({dropped})")
-        if len(rows[kind]) < len(found):
-            print(f"--{flag} {source}: {dropped}, left out", file=sys.stderr)
+        rows[kind] = list(compress(found, fitting(found, tokenizer, args, f"--{flag} {source}", what)))
     if not rows:
         raise InputError("all three sources are none: there is nothing to measure")
     return rows
 
 
-def ask(engine, tokenizer, prompts: list[Prompt], n: int, temperature: float, args) -> list[list[tuple[str, int]]]:
-    """n answers to every prompt in one call of the engine, each (text, tokens)."""
-    start = time.perf_counter()
-    print(f"{n} x {len(prompts)} answers at T = {temperature:g} ... ", end="", flush=True, file=sys.stderr)
-    limits = [args.max_referee_tokens if prompt.kind == "preference" else args.max_answer_tokens for prompt in prompts]
-    seeds = [data.request_seed(args.seed, 0, i, "heldout") for i in range(len(prompts))]
-    ids = [data.encode_prompt(tokenizer, prompt, args.referee_shots) for prompt in prompts]
-    outputs = data.generate(engine, ids, n, limits, seeds, temperature)
-    print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
-    return [[(tokenizer.decode(sample.token_ids, skip_special_tokens=True), len(sample.token_ids))
-             for sample in output.outputs] for output in outputs]
-
-
 def heldout(args) -> None:
     """Answers, judgements and constraints on held-out rows: a table, and JSON for `compare` and `report`."""
-    folder = data.model_folder(args.model)
-    tokenizer = data.load_tokenizer(folder)
+    folder, tokenizer = open_model(args.model)
     rows = heldout_rows(args, tokenizer)
     pairs, questions, tasks = (rows.get(kind, []) for kind in data.KINDS)
-    prompts = [*questions, *tasks, *pairs, *map(swapped, pairs)]
-    engine = data.start_engine(folder, args.max_prompt_tokens + max(args.max_answer_tokens, args.max_referee_tokens))
+    prompts = [*questions, *tasks, *both_orders(pairs)]
+    engine = open_engine(folder, args)
     greedy = ask(engine, tokenizer, prompts, 1, 0.0, args)
     sampled = ask(engine, tokenizer, prompts, args.samples, 1.0, args)
 
@@ -215,34 +391,290 @@ def heldout(args) -> None:
                                ("instructions", tasks, lambda row, text: data.complies(row.check, text))):
         if part:
             figures[name] = {
-                label: interval(mean(passes(row, text) for text, _ in texts) if row.answer or row.check else None
-                                for row, texts in zip(part, given[first:]))  # no check in a file: only a length
+                label: interval(mean(passes(row, answer.text) for answer in answers) if row.answer or row.check
+                                else None for row, answers in zip(part, given[first:]))  # no check in a file
                 for label, given in (("greedy", greedy), ("sampled", sampled))}
-            figures[name]["tokens an answer"] = interval(mean(tokens for _, tokens in texts)
-                                                         for _, texts in zip(part, sampled[first:]))
+            figures[name]["tokens an answer"] = interval(mean(answer.tokens for answer in answers)
+                                                         for _, answers in zip(part, sampled[first:]))
         first += len(part)
     if pairs:
-        orders = []
-        for given in (greedy, sampled):
-            verdicts = [[parse_scores(text, 2) for text, _ in texts] for texts in given[first:]]
-            orders.append(list(zip(verdicts[: len(pairs)], verdicts[len(pairs):])))
         parts = map(difficulty, pairs) if args.preferences == "builtin" else ()
-        figures["referee"] = referee_figures(*orders, list(parts)) | {
+        figures["referee"] = referee_figures(verdicts(greedy[first:]), verdicts(sampled[first:]), list(parts)) | {
             "longer wins": interval(data.longer_is_right(row.responses, row.truth) for row in pairs),
             "first wins, single order": figure(0.5, len(pairs)), "first wins, both orders": figure(0.0, len(pairs))}
-    result = {"model": args.model, "command": shlex.join(["python", "eval.py", *args.arguments]),
-              "settings": {name: getattr(args, name) for name in SETTINGS}, "figures": figures}
-    print(table({args.model: result}, "n"))
-    if args.json:
-        write_whole(args.json, json.dumps(result, indent=1))
-    if args.answers:
-        lines = [{**asdict(row), "greedy": one[0][0], "sampled": [text for text, _ in many]}
-                 for row, one, many in zip(prompts, greedy, sampled)]
-        write_whole(args.answers, "".join(json.dumps(line) + "\n" for line in lines))
+    finish(args, figures, table({args.model: {"figures": figures}}, "n"))
 
 
-SETTINGS = (*data.FLAGS.values(), "rows", "samples", "referee_shots", "max_prompt_tokens", "max_answer_tokens",
-            "max_referee_tokens", "seed")
+# ---- rewardbench ----
+
+
+def benchmark_pairs(args) -> tuple[list[tuple[str, str]], list[Prompt]]:
+    """((section, subset) of each pair, the pairs, chosen response first). A row's own `section` wins over the map."""
+    source, home = args.preferences, {subset: section for section, part in REWARDBENCH.items() for subset in part}
+    rows = data.load_source("preference", source, split=args.split)
+    if os.path.exists(source):
+        with open(source, "rb") as lines:
+            records = [json.loads(line) for line in lines if line.strip()]
+    else:
+        records = data.hub_records("preference", source, args.split)
+    labels = [(str(record.get("section") or home.get(record.get("subset"), "other")), str(record.get("subset") or "all"))
+              for record in records]
+    found = [(label, pair) for label, pair in zip(labels, map(better_first, rows), strict=True) if pair]
+    return [label for label, _ in found], [pair for _, pair in found]
+
+
+def rewardbench(args) -> None:
+    """The referee on labelled pairs, greedy, each in both orders (D18): a figure a subset, a section, and their mean.
+
+    accuracy     right in the order shown; a tie or an unreadable judgement counts 0.5, as in the official script
+    ties as 0    the same, but a tie or an unreadable judgement counts 0
+    unparsed     share of unreadable judgements: how much of the two columns before is a coin or a zero for that
+    consistent   the same winner in both orders, among pairs read in both
+    longer wins  the accuracy of preferring the longer response; preferring the first one has 0.5 in every line
+    """
+    folder, tokenizer = open_model(args.model)
+    labels, pairs = benchmark_pairs(args)
+    fits = fitting(pairs, tokenizer, args, f"--data {args.preferences}", "pair (two responses of different scores)")
+    labels, pairs = list(compress(labels, fits)), list(compress(pairs, fits))
+    engine = open_engine(folder, args)
+    rows = [pair_figures(*orders) for orders in verdicts(ask(engine, tokenizer, both_orders(pairs), 1, 0.0, args))]
+    measures = {"accuracy": [row["single_order"] for row in rows], "ties as 0": [row["strict"] for row in rows],
+                "unparsed": [1 - row["format"] for row in rows], "consistent": [row["consistent"] for row in rows],
+                "first position": [row["first_position"] for row in rows],
+                "longer wins": [data.longer_is_right(pair.responses, pair.truth) for pair in pairs]}
+    columns = {name: benchmark_figures(labels, values) for name, values in measures.items()}
+    figures: dict[str, dict] = {}
+    for name, sections in columns.items():
+        for section, subsets in sections.items():
+            figures.setdefault(section, {}).update({f"{subset}: {name}": cell for subset, cell in subsets.items()})
+    figures["RewardBench"]["pairs left out as too long"] = figure(len(fits) - sum(fits), len(fits))
+    finish(args, figures, table({name: {"figures": sections} for name, sections in columns.items()}, "n")
+           + "\nfirst wins: accuracy 0.50 in every line, since each pair stands in both orders")
+
+
+# ---- reasoning ----
+
+
+def reasoning(args) -> None:
+    """pass@1 (greedy), and from k samples mean@k, pass@j and maj@k, for each set; of several sets the plain average."""
+    folder, tokenizer = open_model(args.model)
+    sets = {}
+    for source in args.reasoning:
+        rows = data.load_source("reasoning", source, split=args.split, count=args.rows or 512)[: args.rows or None]
+        sets[source] = list(compress(rows, fitting(rows, tokenizer, args, f"--data {source}")))
+    engine, k = open_engine(folder, args), args.samples
+    prompts = [row for rows in sets.values() for row in rows]
+    greedy = iter(ask(engine, tokenizer, prompts, 1, 0.0, args))
+    sampled = iter(ask(engine, tokenizer, prompts, k, args.temperature, args))
+    values: dict[str, dict[str, list]] = {}
+    for source, rows in sets.items():
+        part = values[source] = {}
+        for row, one, many in zip(rows, islice(greedy, len(rows)), islice(sampled, len(rows))):
+            right = int(sum(verify_answer(answer.text, row.answer) for answer in many))
+            measured = {"pass@1, greedy": verify_answer(one[0].text, row.answer), f"mean@{k}": right / k,
+                        f"maj@{k}": majority([answer.text for answer in many], row.answer)}
+            measured |= {f"pass@{j}": pass_at_k(k, right, j) for j in (2**i for i in range(1, 20)) if j <= k}
+            measured |= {"tokens an answer": mean(answer.tokens for answer in many),
+                         "cut off": mean(not answer.finished for answer in many)}
+            for name, value in measured.items():
+                part.setdefault(name, []).append(value)
+    figures = {source: {name: interval(column) for name, column in part.items()} for source, part in values.items()}
+    if len(figures) > 1:
+        figures["average"] = {name: weighted_mean([(part[name], 1) for part in values.values()])
+                              for name in next(iter(values.values()))}
+    finish(args, figures, table({args.model: {"figures": figures}}, "n"))
+
+
+# ---- alpacaeval ----
+
+
+def read_outputs(path: str, *fields: str) -> list[dict]:
+    """A file as the `alpaca_eval` command reads and writes it: a JSON list of objects."""
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error}); expected a list of objects") from None
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{path}: expected a list of objects with {', '.join(fields)}")
+    for i, record in enumerate(records):
+        for field in fields:
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise InputError(f"{path}: entry {i} (from 0) has no text in field {field!r}")
+    return records
+
+
+def alpacaeval(args) -> None:
+    """With --model: answers to --data, greedy, as the public `alpaca_eval` command expects them. With --judge: the win
+    rate of --outputs over --against by any checkpoint as the judge, offline. One engine a process, so two commands."""
+    folder, tokenizer = open_model(args.model or args.judge)
+    if args.model:
+        if args.instructions.endswith(".json"):
+            records = read_outputs(args.instructions, "instruction")
+            rows = [Prompt("instruction", record["instruction"]) for record in records]
+        else:
+            rows = data.load_source("instruction", args.instructions, split=args.split, count=64)
+            records = [{}] * len(rows)
+        fits = fitting(rows, tokenizer, args, f"--data {args.instructions}")
+        rows = list(compress(rows, fits))
+        answers = ask(open_engine(folder, args), tokenizer, rows, 1, 0.0, args)
+        write_whole(args.outputs, json.dumps([
+            {"instruction": row.instruction, "output": answer.text, "generator": args.name or args.model,
+             "dataset": record.get("dataset") or Path(args.instructions).stem}
+            for row, record, (answer,) in zip(rows, compress(records, fits), answers)], indent=1))
+        print(f"{args.outputs}: {len(rows)} answers, {sum(not answer.finished for answer, in answers)} cut off at "
+              f"--max_answer_tokens {args.max_answer_tokens}")
+        return
+    own, others = (read_outputs(path, "instruction", "output") for path in (args.outputs, args.against))
+    reference = {record["instruction"]: record["output"] for record in others}
+    pairs = [Prompt("preference", record["instruction"], (record["output"], reference[record["instruction"]]), (1, 0))
+             for record in own if record["instruction"] in reference]
+    if len(pairs) < len(own):
+        print(f"{args.against}: has {len(pairs)} of the {len(own)} instructions of {args.outputs}", file=sys.stderr)
+    pairs = list(compress(pairs, fitting(pairs, tokenizer, args, f"--against {args.against}", "pair")))
+    orders = verdicts(ask(open_engine(folder, args), tokenizer, both_orders(pairs), 1, 0.0, args))
+    rows = [pair_figures(*order) for order in orders]
+    # One order alone would carry the judge's preference for a position: a win needs both to be read.
+    preferences = [row["single_order"] if row["format"] == 1 else None for row in rows]
+    lengths = [[len(pair.responses[i]) for pair in pairs] for i in (0, 1)]
+    figures = {
+        "win rate": interval(preferences),
+        "length-controlled win rate": figure(length_controlled(preferences, *lengths), len(pairs)),
+        "ties, a judgement": interval(scores[0] == scores[1] for order in orders for (scores,) in order if scores),
+        "unparsed": interval(1 - row["format"] for row in rows),
+        "order consistency": interval(row["consistent"] for row in rows),
+        "first-position preference": interval(row["first_position"] for row in rows),
+        "characters, own": interval(lengths[0]), "characters, the other's": interval(lengths[1])}
+    finish(args, {"alpacaeval": figures}, table({f"{args.outputs} over {args.against}": {
+        "figures": {"alpacaeval": figures}}}, "n") + f"\njudge: {args.judge}. Compare this rate only with rates of the "
+        "same judge and the same reference: AlpacaEval's own are those of GPT-4.")
+
+
+# ---- probe ----
+
+LITTLE = 0.1  # a kind of which fewer groups than this have a gradient is as good as absent
+
+
+def probe_figures(lines: list[dict]) -> dict[str, dict[str, dict]]:
+    """The seed competence of a model, from groups as rollouts.jsonl records them; P rows stand in both orders, one
+    after the other. "gradient" is the share of groups whose rewards differ: the others teach nothing (D9)."""
+    P_lines, R_lines, I_lines = ([line for line in lines if line["kind"] == kind] for kind in data.KINDS)
+    teaches = {kind: [any(sample["advantage"] for sample in line["samples"]) for line in part]
+               for kind, part in zip(data.KINDS, (P_lines, R_lines, I_lines))}
+
+    def two(line: dict, first: int, second: int) -> list:
+        """The scores of two of the texts shown, one pair a sample."""
+        return [sample["scores"] and [sample["scores"][first], sample["scores"][second]] for sample in line["samples"]]
+
+    pairs = []  # N-way rows as all their pairs, each once with the better text first, once with the worse one first
+    for line, mirrored in zip(P_lines[::2], P_lines[1::2]):
+        last = len(line["truth"]) - 1
+        for i, j in combinations(range(last + 1), 2):  # text i of `line` is text last - i of `mirrored`
+            orders = [two(line, i, j), two(mirrored, last - j, last - i)]
+            if line["truth"][i] != line["truth"][j]:
+                pairs.append(pair_figures(*(orders if line["truth"][i] > line["truth"][j] else orders[::-1])))
+    own = [referee_health([judgements_of(line)]) for line in I_lines]
+    figures = {
+        "preference": {
+            "gradient": interval(teaches["preference"]),
+            "format": interval(mean(bool(sample["scores"]) for sample in line["samples"]) for line in P_lines),
+            "tau": interval(mean(sample["reward"] for sample in line["samples"] if sample["scores"])
+                            for line in P_lines),
+            "single order": interval(pair["single_order"] for pair in pairs),
+            "order consistency": interval(pair["consistent"] for pair in pairs),
+            "first-position preference": interval(pair["first_position"] for pair in pairs)},
+        "reasoning": {
+            "gradient": interval(teaches["reasoning"]),
+            "solved": interval(mean(sample["reward"] for sample in line["samples"]) for line in R_lines),
+            "cut off": interval(mean(not sample["finished"] for sample in line["samples"]) for line in R_lines)},
+        "instruction": {
+            "gradient": interval(teaches["instruction"]),
+            "unparsed": interval(health["unparsed"] for health in own),
+            "spread of self-scores": interval(health["deviation"] for health in own),
+            "correlation with length": interval(health["length"] for health in own),
+            "cut off": interval(mean(not sample["finished"] for sample in line["samples"]) for line in I_lines)}}
+    return {kind: part for kind, part in figures.items() if part["gradient"]["count"]}
+
+
+def probe_verdicts(figures: dict[str, dict[str, dict]]) -> dict[str, str]:
+    """What each kind can teach this model in its first steps, why, and which flag to change.
+
+    >>> def told(**figures): return {name.replace("_", " "): figure(value, 8) for name, value in figures.items()}
+    >>> probe_verdicts({"reasoning": told(gradient=0.0, solved=0.0, cut_off=0.1)})["reasoning"]
+    'no gradient from R: 0 % of groups are mixed, 0 % solved: too hard; easier data (--reasoning) or another --model'
+    """
+    told = {}
+    for kind, part in figures.items():
+        value = {name: cell["value"] for name, cell in part.items()}
+        share, letter = value["gradient"], kind[0].upper()
+        what = {"P": "have spread", "R": "are mixed", "I": "have spread"}[letter]
+        text = (f"{'no' if share == 0 else 'hardly any'} gradient" if share < LITTLE else "a gradient")
+        text += f" from {letter}: {share:.0%} of groups {what}".replace("%", " %")
+        if letter == "P":
+            if value["format"] < 0.5:
+                text += (f", {value['format']:.0%} of judgements readable: teach the format first, by --referee_shots "
+                         "2 or a warm start (--method sft)").replace("%", " %")
+            elif share < LITTLE:
+                text += ", though judgements are readable: all samples agree; raise --temperature"
+            if value["tau"] is not None and part["tau"]["low"] is not None and part["tau"]["low"] <= 0:
+                text += (f"; tau {value['tau']:.2f} cannot be told from no skill, so self-scores would be noise: a "
+                         "longer --warmup_steps, more P in --mix, or a warm start (--method sft)")
+            if (value["first-position preference"] is not None and abs(value["first-position preference"]) > 0.25):
+                text += "; it judges by position: --both_orders"
+        elif letter == "R":
+            text += f", {value['solved']:.0%} solved".replace("%", " %")
+            if share < LITTLE and value["cut off"] > 0.5:
+                text += (f", {value['cut off']:.0%} of answers cut off: raise --max_answer_tokens").replace("%", " %")
+            elif share < LITTLE:
+                text += (": too hard; easier data (--reasoning) or another --model" if value["solved"] < 0.5 else
+                         ": too easy; harder data (--reasoning)")
+        else:
+            if value["unparsed"] > 0.5:
+                text += (f", {value['unparsed']:.0%} of self-judgements unreadable: lower --group, or --referee_shots "
+                         "2").replace("%", " %")
+            elif share < LITTLE:
+                text += ": one score for all answers; raise --temperature, or ground the judge by more P"
+            if abs(value["correlation with length"] or 0) > 0.5:
+                text += (f"; self-scores go by length (tau {value['correlation with length']:.2f}): expect answers to "
+                         "grow or shrink")
+        told[kind] = text
+    judge = figures.get("preference", {}).get("tau", {})
+    if "instruction" in told and (judge.get("low") is None or judge["low"] <= 0):
+        told["instruction"] += "; without skill on P this gradient is noise"
+    return told
+
+
+def probe(args) -> None:
+    """Parts 1 to 4 of one training step, without its update, by the functions of urpo.py: what could a model learn?
+
+    It takes every flag of urpo.py; each P row is drawn in both orders, and kinds have equal shares (0 stays 0).
+    """
+    import urpo
+
+    config = urpo.parse_config([*args.flags, "--model", args.model])
+    config.both_orders, config.warmup_steps, config.minibatches, config.resume = True, 0, 1, True
+    config.mix = ":".join(str(min(1, int(share))) if share.isdigit() else share for share in config.mix.split(":"))
+    config.batch = args.rows * config.mix.count("1")
+    urpo.check_config(config, 1)
+    folder, tokenizer = open_model(args.model)
+    sources = {}
+    for kind, share in data.mix_counts(config.mix, config.batch, warmup=False).items():
+        if share:
+            rows = data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.builtin_rows)
+            sources[kind], dropped = data.drop_overlong(rows, tokenizer, config.max_prompt_tokens,
+                                                        config.referee_shots, config.group)
+            if not sources[kind]:
+                raise InputError(f"--{data.FLAGS[kind]}: all {dropped} rows are longer than --max_prompt_tokens "
+                                 f"{config.max_prompt_tokens}: raise it")
+    batch = data.draw(sources, config.mix, config.batch, 0, config.seed, 0, both_orders=True)
+    engine = open_engine(folder, config)
+    groups = urpo.rollout(config, engine, tokenizer, list(enumerate(batch)), 0)
+    urpo.self_score(config, engine, tokenizer, groups, 0)
+    urpo.reward(config, groups)
+    figures = probe_figures([data.describe(group, 0) for group in groups])
+    told = probe_verdicts(figures)
+    finish(args, figures, table({args.model: {"figures": figures}}, "n") + "\n" + "\n".join(told.values()))
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -299,7 +731,7 @@ def compare(args) -> None:
     """Two results of `heldout` side by side, and what differs in how they were measured."""
     before, after = read_result(args.before), read_result(args.after)
     print(table({"before": before, "after": after}, "change"))
-    for name in SETTINGS:
+    for name in before["settings"] | after["settings"]:
         a, b = before["settings"].get(name), after["settings"].get(name)
         if a != b:
             print(f"not measured alike: --{name} {a} before, {b} after")
@@ -895,7 +1327,7 @@ def explain(args) -> None:
         print(f"{run}: all {told} rewards and advantages are as the texts make them")
 
 
-# ----------------------------------------------------------------------------------------- 6. commands
+# ------------------------------------------------------------------------------------ 6. command line
 
 
 def positive(text: str) -> int:
@@ -904,46 +1336,92 @@ def positive(text: str) -> int:
     return int(text)
 
 
+# What every command that measures may be told. None stands for urpo.py's own setting on this machine, in its preset.
+OPTIONS = {
+    "model": (str, None, "a folder, a hub id, raw, or seed (see data.py)"),
+    "judge": (str, None, "the same of the judge; --model is the one that answers"),
+    "rows": (positive, 64, "rows a kind"),
+    "samples": (positive, 4, "answers to each prompt, beside one greedy"),
+    "split": (str, None, "of a hub data set"),
+    "temperature": (float, None, "of the sampled answers"),
+    "referee_shots": (int, None, "worked examples in every referee prompt"),
+    "max_prompt_tokens": (positive, None, "longer rows are left out"),
+    "max_answer_tokens": (positive, None, "of answers"),
+    "max_referee_tokens": (positive, None, "of judgements"),
+    "seed": (int, 0, "of sampling"),
+    "json": (str, "", "write the figures here, for compare; runs/<name>/heldout*.json joins the report"),
+}
+LENGTHS = ("referee_shots", "max_prompt_tokens", "max_answer_tokens", "max_referee_tokens", "seed", "json")
+
+
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="report | explain | heldout | compare")
-    part = commands.add_parser("report", help="curves of one run or of several; of one, also report.html",
-                               allow_abbrev=False)
-    part.set_defaults(command=report)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, help: str, *options: str, **defaults):
+        part = commands.add_parser(function.__name__, help=help, description=function.__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+        part.set_defaults(command=function)
+        for name in options:
+            kind, default, text = OPTIONS[name]
+            default = defaults.get(name, default)
+            about = "" if default == "" or name in ("model", "judge") else f"; default {default or 'as in training'}"
+            part.add_argument(f"--{name}", type=kind, default=default, help=text + about,
+                              required=name == "model" and function is not alpacaeval)
+        return part
+
+    part = command(report, "curves of one run or of several; of one, also report.html")
     part.add_argument("runs", nargs="+", help="folders that hold a log.jsonl; several are overlaid")
     part.add_argument("--out", help="the picture; default <run>/curves.png")
     part.add_argument("--csv", help="also write the figures of the panels, a line a step")
     part.add_argument("--groups", type=positive, default=EMBEDDED,
                       help=f"at most so many prompts, with all their answers, in report.html; default {EMBEDDED}")
-    part = commands.add_parser("explain", help="derive the rewards of a run again", allow_abbrev=False)
-    part.set_defaults(command=explain)
+    part = command(explain, "derive the rewards of a run again")
     part.add_argument("run", help="a folder that holds log.jsonl, rollouts.jsonl and config.json")
     part.add_argument("--step", type=int, help="with --prompt: show one prompt in full")
     part.add_argument("--prompt", type=int, help="its number in the step's batch, from 0")
     part.add_argument("--all", action="store_true", help="check every number; exit status 1 where one is wrong")
-    part = commands.add_parser("heldout", help="measure a model on held-out rows", allow_abbrev=False)
-    part.set_defaults(command=heldout)
-    part.add_argument("--model", required=True, help="a folder, a hub id, raw, or seed (see data.py)")
+    part = command(heldout, "measure a model on held-out rows", "model", "rows", "samples", *LENGTHS)
     for flag in data.FLAGS.values():
         part.add_argument(f"--{flag}", default="builtin", help="builtin (its held-out split) | a .jsonl file | none")
-    for name, kind, default, text in (
-            ("rows", positive, 64, "rows a kind"), ("samples", positive, 4, "answers at T = 1, beside one greedy"),
-            ("referee_shots", int, 0, "worked examples in every referee prompt, as in training"),
-            ("max_prompt_tokens", positive, 1600, "longer rows are dropped"),
-            ("max_answer_tokens", positive, 48, "of answers, as in training (48: the smol preset)"),
-            ("max_referee_tokens", positive, 40, "of judgements, as in training (40: the smol preset)"),
-            ("seed", int, 0, "of sampling")):
-        part.add_argument(f"--{name}", type=kind, default=default, help=f"{text}; default {default}")
-    part.add_argument("--json", help="write the figures here, for compare; runs/<name>/heldout*.json joins the report")
-    part.add_argument("--answers", help="write every prompt with its answers here, a JSON line each")
-    part = commands.add_parser("compare", help="two results of heldout, side by side", allow_abbrev=False)
-    part.set_defaults(command=compare)
+    part = command(compare, "two results side by side")
     part.add_argument("before")
     part.add_argument("after")
-    args = argparse.Namespace(**vars(parser.parse_args(arguments)), arguments=arguments)
+    part = command(rewardbench, "accuracy of the judge, by section", "model", "split", *LENGTHS, split="filtered")
+    part.add_argument("--data", "--preferences", dest="preferences", default="allenai/reward-bench", metavar="DATA",
+                      help="hub id, or .jsonl of {prompt, chosen, rejected} with optional section and subset; "
+                      "default %(default)s")
+    part = command(reasoning, "pass@1, mean@k, pass@k, maj@k", "model", "samples", "rows", "split", "temperature",
+                   *LENGTHS, rows=0, split="test", samples=8)
+    part.add_argument("--data", "--reasoning", dest="reasoning", nargs="+", default=["builtin"], metavar="DATA",
+                      help="hub ids (openai/gsm8k:main, HuggingFaceH4/MATH-500), .jsonl files, or builtin")
+    part = command(alpacaeval, "answers for alpaca_eval; a win rate under a judge of your own", "model", "judge",
+                   "split", *LENGTHS, split="eval")
+    part.add_argument("--data", "--instructions", dest="instructions", metavar="DATA",
+                      help="with --model: alpaca_eval.json of hub tatsu-lab/alpaca_eval, a .jsonl file, or a hub id")
+    part.add_argument("--outputs", default="model_outputs.json", help="the answers, written by --model, read by "
+                      "--judge; default %(default)s")
+    part.add_argument("--name", help="with --model: its name in the file; default the model itself")
+    part.add_argument("--against", help="with --judge: the other answers, in the same form")
+    part = command(probe, "seed competence: what could this model learn, before any training?", "model", "rows", "json",
+                   rows=32)
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.command is not probe:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command is explain and args.all == (args.step is not None and args.prompt is not None):
         parser.error("explain: give --step and --prompt, or --all")
+    if args.command is alpacaeval and not (
+            (args.model and args.instructions) if args.model else (args.judge and args.against)) or (
+            args.command is alpacaeval and args.model and args.judge):
+        parser.error("alpacaeval: give --model and --data to answer; then, in a second command, --judge and --against")
+    args = argparse.Namespace(**vars(args), arguments=arguments, flags=rest)
+    unset = [name for name in OPTIONS if getattr(args, name, "") is None and name not in ("model", "judge")]
+    if unset:
+        import urpo  # here, since reports need not wait for it
+
+        config = urpo.Config(**urpo.PRESETS["paper" if urpo.GPU else "smol"])
+        vars(args).update({name: getattr(config, name) for name in unset})
     return args
 
 
