@@ -248,12 +248,14 @@ def length_controlled(preferences, lengths, reference_lengths) -> float | None:
     from sklearn.model_selection import GroupKFold
 
     read = np.array([value is not None for value in preferences])
-    if read.sum() < 5:
+    won = np.array([value for value in preferences if value is not None], float)
+    if len(won) < 5:
         return None
     longer = np.subtract(reference_lengths, lengths).astype(float)
-    feature = np.tanh(longer / longer.std(ddof=1)) if longer.std() else longer * 0
-    won = np.array([value for value in preferences if value is not None], float)
-    rows = np.tile(np.stack([feature[read], np.ones(len(won))], axis=1), (2, 1))  # each stands as a win and as a loss,
+    if not longer.std() or not won.std():  # no difference in length, or none in preference: nothing to control
+        return float(won.mean())
+    feature = np.tanh(longer / longer.std(ddof=1))[read]
+    rows = np.tile(np.stack([feature, np.ones(len(won))], axis=1), (2, 1))  # each stands as a win and as a loss,
     labels, weights = np.repeat([1, 0], len(won)), np.concatenate([won, 1 - won])  # weighted by its preference
     folds = GroupKFold(5).split(rows, labels, np.tile(np.arange(len(won)), 2))
     model = LogisticRegressionCV(cv=list(folds), scoring="neg_log_loss", l1_ratios=(1,), solver="liblinear",

@@ -1,12 +1,19 @@
 """eval.py: explain, rewardbench, reasoning, alpacaeval, probe. Figures beside those of others."""
+import itertools
 import json
+import math
+import random
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from eval import main
-from rewards import figures_of_kind, group_advantages, preference_reward, self_rewards, verify_answer
+from eval import (REWARDBENCH, benchmark_figures, interval, length_controlled, main, majority, pass_at_k,
+                  weighted_mean)
+from rewards import (figures_of_kind, group_advantages, kendall_tau, preference_reward, self_rewards, verify_answer)
 
 
 def fails(arguments, capsys, status=2):
@@ -141,3 +148,99 @@ def test_explain_refuses_what_it_cannot_check(tmp_path, capsys):
     assert "step 1, prompt 0: no truth" in fails(["explain", run, "--all"], capsys)
     (run / "config.json").unlink()
     assert "nothing to derive from" in fails(["explain", run, "--all"], capsys)
+
+
+# ---- scoring, against what others publish or compute ----
+
+def test_the_subsets_weights_and_section_scores_of_rewardbench_are_those_of_its_package():
+    official = json.loads((Path(__file__).parent / "rewardbench_official.json").read_text())
+    assert {section: list(part) for section, part in REWARDBENCH.items()} == official["mapping"]
+    assert {subset: weight for part in REWARDBENCH.values() for subset, weight in part.items()} == official["weights"]
+    section_of = {subset: section for section, part in official["mapping"].items() for subset in part}
+    figures = benchmark_figures([(section_of[subset], subset) for subset, _ in official["pairs"]],
+                                [result for _, result in official["pairs"]])
+    for section, score in official["sections"].items():
+        assert figures[section]["section"]["value"] == pytest.approx(score, abs=5e-5)  # figures have four digits
+        for subset in official["mapping"][section]:
+            assert figures[section][subset]["value"] == pytest.approx(official["subsets"][subset], abs=5e-5)
+    plain = sum(official["sections"].values()) / 4
+    assert figures["RewardBench"]["mean of the sections"]["value"] == pytest.approx(plain, abs=5e-5)
+
+
+@pytest.fixture
+def alpaca_package(monkeypatch, tmp_path):
+    """alpaca_eval, which fetches the difficulty of its instructions even for the model without it: here all are 0."""
+    import pandas
+    import sklearn
+    from alpaca_eval.metrics import glm_winrate
+
+    pandas.DataFrame({"model": "none", "index": range(805), "instruction_difficulty": 0.0, "preference": 1.0,
+                      "std_delta_len": 0.0, "not_gamed_baseline": False}).to_csv(tmp_path / "zeros.csv", index=False)
+    monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: tmp_path / "zeros.csv")
+
+    def rates(*arguments, **options):
+        with sklearn.config_context():  # the package switches on sklearn's metadata routing and leaves it on
+            return glm_winrate.get_length_controlled_winrate(*arguments, **options)
+
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("count, skill, pull",
+                         [(60, 0.5, 1 / 150), (300, -1.0, 1 / 150), (41, 2.0, 1 / 80), (200, 0.3, 0)])
+def test_win_rates_are_those_of_the_alpaca_eval_package(alpaca_package, count, skill, pull):
+    import pandas
+
+    rng = random.Random(count)
+    own, other = ([rng.randint(5, 400) for _ in range(count)] for _ in range(2))
+    chances = [1 / (1 + math.exp(-(a - b) * pull - skill)) for a, b in zip(own, other)]
+    preferences = [None if rng.random() < 0.05 else ((rng.random() < chance) + (rng.random() < chance)) / 2
+                   for chance in chances]
+    told = alpaca_package(pandas.DataFrame({
+        "index": range(count), "preference": [math.nan if p is None else 1 + p for p in preferences],
+        "output_1": ["x" * n for n in other], "output_2": ["x" * n for n in own], "generator_1": "other",
+        "generator_2": "own", "annotator": "none"}), "length_controlled_minimal", save_weights_dir=None)
+    assert interval(preferences)["value"] == pytest.approx(told["win_rate"] / 100, abs=5e-5)
+    rate = length_controlled(preferences, own, other)
+    assert rate == pytest.approx(told["length_controlled_winrate"] / 100, abs=1e-6)
+    if pull:
+        assert abs(rate - interval(preferences)["value"]) > 0.01 or rate == 0.5  # the length does count here
+
+
+def test_a_win_rate_at_equal_lengths_is_not_moved_and_too_few_rows_give_none():
+    assert length_controlled([1, 0.5, 1, 1, None, 1], [9] * 6, [9] * 6) == pytest.approx(0.9)
+    assert length_controlled([1, 1, 1, 1, None], [9] * 5, [7] * 5) is None
+    assert length_controlled([1] * 6, [9, 8, 7, 6, 5, 4], [7] * 6) == 1
+
+
+def test_pass_at_k_is_the_published_formula_and_the_share_of_all_draws():
+    for n, right, k in itertools.product(range(1, 8), range(8), range(1, 8)):
+        if right <= n and k <= n:
+            draws = list(itertools.combinations([1] * right + [0] * (n - right), k))
+            assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+            product = 1.0 if n - right < k else 1 - np.prod(1 - k / np.arange(n - right + 1, n + 1))
+            assert pass_at_k(n, right, k) == pytest.approx(product)  # the paper's own numerically stable code
+
+
+def test_tau_is_that_of_scipy():
+    rng = random.Random(0)
+    for _ in range(200):
+        n = rng.randint(2, 8)
+        scores, truth = ([rng.randint(1, 5) for _ in range(n)] for _ in range(2))
+        expected = scipy.stats.kendalltau(scores, truth).statistic
+        assert kendall_tau(scores, truth) == (0 if math.isnan(expected) else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("texts, value", [
+    (["4", "4", "5"], 1), (["5", "5", "4"], 0), (["4", "5"], 0.5), ([r"\boxed{\frac{1}{2}}", "0.5", "4"], 0),
+    (["", "no", "it is 4"], 1), (["", "no"], 0), ([r"\boxed{4}", "5 4.0", "6", "6"], 0.5)])
+def test_majority_vote_of_final_answers(texts, value):
+    assert majority(texts, "4") == value
+
+
+def test_a_weighted_mean_draws_rows_within_parts():
+    parts = [([0, 1] * 20, 1), ([1] * 10, 3)]
+    assert weighted_mean(parts)["value"] == 0.875
+    assert 0.8 < weighted_mean(parts)["low"] < 0.875 < weighted_mean(parts)["high"] < 0.95
+    assert weighted_mean([([None], 5), ([0.5], 1)]) == {"value": 0.5, "low": None, "high": None, "count": 1}
+    assert weighted_mean([])["value"] is None
