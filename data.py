@@ -892,7 +892,8 @@ def start_engine(folder: str, max_tokens: int, **options):
                logprobs_mode="processed_logprobs", **machine, **options)
 
 
-def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], seeds: list[int], temperature: float):
+def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], seeds: list[int], temperature: float,
+             progress: bool = False):
     """n answers to each prompt through vLLM: token ids in, token ids and their log-probs out, nothing truncated.
 
     One seed a prompt, from which vLLM derives one for each of its n answers: a rerun samples the same tokens.
@@ -907,4 +908,4 @@ def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], se
     params = [SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
                              logprobs=0, allowed_token_ids=allowed)
               for limit, seed in zip(max_tokens, seeds)]
-    return engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress)
