@@ -135,7 +135,11 @@ def parse_config(arguments: list[str]) -> Config:
     """Flags over preset over Config. Generated from the dataclass by transformers' HfArgumentParser."""
     from transformers import HfArgumentParser
 
+    def refuse(message):
+        raise InputError(f"{message}; --help lists the settings")
+
     parser = HfArgumentParser(Config, description="URPO; see README.md", allow_abbrev=False)
+    parser.error = refuse
     preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
     preset = ("paper" if GPU else "smol") if preset == "auto" else preset
     parser.set_defaults(**PRESETS[preset])
@@ -151,13 +155,18 @@ def parse_config(arguments: list[str]) -> Config:
 def check_config(config: Config, world: int) -> None:
     """Everything that can be wrong before a model is loaded. Raises InputError with the remedy."""
     positive = ("batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens "
-                "logit_chunk rollouts_every builtin_rows temperature lr grad_clip").split()
-    for name in positive + "steps warmup_steps save_every lr_warmup importance_cap referee_shots lora_rank".split():
+                "logit_chunk rollouts_every builtin_rows temperature lr grad_clip gpu_memory max_drift").split()
+    for name in positive + ("steps warmup_steps save_every lr_warmup importance_cap referee_shots lora_rank "
+                            "weight_decay").split():
         value = getattr(config, name)
         if not (0 < value if name in positive else 0 <= value) or value == math.inf:
             raise InputError(f"--{name} {value}: must be {'above 0' if name in positive else '0 or more'}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
-        raise InputError(f"--name {config.name!r}: letters, digits, '.', '_' and '-' only; it names a folder in runs/")
+    if config.gpu_memory > 1:
+        raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
+    if config.group == 1 and config.method == "urpo":
+        raise InputError("--group 1: an answer is compared with its group, so give 2 or more")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.name):
+        raise InputError(f"--name {config.name!r}: at most 100 letters, digits, '.', '_' and '-'; a folder in runs/")
     if not 0 <= config.clip_low <= 1 <= config.clip_high:
         raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
     if config.method == "sft" and (config.importance_cap or config.referee_shots):
@@ -173,6 +182,9 @@ def check_config(config: Config, world: int) -> None:
         if config.both_orders and rows % 2:
             raise InputError(f"--batch {config.batch} --mix {config.mix} draws {rows} preference prompts, and "
                              f"--both_orders needs an even number: use --batch {2 * config.batch}")
+    for folder in (Path("runs"), Path("runs") / config.name):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
     if (Path("runs") / config.name / "log.jsonl").exists() and not config.resume:
         raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
 
@@ -214,6 +226,7 @@ def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
 
     continued = config.lora_rank and config.model == "seed"  # train the shipped adapter on, instead of merging it
     lm = AutoModelForCausalLM.from_pretrained(data.model_folder("raw") if continued else folder, dtype=torch.float32,
+                                              use_safetensors=True, trust_remote_code=False,
                                               attn_implementation="flex_attention" if GPU else "sdpa")
     lm.train()
     adapter = None
@@ -564,7 +577,8 @@ def train(config: Config, rank: int, world: int) -> None:
                 raise InputError(f"--{data.FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens "
                                  f"{config.max_prompt_tokens}: raise it")
     if rank == 0:
-        data.check_memory(folder, world)
+        data.check_memory(data.check_model(folder, config.max_prompt_tokens + max(
+            config.max_answer_tokens, config.max_referee_tokens)), world)
     dist.barrier()  # before any rank fills the memory that is being measured
 
     run = Path("runs") / config.name
@@ -648,9 +662,8 @@ def train(config: Config, rank: int, world: int) -> None:
 def main() -> None:
     try:
         config = parse_config(sys.argv[1:])
-        alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-        os.environ.update({name: value for name, value in alone.items() if name not in os.environ})  # without torchrun
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        data.check_versions()
+        rank, world = data.torchrun_ranks()
         check_config(config, world)
         if GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -660,7 +673,7 @@ def main() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", timeout=datetime.timedelta(minutes=30))
         train(config, rank, world)
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if not re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", "0")):  # all ranks found it, one says it
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
