@@ -13,7 +13,8 @@ In this file, from top to bottom:
     4. sources                .jsonl, hub data sets, or `builtin`
     5. builtin                our own seeded data, because a user's machine may have no hub
     6. groups, packed rows    a prompt with its answers; several groups in one row, each prompt stored once
-    7. the model's folder, the machine's memory and the vLLM engine, shared by training and evaluation
+    7. files that outlive the process: log, checkpoint, and how damage is noticed
+    8. the model's folder, the machine's memory and the vLLM engine, shared by training and evaluation
 
 It needs no GPU and imports little of ours: the answer check and the mean of rewards.py. Decisions D1 ... D19 are
 listed in README.md.
@@ -27,9 +28,11 @@ import json
 import os
 import random
 import re
+import shutil
 import zlib
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from hashlib import file_digest
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -494,6 +497,22 @@ def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, shots: int, grou
     return kept, len(prompts) - len(kept)
 
 
+def load_sources(config, tokenizer) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
+    """The rows of each kind in the mix of `config` (urpo.Config), and how many were dropped as too long."""
+    sources, dropped = {}, {}
+    for kind, share in mix_counts(config.mix, config.batch, warmup=False).items():
+        if share:
+            rows = load_source(kind, getattr(config, FLAGS[kind]), count=config.builtin_rows)
+            sources[kind], dropped[kind] = drop_overlong(rows, tokenizer, config.max_prompt_tokens,
+                                                         config.referee_shots, config.group)
+            if config.method == "sft" and not all(map(worked_answer, rows)):
+                raise InputError(f"--{FLAGS[kind]}: --method sft needs worked answers: use builtin")
+            if not sources[kind]:
+                raise InputError(f"--{FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens "
+                                 f"{config.max_prompt_tokens}: raise it")
+    return sources, dropped
+
+
 # ----------------------------------------------------------------------------------------- 5. builtin
 
 # Topics, four sentences each. Every fourth topic is held out: training never sees it.
@@ -753,7 +772,7 @@ def describe(group: Group, step: int) -> dict:
                "reward": group.rewards or unknown, "advantage": group.advantages}
     return {"step": step, "index": group.index, "kind": prompt.kind, "instruction": prompt.instruction, **own,
             "prompt_ids": group.prompt_ids, "entropy": group.entropy,
-            "logprob": None if group.old_N is None else group.old_N.mean().item(),
+            "logprob": None if group.old_N is None or not group.old_N.isfinite().all() else group.old_N.mean().item(),
             "samples": [dict(zip(columns, sample)) for sample in zip(*columns.values())]}
 
 
@@ -827,7 +846,94 @@ def pack(groups: list, budget: int) -> list[list]:
     return rows
 
 
-# ---------------------------------------------------------- 7. the model's folder and the vLLM engine
+# ------------------------------------------------------------------- 7. files that outlive the process
+
+
+def flush(path: Path) -> None:
+    """What was written to a file or a folder is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def cut_lines(path: Path, first_step: int) -> None:
+    """Drop the lines of `first_step` and later, and a torn one: a resumed run repeats the steps after its checkpoint.
+
+    In place and without a copy, so that neither a full disk nor a crash can lose the lines that stay.
+    """
+    with open(path, "ab+") as lines:
+        lines.seek(0)
+        kept = cut = 0
+        for line in lines:
+            step = re.match(rb'{"step": (\d+).*}\n', line)
+            cut += cut > 0 or not step or int(step[1]) >= first_step
+            kept += 0 if cut else len(line)
+        lines.truncate(kept)
+    if cut:
+        print(f"{path}: cut {cut} lines from step {first_step} on, which the run repeats", flush=True)
+
+
+def file_list(folder: Path) -> dict[str, list]:
+    """{name: [bytes, checksum]} of all files below a folder but for the manifest, which holds this list."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / "manifest.json":
+            with open(path, "rb") as file:
+                found[str(path.relative_to(folder))] = [path.stat().st_size, file_digest(file, "sha256").hexdigest()]
+    return found
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(steps done, path) of every checkpoint in a run's folder `checkpoints`, newest first."""
+    found = [(int(path.name[5:]), path) for path in folder.glob("step_*") if path.name[5:].isdigit()]
+    return sorted(found, reverse=True)
+
+
+def finish_checkpoint(unfinished: Path, folder: Path, keep: int) -> None:
+    """Manifest, flush, rename, pointer: `folder` is whole or not there, at whatever moment the power fails.
+
+    Then all but the newest `keep` checkpoints go (0: all stay). Those of later steps, which a run that fell back to
+    an older one left behind, do not count.
+    """
+    (unfinished / "manifest.json").write_text(json.dumps(file_list(unfinished), indent=1))
+    for path in [*unfinished.rglob("*"), unfinished]:
+        flush(path)
+    if folder.exists():  # damaged: the run resumed from an older one
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    pointer = folder.with_name("last.new")
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(folder.name)
+    pointer.replace(folder.with_name("last"))
+    flush(folder.parent)
+    found = checkpoints(folder.parent)
+    for _, old in found[found.index((int(folder.name[5:]), folder)) + keep :] if keep else []:
+        shutil.rmtree(old.rename(unfinished))  # never half a checkpoint under its own name
+
+
+def last_checkpoint(run: Path) -> tuple[int, Path | None]:
+    """(steps done, folder) of the newest checkpoint whose files are as they were written; (0, None) without any."""
+    damaged = []
+    for steps, folder in checkpoints(run / "checkpoints"):
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+        except (OSError, ValueError):
+            manifest = {"manifest.json": None}
+        found = file_list(folder)
+        wrong = [name for name, entry in manifest.items() if entry is None or found.get(name) != entry]
+        if not wrong:
+            for line in damaged:
+                print(f"{line}: falling back to {folder}", flush=True)
+            return steps, folder
+        damaged.append(f"{folder} is damaged ({', '.join(wrong)})")
+    if damaged:
+        raise InputError(f"{'; '.join(damaged)}: no whole checkpoint is left; bring one back, or remove {run} to start "
+                         "at step 0")
+    print(f"{run}: no checkpoint to resume from, starting at step 0", flush=True)
+    return 0, None
+
+
+# ---------------------------------------------------------- 8. the model's folder and the vLLM engine
 
 def requirements() -> dict:
     """What must be installed for this machine, from the file that pip reads: {name: packaging's Requirement}."""
@@ -862,15 +968,15 @@ def torchrun_ranks() -> tuple[int, int]:
     if given and len(given) < 3:
         raise InputError(f"{', '.join(f'{name}={value}' for name, value in given.items())} in the environment without "
                          f"{' and '.join(name for name in names if name not in given)}; {advice}")
-    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    port = os.environ.get("MASTER_PORT", "1")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise InputError(f"MASTER_PORT={port} in the environment: not a port (1 to 65535); unset it")
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free port
     os.environ.update({name: value for name, value in alone.items() if name not in os.environ})
     rank, local, world = (int(os.environ[name]) for name in names)
     if not local <= rank < world:
         raise InputError(f"RANK={rank} LOCAL_RANK={local} WORLD_SIZE={world} in the environment: ranks count from 0; "
                          f"{advice}")
-    if not re.fullmatch("[0-9]{1,5}", os.environ["MASTER_PORT"]) or not 0 < int(os.environ["MASTER_PORT"]) < 65536:
-        raise InputError(f"MASTER_PORT={os.environ['MASTER_PORT']} in the environment: not a port (1 to 65535); "
-                         "unset it")
     if torch.cuda.is_available() and local >= torch.cuda.device_count():
         raise InputError(f"rank {rank} has no GPU: use --nproc_per_node={torch.cuda.device_count()}")
     return rank, world
