@@ -160,7 +160,7 @@ def check_config(config: Config, world: int) -> None:
                             "weight_decay").split():
         value = getattr(config, name)
         if not (0 < value if name in positive else 0 <= value) or value == math.inf:
-            raise InputError(f"--{name} {value}: must be {'above 0' if name in positive else '0 or more'}")
+            raise InputError(f"--{name} {value}: must be {'above 0' if name in positive else '0 or more'}, and finite")
     if config.gpu_memory > 1:
         raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
     if config.group == 1 and config.method == "urpo":
@@ -170,9 +170,10 @@ def check_config(config: Config, world: int) -> None:
     if not 0 <= config.clip_low <= 1 <= config.clip_high:
         raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
     if config.method == "sft" and (config.importance_cap or config.referee_shots):
-        raise InputError("--importance_cap, --referee_shots: --method sft samples nothing and shows no worked examples")
+        raise InputError(f"--importance_cap {config.importance_cap} --referee_shots {config.referee_shots}: "
+                         "--method sft samples nothing and shows no worked examples; leave both 0")
     if config.lora_rank and config.method == "urpo":
-        raise InputError("--lora_rank: an adapter is trained by --method sft alone; URPO trains all weights")
+        raise InputError(f"--lora_rank {config.lora_rank}: URPO trains all weights; 0, or --method sft")
     if config.batch % (world * config.minibatches):
         part = world * config.minibatches
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
@@ -619,7 +620,7 @@ def train(config: Config, rank: int, world: int) -> None:
                 raise InputError(f"--{data.FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens "
                                  f"{config.max_prompt_tokens}: raise it")
     if rank == 0:
-        data.check_memory(data.check_model(folder, config.max_prompt_tokens + max(
+        data.check_memory(data.check_model(folder, len(tokenizer), config.max_prompt_tokens + max(
             config.max_answer_tokens, config.max_referee_tokens)), world)
     dist.barrier()  # before any rank fills the memory that is being measured
 
@@ -702,10 +703,11 @@ def train(config: Config, rank: int, world: int) -> None:
 
 
 def main() -> None:
+    rank = 0  # a mistake is found on every rank, and told on the first
     try:
+        rank, world = data.torchrun_ranks()
         config = parse_config(sys.argv[1:])
         data.check_versions()
-        rank, world = data.torchrun_ranks()
         check_config(config, world)
         if GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -715,7 +717,7 @@ def main() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", timeout=datetime.timedelta(minutes=30))
         train(config, rank, world)
     except InputError as error:
-        if not re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", "0")):  # all ranks found it, one says it
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
