@@ -12,10 +12,10 @@ In this file, from top to bottom:
     3. the mixed batch        a pure function of (seed, step); no state to lose
     4. sources                .jsonl, hub data sets, or `builtin`
     5. builtin                our own seeded data, because a user's machine may have no hub
-    6. packed rows            a group in one row, its prompt stored once
+    6. groups, packed rows    a prompt with its answers; several groups in one row, each prompt stored once
     7. the model's folder, the machine's memory and the vLLM engine, shared by training and evaluation
 
-It needs no GPU and imports nothing of ours but the answer check of rewards.py. Decisions D1 ... D19 are
+It needs no GPU and imports little of ours: the answer check and the mean of rewards.py. Decisions D1 ... D19 are
 listed in README.md.
 """
 
@@ -28,7 +28,7 @@ import os
 import random
 import re
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +36,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from rewards import check_answer
+from rewards import check_answer, mean
 
 KINDS = ("preference", "reasoning", "instruction")  # the order of --mix P:R:I
 
@@ -717,7 +717,49 @@ def builtin_reasoning(rng: random.Random, split: str, level: int | None = None) 
 BUILTIN = {"preference": builtin_preference, "reasoning": builtin_reasoning, "instruction": builtin_instruction}
 
 
-# -------------------------------------------------------------------------------------- 6. packed rows
+# --------------------------------------------------------------------------- 6. groups and packed rows
+
+
+@dataclass
+class Group:
+    """One prompt with its G answers: all that a step knows of it."""
+
+    index: int  # position of the prompt in the global batch
+    prompt: Prompt
+    prompt_ids: list[int]
+    answers: list[list[int]]  # G lists of token ids, the end token included
+    sampler_logprobs: list[list[float]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)  # False: cut off at max_answer_tokens
+    judgements: list[dict] = field(default_factory=list)  # I: {order, prompt, text} of each self-judgement
+    scores: list = field(default_factory=list)  # P: the parsed scores of each answer, or None
+    rewards: list[float] | None = None  # None: unjudged, which is not 0
+    advantages: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # of each answer token in the loss
+    old_N: torch.Tensor | None = None  # the trainer's log-probs of all answer tokens, concatenated
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(map(len, self.answers))
+
+    @property
+    def entropy(self) -> float | None:
+        """Nats a token: minus the sampler's mean log-prob, an unbiased estimate that costs nothing."""
+        return mean(-p for answer in self.sampler_logprobs for p in answer)
+
+
+def describe(group: Group, step: int) -> dict:
+    """One line of rollouts.jsonl: everything from which the rewards of a group can be derived again."""
+    prompt = group.prompt
+    own = {"preference": {"responses": prompt.responses, "truth": prompt.truth}, "reasoning": {"answer": prompt.answer},
+           "instruction": {"check": prompt.check, "judgements": group.judgements}}[prompt.kind]
+    unknown = [None] * len(group.texts)
+    columns = {"ids": group.answers, "text": group.texts, "finished": group.finished, "scores": group.scores or unknown,
+               "reward": group.rewards or unknown, "advantage": group.advantages}
+    return {"step": step, "index": group.index, "kind": prompt.kind, "instruction": prompt.instruction, **own,
+            "prompt_ids": group.prompt_ids, "entropy": group.entropy,
+            "logprob": None if group.old_N is None else group.old_N.mean().item(),
+            "samples": [dict(zip(columns, sample)) for sample in zip(*columns.values())]}
 
 
 @dataclass

@@ -49,9 +49,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import InputError, Prompt
-from rewards import (clipped_objective, figures_of_kind, group_advantages, mean, parse_scores,
-                     preference_reward, self_rewards, verify_answer)
+from data import Group, InputError, describe
+from rewards import (clipped_objective, figures_of_kind, group_advantages, parse_scores, preference_reward,
+                     self_rewards, verify_answer)
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 GPU = torch.cuda.is_available()
@@ -126,7 +126,7 @@ PRESETS = {
     "smol": dict(model="seed", preferences="builtin:2", reasoning="builtin", instructions="builtin", steps=18,
                  warmup_steps=8, mix="2:1:1", batch=24, group=4, max_prompt_tokens=800, max_answer_tokens=48,
                  max_referee_tokens=40, both_orders=True, judgements=2, lr=1e-5,
-                 precision="bfloat16" if GPU else "float32", row_tokens=1024, recompute=False, save_every=0,
+                 precision="bfloat16" if GPU else "float32", row_tokens=768, recompute=False, save_every=0,
                  max_drift=0.1 if GPU else 1e-3),
 }
 
@@ -179,50 +179,15 @@ def check_config(config: Config, world: int) -> None:
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
                          f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
     for warmup in {False, config.warmup_steps > 0}:
-        data.mix_counts(config.mix, config.batch, warmup)
+        rows = data.mix_counts(config.mix, config.batch, warmup)["preference"]
+        if config.both_orders and rows % 2:
+            raise InputError(f"--batch {config.batch} --mix {config.mix} draws {rows} preference prompts, and "
+                             f"--both_orders needs an even number: use --batch {2 * config.batch}")
     for folder in (Path("runs"), Path("runs") / config.name):
         if os.path.lexists(folder) and not folder.is_dir():
             raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
     if (Path("runs") / config.name / "log.jsonl").exists() and not config.resume:
         raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
-
-
-# ----------------------------------------------------------------------------------------------- Group
-
-
-@dataclass
-class Group:
-    """One prompt with its G answers: all that a step knows of it."""
-
-    index: int  # position of the prompt in the global batch
-    prompt: Prompt
-    prompt_ids: list[int]
-    answers: list[list[int]]  # G lists of token ids, the end token included
-    sampler_logprobs: list[list[float]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    finished: list[bool] = field(default_factory=list)  # False: cut off at max_answer_tokens
-    judgements: list[dict] = field(default_factory=list)  # I: {order, prompt, text} of each self-judgement
-    scores: list = field(default_factory=list)  # P: the parsed scores of each answer, or None
-    rewards: list[float] | None = None  # None: unjudged, which is not 0
-    advantages: list[float] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # of each answer token in the loss
-    old_N: Tensor | None = None  # the trainer's log-probs of all answer tokens, concatenated
-
-    @property
-    def answer_tokens(self) -> int:
-        return sum(map(len, self.answers))
-
-    @property
-    def entropy(self) -> float | None:
-        """Nats a token: minus the sampler's mean log-prob, an unbiased estimate that costs nothing."""
-        return mean(-p for answer in self.sampler_logprobs for p in answer)
-
-
-def pack_evenly(groups: list[Group], config: Config) -> list[list[Group]]:
-    """`pack`, then empty rows up to the largest count of any rank: under FSDP every forward is a collective."""
-    rows = data.pack(groups, config.row_tokens)
-    most = int(all_reduce(len(rows), dist.ReduceOp.MAX))
-    return rows + [[]] * (most - len(rows))
 
 
 # ---------------------------------------------------------------------------------------------- Policy
@@ -383,6 +348,13 @@ def reward(config: Config, groups: list[Group]) -> None:
                             group_advantages(torch.tensor(group.rewards), config.advantage).tolist())
 
 
+def pack_evenly(groups: list[Group], config: Config) -> list[list[Group]]:
+    """`pack`, then empty rows up to the largest count of any rank: under FSDP every forward is a collective."""
+    rows = data.pack(groups, config.row_tokens)
+    most = int(all_reduce(len(rows), dist.ReduceOp.MAX))
+    return rows + [[]] * (most - len(rows))
+
+
 @torch.no_grad()
 def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) -> dict[str, float]:
     """Part 5: log pi_old by the trainer at rollout weights, and drift against the sampler (D16).
@@ -487,20 +459,6 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
 
 
 # ------------------------------------------------------------------------------------- log, checkpoint
-
-
-def describe(group: Group, step: int) -> dict:
-    """One line of rollouts.jsonl: everything from which the rewards of a group can be derived again."""
-    prompt = group.prompt
-    own = {"preference": {"responses": prompt.responses, "truth": prompt.truth}, "reasoning": {"answer": prompt.answer},
-           "instruction": {"check": prompt.check, "judgements": group.judgements}}[prompt.kind]
-    unknown = [None] * len(group.texts)
-    columns = {"ids": group.answers, "text": group.texts, "finished": group.finished, "scores": group.scores or unknown,
-               "reward": group.rewards or unknown, "advantage": group.advantages}
-    return {"step": step, "index": group.index, "kind": prompt.kind, "instruction": prompt.instruction, **own,
-            "prompt_ids": group.prompt_ids, "entropy": group.entropy,
-            "logprob": None if group.old_N is None else group.old_N.mean().item(),
-            "samples": [dict(zip(columns, sample)) for sample in zip(*columns.values())]}
 
 
 class Record:

@@ -138,6 +138,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path):
     ({"mix": "0:0:1"}, 1, ["--mix 0:0:1", "--warmup_steps 0"]),
     ({"mix": "1:1:3"}, 1, ["--batch 12", "1:1:3", "multiple of 5", "for example 15"]),
     ({"mix": "2:3:1"}, 1, ["--batch 12", "(warm-up)", "multiple of 5"]),
+    ({"mix": "1:3:0", "both_orders": True}, 1, ["--batch 12 --mix 1:3:0 draws 3", "even number", "--batch 24"]),
     ({"batch": 0}, 1, ["--batch 0", "above 0"]),
     ({"batch": -12}, 1, ["--batch -12", "above 0"]),
     ({"group": 0}, 1, ["--group 0", "above 0"]),
@@ -203,7 +204,7 @@ def command(folder, *arguments):
 
 
 @pytest.mark.parametrize("arguments, part", [
-    (["--mix", "1:1:5"], "--batch 12 cannot be shared 1:1:5"),
+    (["--mix", "1:1:5"], "--batch 24 cannot be shared 1:1:5"),
     (["--model", "raw", "--reasoning", "missing.jsonl"], "--reasoning missing.jsonl: no such file"),
     (["--model", "raw", "--builtin_rows", "30", "--max_prompt_tokens", "20"], "--max_prompt_tokens"),
     (["--no_such_flag", "1"], "--no_such_flag"),

@@ -349,7 +349,7 @@ PROBES = {"empty": lambda prompt: "", "give me 10": lambda prompt: "Give me 10. 
 
 
 def rewarded(prompt, texts, judgements=()):
-    group = urpo.Group(0, prompt, [], [[0]] * len(texts), texts=list(texts), judgements=list(judgements))
+    group = data.Group(0, prompt, [], [[0]] * len(texts), texts=list(texts), judgements=list(judgements))
     urpo.reward(urpo.Config(), [group])
     return group
 

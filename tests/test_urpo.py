@@ -180,7 +180,7 @@ def test_judgements_are_seeded_and_shuffled_apart_and_the_readable_ones_averaged
 def test_an_unreadable_judgement_gives_no_reward_and_no_advantage_and_is_counted(monkeypatch, smol_tokenizer):
     group, _ = judged_groups(monkeypatch, smol_tokenizer, ["all are fine"])
     assert group.rewards is None and group.advantages == [0.0] * 3
-    figures = urpo.figures_of_kind([urpo.describe(group, 0)])
+    figures = urpo.figures_of_kind([data.describe(group, 0)])
     assert figures["unjudged"] == 1 and figures["reward"] is None and figures["format"] == 0
 
 
