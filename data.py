@@ -321,7 +321,7 @@ def message_text(value) -> str:
     if not isinstance(value, str):
         raise ValueError(f"is {type(value).__name__}, expected text")
     if re.search("[\ud800-\udfff]", value):  # JSON can escape them, no tokenizer takes them
-        raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no text; remove it")
+        raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
     return value
 
 
@@ -392,6 +392,8 @@ def read_instruction(record: dict) -> Prompt:
     field, value = first_field(record, "instruction", "prompt", "messages")
     if isinstance(value, list) and field == "messages":
         value = [turn for turn in value if turn.get("role") == "user"][:1]
+        if not value:
+            raise ValueError("field 'messages' has no turn with the role 'user'")
     return Prompt("instruction", nonempty(field, value))
 
 
@@ -423,17 +425,17 @@ def read_row(kind: str, where: str, record) -> Prompt:
         raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
                          "write one JSON object a line") from None
     except KeyError as error:
-        raise InputError(f"{where}: no field {error.args[0]!r} for --{FLAGS[kind]}; "
-                         f"it has {', '.join(record) or 'none'}") from None
+        raise InputError(f"{where}: no field {error.args[0]!r} for --{FLAGS[kind]}; it has "
+                         f"{', '.join(record) or 'none'}; readable are {READERS[kind].__doc__}") from None
     except UnicodeDecodeError:
         raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
     except RecursionError:
-        raise InputError(f"{where}: not a row of data: brackets nested too deep to read") from None
+        raise InputError(f"{where}: brackets nested too deep to read; correct or remove this row") from None
     except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {error}; correct or remove this row") from None
     except (AttributeError, TypeError):  # a list or text where the format has an object, or the other way round
-        raise InputError(f"{where}: a field of the wrong type among {', '.join(record)}; "
-                         f"--{FLAGS[kind]} reads {READERS[kind].__doc__}") from None
+        raise InputError(f"{where}: a field of the wrong type for --{FLAGS[kind]} among "
+                         f"{', '.join(record)}; readable are {READERS[kind].__doc__}") from None
 
 
 def load_source(kind: str, source: str, split: str = "train", count: int = 4096) -> list[Prompt]:
@@ -447,6 +449,9 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
     if name == "builtin" and (not n or (kind == "preference" and n.isdecimal() and 2 <= int(n) <= 8)):
         options = {"n": int(n)} if n else {}
         return [BUILTIN[kind](random.Random(f"{split}/{kind}/{i}"), split, **options) for i in range(count)]
+    if name == "builtin":
+        raise InputError(f"--{FLAGS[kind]} {source}: builtin takes a number of responses, 2 to 8, for --preferences "
+                         "alone; for example builtin:2")
     if source.endswith((".jsonl", ".json")) or os.path.exists(source):
         if not os.path.isfile(source):
             raise InputError(f"--{FLAGS[kind]} {source}: no such file; give a .jsonl file, a hub id, or builtin")
@@ -1041,18 +1046,19 @@ def load_tokenizer(folder: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:  # no such model; or one that wants its own code to be run
-        raise InputError(f"--model {folder}: no tokenizer here that we can load, nor on the hub as far as we can see "
-                         f"({str(error).strip().splitlines()[0]})") from None
+    except Exception as error:  # no such model; one that wants to run its own code; a damaged file raises anything
+        raise InputError(f"--model {folder}: no tokenizer that loads, here or on the hub as far as we can see "
+                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); check the name, or save "
+                         "model and tokenizer there") from None
     if not tokenizer.is_fast:
         raise InputError(f"--model {folder}: its tokenizer has no tokenizer.json, and only such tokenizers tell which "
                          "letters a token stands for; convert it, or use another model")
     return tokenizer
 
 
-def check_model(folder: str, tokens: int) -> int:
+def check_model(folder: str, vocabulary: int, tokens: int) -> int:
     """The number of parameters. Refuses, before any weight is loaded, a model that the trainer or vLLM could not
-    use. `tokens`: the longest row."""
+    use. `vocabulary`: the tokenizer's size; `tokens`: the longest row."""
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -1062,10 +1068,13 @@ def check_model(folder: str, tokens: int) -> int:
             lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:  # damaged; unknown; wants its own code to be run; no language model
         raise InputError(f"--model {folder}: its config.json names no language model of transformers "
-                         f"{version('transformers')} ({str(error).strip().splitlines()[0]})") from None
+                         f"{version('transformers')} ({' '.join(str(error).split())[:200]}); use another") from None
     if not hasattr(lm, "lm_head") or not hasattr(getattr(lm, "model", None), "layers"):
         raise InputError(f"--model {folder}: {type(lm).__name__} has no model.layers and lm_head; use a model built "
                          "as Llama and Qwen are")
+    if vocabulary > config.vocab_size:
+        raise InputError(f"--model {folder}: its tokenizer has {vocabulary} tokens and the model {config.vocab_size}: "
+                         "give the tokenizer that belongs to it")
     longest = getattr(config, "max_position_embeddings", tokens)
     if tokens > longest:
         raise InputError(f"--model {folder} reads {longest} tokens, and --max_prompt_tokens with the longer of "

@@ -166,7 +166,7 @@ def check_config(config: Config, world: int) -> None:
                            "weight_decay").split():
         value = getattr(config, name)
         if not (0 < value if name in above_0 else 0 <= value) or value == math.inf:
-            raise InputError(f"--{name} {value}: must be {'above 0' if name in above_0 else '0 or more'}")
+            raise InputError(f"--{name} {value}: must be {'above 0' if name in above_0 else '0 or more'}, and finite")
     if config.gpu_memory > 1:
         raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
     if config.group == 1 and config.method == "urpo":
@@ -176,9 +176,10 @@ def check_config(config: Config, world: int) -> None:
     if not 0 <= config.clip_low <= 1 <= config.clip_high:
         raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
     if config.method == "sft" and (config.importance_cap or config.referee_shots):
-        raise InputError("--importance_cap, --referee_shots: --method sft samples nothing and shows no worked examples")
+        raise InputError(f"--importance_cap {config.importance_cap} --referee_shots {config.referee_shots}: "
+                         "--method sft samples nothing and shows no worked examples; leave both 0")
     if config.lora_rank and config.method == "urpo":
-        raise InputError("--lora_rank: an adapter is trained by --method sft alone; URPO trains all weights")
+        raise InputError(f"--lora_rank {config.lora_rank}: URPO trains all weights; 0, or --method sft")
     if config.batch % (world * config.minibatches):
         part = world * config.minibatches
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
@@ -595,7 +596,8 @@ def train(config: Config, rank: int, world: int) -> None:
     tokenizer = data.load_tokenizer(folder)
     sources, dropped = data.load_sources(config, tokenizer)
     longest = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
-    on_rank_0("measuring memory", lambda: data.check_memory(data.check_model(folder, longest), world))
+    on_rank_0("measuring memory",
+              lambda: data.check_memory(data.check_model(folder, len(tokenizer), longest), world))
 
     run, record, skipped_steps, signals = Path("runs") / config.name, Record(), 0, []
     first_step, saved = on_rank_0(f"reading {run}", lambda: data.last_checkpoint(run) if config.resume else (0, None))
@@ -680,11 +682,11 @@ def train(config: Config, rank: int, world: int) -> None:
 
 
 def main() -> None:
-    store = None
+    rank, store = 0, None
     try:
+        rank, world = data.torchrun_ranks()
         config = parse_config(sys.argv[1:])
         data.check_versions()
-        rank, world = data.torchrun_ranks()
         check_config(config, world)
         if GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -703,8 +705,7 @@ def main() -> None:
             error = (f"rank {rank}: another rank died, or stalled for {config.timeout:g} minutes (--timeout); its own "
                      f"message says why; --resume continues from the newest checkpoint ({str(error).splitlines()[0]})")
         # Each message once: mostly all ranks find the same mistake, but not always.
-        first = store.add(str(error), 1) == 1 if store else not re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", ""))
-        if first:
+        if store.add(str(error), 1) == 1 if store else rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -147,7 +147,8 @@ def atheris_run(count: int) -> None:
         words = Path(folder, "words.dict")
         words.write_text("".join('"%s"\n' % "".join(f"\\x{byte:02x}" for byte in piece.encode("utf-8", "surrogatepass"))
                                  for piece in PIECES + FIELDS))
-        atheris.Setup([sys.argv[0], f"-runs={count}", "-max_len=4096", f"-dict={words}", "-verbosity=0", folder],
+        atheris.Setup([sys.argv[0], f"-runs={count}", "-max_len=4096", f"-dict={words}", "-verbosity=0",
+                      "-report_slow_units=100000", folder],
                       lambda raw: check(raw[0], raw[1:].decode("utf-8", "replace")) if raw else None)
         atheris.Fuzz()
 

@@ -349,7 +349,7 @@ PROBES = {"empty": lambda prompt: "", "give me 10": lambda prompt: "Give me 10. 
 
 
 def rewarded(prompt, texts, judgements=()):
-    group = urpo.Group(0, prompt, [], [[0]] * len(texts), texts=list(texts), judgements=list(judgements))
+    group = data.Group(0, prompt, [], [[0]] * len(texts), texts=list(texts), judgements=list(judgements))
     urpo.reward(urpo.Config(), [group])
     return group
 
@@ -425,11 +425,11 @@ def test_a_models_own_code_is_never_run_and_the_user_is_not_asked(folder_with_co
     auto = {"AutoConfig": "stranger.Stranger", "AutoModelForCausalLM": "stranger.Stranger"}
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "stranger", "auto_map": auto}))
     with pytest.raises(InputError, match="names no language model"):
-        data.check_model(str(folder), 100)
+        data.check_model(str(folder), 100, 100)
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(
         tokenizer | {"tokenizer_class": "Stranger", "auto_map": {"AutoTokenizer": [None, "stranger.Stranger"]}}))
-    with pytest.raises(InputError, match="no tokenizer here that we can load"):
+    with pytest.raises(InputError, match="no tokenizer that loads"):
         data.load_tokenizer(str(folder))
     assert not ran.exists()
 
