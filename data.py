@@ -855,7 +855,7 @@ def load_tokenizer(folder: str):
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a folder with weights and no tokenizer
         raise InputError(f"--model {folder}: no model here, nor on the hub as far as we can see "
                          f"({str(error).strip().splitlines()[0]})") from None
 
