@@ -287,8 +287,8 @@ def open_model(name: str):
     folder = data.model_folder(name)
     tokenizer = data.load_tokenizer(folder)
     data.encode_chat(tokenizer, "")  # refuses a tokenizer without chat template, before rows are read
-    if os.path.isdir(folder) and not any(Path(folder).glob(f"*.{kind}") for kind in ("safetensors", "bin")):
-        raise InputError(f"{folder}: no weights here (*.safetensors or *.bin); give a folder that save_pretrained wrote")
+    if os.path.isdir(folder) and not [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]:
+        raise InputError(f"{folder}: no weights here (*.safetensors, *.bin); give a folder that save_pretrained wrote")
     return folder, tokenizer
 
 
@@ -419,8 +419,9 @@ def benchmark_pairs(args) -> tuple[list[tuple[str, str]], list[Prompt]]:
             records = [json.loads(line) for line in lines if line.strip()]
     else:
         records = data.hub_records("preference", source, args.split)
-    labels = [(str(record.get("section") or home.get(record.get("subset"), "other")), str(record.get("subset") or "all"))
-              for record in records]
+    subsets = [str(record.get("subset") or "all") for record in records]
+    labels = [(str(record.get("section") or home.get(subset, "other")), subset)
+              for record, subset in zip(records, subsets)]
     found = [(label, pair) for label, pair in zip(labels, map(better_first, rows), strict=True) if pair]
     return [label for label, _ in found], [pair for _, pair in found]
 
@@ -555,7 +556,29 @@ def alpacaeval(args) -> None:
 
 # ---- probe ----
 
-LITTLE = 0.1  # a kind of which fewer groups than this have a gradient is as good as absent
+# What stands in the way of each kind, and the flag to change: (kind, when, words). v: the figures by name, nan where
+# nothing was measured, so that no rule applies. Thresholds are ours: below 0.1 a gradient is as good as absent.
+RULES = (
+    ("preference", lambda v: v["format"] < 0.5, "{format:.0%} of judgements are readable: teach the format first, by "
+     "--referee_shots 2 or a warm start (--method sft)"),
+    ("preference", lambda v: v["gradient"] < 0.1 and v["format"] >= 0.5,
+     "judgements are readable but all samples agree: raise --temperature"),
+    ("preference", lambda v: v["tau, low"] <= 0, "tau {tau:.2f} cannot be told from no skill, so self-scores would be "
+     "noise: raise --warmup_steps or the share of P in --mix, or a warm start (--method sft)"),
+    ("preference", lambda v: abs(v["first-position preference"]) > 0.25, "it judges by position: --both_orders True"),
+    ("reasoning", lambda v: v["gradient"] < 0.1 and v["cut off"] > 0.5,
+     "{cut off:.0%} of answers are cut off: raise --max_answer_tokens"),
+    ("reasoning", lambda v: v["gradient"] < 0.1 and v["solved"] < 0.5 >= v["cut off"],
+     "{solved:.0%} solved, too hard: easier data (--reasoning) or another --model"),
+    ("reasoning", lambda v: v["gradient"] < 0.1 and v["solved"] >= 0.5,
+     "{solved:.0%} solved, too easy: harder data (--reasoning)"),
+    ("instruction", lambda v: v["unparsed"] > 0.5,
+     "{unparsed:.0%} of self-judgements are unreadable: lower --group, or --referee_shots 2"),
+    ("instruction", lambda v: v["gradient"] < 0.1 and v["unparsed"] <= 0.5,
+     "one score for all answers: raise --temperature, or ground the judge by more P"),
+    ("instruction", lambda v: abs(v["correlation with length"]) > 0.5,
+     "self-scores go by length (tau {correlation with length:.2f}): more P whose longer response is the worse one"),
+)
 
 
 def probe_figures(lines: list[dict]) -> dict[str, dict[str, dict]]:
@@ -599,51 +622,20 @@ def probe_figures(lines: list[dict]) -> dict[str, dict[str, dict]]:
     return {kind: part for kind, part in figures.items() if part["gradient"]["count"]}
 
 
-def probe_verdicts(figures: dict[str, dict[str, dict]]) -> dict[str, str]:
-    """What each kind can teach this model in its first steps, why, and which flag to change.
+def probe_verdicts(figures: dict[str, dict[str, dict]]) -> list[str]:
+    """What each kind can teach this model in its first steps, what stands in the way, and which flag to change.
 
-    >>> def told(**figures): return {name.replace("_", " "): figure(value, 8) for name, value in figures.items()}
-    >>> probe_verdicts({"reasoning": told(gradient=0.0, solved=0.0, cut_off=0.1)})["reasoning"]
-    'no gradient from R: 0 % of groups are mixed, 0 % solved: too hard; easier data (--reasoning) or another --model'
+    >>> def told(**values): return {name.replace("_", " "): figure(value, 8) for name, value in values.items()}
+    >>> probe_verdicts({"reasoning": told(gradient=0.0, solved=0.0, cut_off=0.1)})
+    ['no gradient from R: 0% of groups have spread; 0% solved, too hard: easier data (--reasoning) or another --model']
     """
-    told = {}
+    told = []
     for kind, part in figures.items():
-        value = {name: cell["value"] for name, cell in part.items()}
-        share, letter = value["gradient"], kind[0].upper()
-        what = {"P": "have spread", "R": "are mixed", "I": "have spread"}[letter]
-        text = (f"{'no' if share == 0 else 'hardly any'} gradient" if share < LITTLE else "a gradient")
-        text += f" from {letter}: {share:.0%} of groups {what}".replace("%", " %")
-        if letter == "P":
-            if value["format"] < 0.5:
-                text += (f", {value['format']:.0%} of judgements readable: teach the format first, by --referee_shots "
-                         "2 or a warm start (--method sft)").replace("%", " %")
-            elif share < LITTLE:
-                text += ", though judgements are readable: all samples agree; raise --temperature"
-            if value["tau"] is not None and part["tau"]["low"] is not None and part["tau"]["low"] <= 0:
-                text += (f"; tau {value['tau']:.2f} cannot be told from no skill, so self-scores would be noise: a "
-                         "longer --warmup_steps, more P in --mix, or a warm start (--method sft)")
-            if (value["first-position preference"] is not None and abs(value["first-position preference"]) > 0.25):
-                text += "; it judges by position: --both_orders"
-        elif letter == "R":
-            text += f", {value['solved']:.0%} solved".replace("%", " %")
-            if share < LITTLE and value["cut off"] > 0.5:
-                text += (f", {value['cut off']:.0%} of answers cut off: raise --max_answer_tokens").replace("%", " %")
-            elif share < LITTLE:
-                text += (": too hard; easier data (--reasoning) or another --model" if value["solved"] < 0.5 else
-                         ": too easy; harder data (--reasoning)")
-        else:
-            if value["unparsed"] > 0.5:
-                text += (f", {value['unparsed']:.0%} of self-judgements unreadable: lower --group, or --referee_shots "
-                         "2").replace("%", " %")
-            elif share < LITTLE:
-                text += ": one score for all answers; raise --temperature, or ground the judge by more P"
-            if abs(value["correlation with length"] or 0) > 0.5:
-                text += (f"; self-scores go by length (tau {value['correlation with length']:.2f}): expect answers to "
-                         "grow or shrink")
-        told[kind] = text
-    judge = figures.get("preference", {}).get("tau", {})
-    if "instruction" in told and (judge.get("low") is None or judge["low"] <= 0):
-        told["instruction"] += "; without skill on P this gradient is noise"
+        v = {f"{name}{end}": math.nan if cell[key] is None else cell[key] for name, cell in part.items()
+             for end, key in (("", "value"), (", low", "low"))}
+        size = "no" if v["gradient"] == 0 else "hardly any" if v["gradient"] < 0.1 else "a"
+        told.append("; ".join([f"{size} gradient from {kind[0].upper()}: {v['gradient']:.0%} of groups have spread",
+                               *(words.format(**v) for name, applies, words in RULES if name == kind and applies(v))]))
     return told
 
 
@@ -656,7 +648,8 @@ def probe(args) -> None:
 
     config = urpo.parse_config([*args.flags, "--model", args.model])
     config.both_orders, config.warmup_steps, config.minibatches, config.resume = True, 0, 1, True
-    config.mix = ":".join(str(min(1, int(share))) if share.isdigit() else share for share in config.mix.split(":"))
+    data.mix_counts(config.mix, 0, warmup=False)  # refuses what is no mix
+    config.mix = ":".join(str(min(1, int(share))) for share in config.mix.split(":"))
     config.batch = args.rows * config.mix.count("1")
     urpo.check_config(config, 1)
     folder, tokenizer = open_model(args.model)
@@ -675,8 +668,7 @@ def probe(args) -> None:
     urpo.self_score(config, engine, tokenizer, groups, 0)
     urpo.reward(config, groups)
     figures = probe_figures([data.describe(group, 0) for group in groups])
-    told = probe_verdicts(figures)
-    finish(args, figures, table({args.model: {"figures": figures}}, "n") + "\n" + "\n".join(told.values()))
+    finish(args, figures, "\n".join([table({args.model: {"figures": figures}}, "n"), *probe_verdicts(figures)]))
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -1231,11 +1223,7 @@ def agree(a, b) -> bool:
     >>> agree([9, 2.0], [9.0, 2]), agree(0.7071058, 0.70710576), agree(None, 0.0), agree(math.nan, math.nan)
     (True, True, False, True)
     """
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(agree, a, b))
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6) or math.isnan(a) and math.isnan(b)
-    return a == b
+    return a == b or None not in (a, b) and np.shape(a) == np.shape(b) and np.allclose(a, b, atol=1e-6, equal_nan=True)
 
 
 def differences(group: dict, config: dict) -> list[str]:
@@ -1413,9 +1401,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command is explain and args.all == (args.step is not None and args.prompt is not None):
         parser.error("explain: give --step and --prompt, or --all")
-    if args.command is alpacaeval and not (
-            (args.model and args.instructions) if args.model else (args.judge and args.against)) or (
-            args.command is alpacaeval and args.model and args.judge):
+    if args.command is alpacaeval and (bool(args.model and args.instructions) == bool(args.judge and args.against)
+                                       or args.model and args.judge):
         parser.error("alpacaeval: give --model and --data to answer; then, in a second command, --judge and --against")
     args = argparse.Namespace(**vars(args), arguments=arguments, flags=rest)
     unset = [name for name in OPTIONS if getattr(args, name, "") is None and name not in ("model", "judge")]

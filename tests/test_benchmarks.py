@@ -5,15 +5,18 @@ import math
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
-from eval import (REWARDBENCH, benchmark_figures, interval, length_controlled, main, majority, pass_at_k,
-                  weighted_mean)
-from rewards import (figures_of_kind, group_advantages, kendall_tau, preference_reward, self_rewards, verify_answer)
+import data
+from eval import (REWARDBENCH, benchmark_figures, figure, interval, length_controlled, main, majority, pass_at_k,
+                  probe_verdicts, weighted_mean)
+from rewards import figures_of_kind, group_advantages, kendall_tau, preference_reward, self_rewards, verify_answer
+from test_eval import Tokenizer, no_model  # noqa: F401
 
 
 def fails(arguments, capsys, status=2):
@@ -244,3 +247,226 @@ def test_a_weighted_mean_draws_rows_within_parts():
     assert 0.8 < weighted_mean(parts)["low"] < 0.875 < weighted_mean(parts)["high"] < 0.95
     assert weighted_mean([([None], 5), ([0.5], 1)]) == {"value": 0.5, "low": None, "high": None, "count": 1}
     assert weighted_mean([])["value"] is None
+
+
+# ---- the commands, with a made-up engine: no weights ----
+
+
+class Engine:
+    """`answer(text of the prompt, number of the sample)` stands for a model."""
+
+    def __init__(self, answer):
+        self.answer, self.calls = answer, []
+
+    def generate(self, engine, prompts, n, limits, seeds, temperature, progress=False):
+        self.calls.append(len(prompts))
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=self.answer(" ".join(words), i), logprobs=[],
+                                                         finish_reason="stop") for i in range(n)])
+                for words in prompts]
+
+
+@pytest.fixture
+def engine(monkeypatch, no_model):
+    def start(answer):
+        engine = Engine(answer)
+        monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **_: ids if isinstance(ids, str) else " ".join(ids),
+                            raising=False)
+        monkeypatch.setattr(data, "start_engine", lambda *_: engine)
+        monkeypatch.setattr(data, "generate", engine.generate)
+        return engine
+    return start
+
+
+def judge(prompt, _):
+    """Likes 'good' in any order, always the first of two texts with 'tie', and says nothing of 'odd' ones."""
+    if "> odd" in prompt:
+        return "cannot say"
+    if "> tie" in prompt:
+        return "<scores>5, 5</scores>"
+    return "<scores>9, 2</scores>" if prompt.index("> good") < prompt.index("> bad") else "<scores>2, 9</scores>"
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_rewardbench_judges_each_pair_in_both_orders_in_one_call_and_reports_subsets_sections_and_their_mean(
+        tmp_path, engine, capsys):
+    fake = engine(judge)
+    pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    source = write_lines(
+        tmp_path / "pairs.jsonl", pair | {"subset": "hep-go"}, pair | {"subset": "math-prm", "rejected": "tie"},
+        pair | {"subset": "donotanswer", "chosen": "bad", "rejected": "good"}, pair | {"subset": "x", "section": "Own"},
+        pair | {"subset": "x", "section": "Own", "chosen": "odd"}, {"prompt": "q", "responses": ["a", "b"],
+                                                                   "scores": [1, 1]})
+    main(["rewardbench", "--model", "m", "--data", str(source), "--json", str(tmp_path / "out.json")])
+    out = capsys.readouterr().out
+    assert fake.calls == [10] and "first wins: accuracy 0.50" in out
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+
+    def value(section, name):
+        return figures[section][name]["value"]
+
+    assert value("Reasoning", "hep-go: accuracy") == 1 and value("Reasoning", "math-prm: accuracy") == 0.5
+    assert value("Reasoning", "section: accuracy") == pytest.approx((984 * 0.5 + 164) / (984 + 164), abs=1e-4)
+    assert value("Reasoning", "section: ties as 0") == pytest.approx(164 / (984 + 164), abs=1e-4)
+    assert value("Own", "x: accuracy") == 0.75 and value("Own", "x: ties as 0") == 0.5
+    assert value("Own", "x: unparsed") == 0.5 and value("Own", "x: consistent") == 1  # of the one that was read
+    assert value("Safety", "section: accuracy") == 0
+    assert value("RewardBench", "mean of the sections: accuracy") == pytest.approx(
+        (value("Reasoning", "section: accuracy") + 0.75 + 0) / 3, abs=1e-4)
+    assert sorted(tmp_path.iterdir()) == sorted([source, tmp_path / "out.json"])  # no unfinished file is left
+
+
+def test_reasoning_measures_each_set_and_their_average(tmp_path, engine):
+    engine(lambda prompt, i: "so 4" if i < 3 else "so 5")
+    sets = [str(write_lines(tmp_path / f"{answer}.jsonl", {"question": "2 + 2?", "answer": answer}))
+            for answer in ("4", "5", "6")]
+    main(["reasoning", "--model", "m", "--data", *sets, "--samples", "4", "--json", str(tmp_path / "out.json")])
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    found = {name: [figures[part][name]["value"] for part in (*sets, "average")] for name in figures["average"]}
+    assert found["pass@1, greedy"] == pytest.approx([1, 0, 0, 1 / 3], abs=1e-4)
+    assert found["mean@4"] == pytest.approx([0.75, 0.25, 0, 1 / 3], abs=1e-4)
+    assert found["pass@2"] == pytest.approx([1, 0.5, 0, 0.5], abs=1e-4) and found["pass@4"][:3] == [1, 1, 0]
+    assert found["maj@4"] == pytest.approx([1, 0, 0, 1 / 3], abs=1e-4) and found["cut off"] == [0] * 4
+
+
+def test_alpacaeval_writes_what_the_package_reads_and_compares_two_such_files(tmp_path, engine, capsys):
+    from alpaca_eval import utils
+
+    asked = [{"instruction": text, "dataset": "helpful_base"} for text in ("Hi?", "Why?", "How?")]
+    (tmp_path / "set.json").write_text(json.dumps(asked))
+    outputs, other = tmp_path / "model_outputs.json", tmp_path / "other.json"
+    engine(lambda prompt, _: {"Hi?": "good", "Why?": "odd", "How?": "tie"}[prompt])
+    main(["alpacaeval", "--model", "m", "--data", str(tmp_path / "set.json"), "--outputs", str(outputs)])
+    frame = utils.load_or_convert_to_dataframe(outputs)
+    assert list(frame.columns) == ["instruction", "output", "generator", "dataset"] and len(frame) == 3
+    assert utils.get_generator_name(None, frame) == "m" and set(frame["dataset"]) == {"helpful_base"}
+
+    other.write_text(json.dumps([{"instruction": row["instruction"], "output": "bad"} for row in asked]))
+    fake = engine(judge)
+    main(["alpacaeval", "--judge", "j", "--outputs", str(outputs), "--against", str(other), "--json",
+          str(tmp_path / "out.json")])
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]["alpacaeval"]
+    assert fake.calls == [6] and figures["win rate"]["value"] == 0.75 and figures["win rate"]["count"] == 2
+    assert figures["unparsed"]["value"] == pytest.approx(1 / 3, abs=1e-4)
+    assert figures["ties, a judgement"]["value"] == 0.5
+    assert figures["length-controlled win rate"]["value"] is None  # three rows are too few
+    assert "only with rates of the same judge" in capsys.readouterr().out
+
+
+# ---- probe ----
+
+def test_probe_runs_parts_1_to_4_of_a_step_and_says_what_is_missing(tmp_path, engine, capsys):
+    def model(prompt, i):
+        if "Score each response" not in prompt:
+            return "an answer " * (i + 1)
+        return "<scores>9, 2</scores>" if "s3" not in prompt else "<scores>2, 4, 6, 8</scores>"
+
+    engine(model)
+    main(["probe", "--model", "m", "--rows", "8", "--preset", "smol", "--builtin_rows", "32", "--json",
+          str(tmp_path / "out.json")])
+    out = capsys.readouterr().out
+    assert "no gradient from P: 0% of groups have spread; judgements are readable but all samples agree" in out
+    assert "it judges by position: --both_orders" in out and "no gradient from R" in out and "a gradient from I" in out
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    gradients = {kind: part["gradient"]["value"] for kind, part in figures.items()}
+    assert gradients["preference"] == gradients["reasoning"] == 0 and gradients["instruction"] > 0.5
+    assert figures["preference"]["format"]["value"] == 1 and figures["preference"]["tau"]["value"] == 0
+    assert figures["preference"]["order consistency"]["value"] == 0  # the first one wins, whichever it is
+    assert figures["preference"]["first-position preference"]["value"] == 0.5
+    assert figures["preference"]["gradient"]["count"] == figures["reasoning"]["gradient"]["count"] == 8
+
+
+def test_probe_takes_n_way_rows_as_all_their_pairs(tmp_path, engine):
+    levels = {"> " + text: i for i, text in enumerate("abcd")}
+
+    def model(prompt, i):
+        shown = sorted(levels, key=lambda text: prompt.index(text + " "))
+        return data.score_line(1 + levels[text] + i for text in shown)
+
+    source = write_lines(tmp_path / "P.jsonl", *({"prompt": f"{i}?", "responses": list("abcd"), "scores": [0, 1, 2, 3]}
+                                                 for i in range(4)))
+    engine(model)
+    main(["probe", "--model", "m", "--rows", "8", "--preset", "smol", "--mix", "3:0:0", "--preferences", str(source),
+          "--json", str(tmp_path / "out.json")])
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert list(figures) == ["preference"] and figures["preference"]["tau"]["value"] == 1
+    assert figures["preference"]["single order"]["value"] == figures["preference"]["order consistency"]["value"] == 1
+    assert figures["preference"]["single order"]["count"] == 4 * 6
+
+
+@pytest.mark.parametrize("kind, values, words", [
+    ("preference", dict(gradient=0.0, format=0.0), ["no gradient from P", "--referee_shots"]),
+    ("preference", dict(gradient=0.6, format=1.0), ["a gradient from P: 60% of groups have spread"]),
+    ("reasoning", {"gradient": 0.05, "solved": 0.02, "cut off": 0.9}, ["hardly any", "raise --max_answer_tokens"]),
+    ("reasoning", {"gradient": 0.0, "solved": 1.0, "cut off": 0.0}, ["too easy"]),
+    ("reasoning", {"gradient": 0.5, "solved": 0.5, "cut off": 0.0}, ["a gradient from R: 50% of groups have spread"]),
+    ("instruction", {"gradient": 0.0, "unparsed": 1.0}, ["unreadable: lower --group"]),
+    ("instruction", {"gradient": 0.0, "unparsed": 0.0}, ["one score for all"]),
+    ("instruction", {"gradient": 1.0, "unparsed": 0.0, "correlation with length": 0.8}, ["go by length (tau 0.80)"]),
+])
+def test_probe_names_the_flag_to_change(kind, values, words):
+    names = {"preference": ("tau", "first-position preference"), "instruction": ("correlation with length",)}
+    part = {name: figure(values.get(name), 8, low=0.2 if values.get("format") else None)
+            for name in (*names.get(kind, ()), *values)}
+    told, = probe_verdicts({kind: part})
+    assert all(word in told for word in words), told
+    assert (";" in told) == (words[0][:2] != "a " or kind == "instruction")  # no advice where all is well
+
+
+# ---- bad input: one line, exit status 2, nothing written ----
+
+def test_bad_input(tmp_path, capsys, engine):
+    engine(judge)
+    ties = write_lines(tmp_path / "ties.jsonl", {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]})
+    good = tmp_path / "good.json"
+    good.write_text(json.dumps([{"instruction": "q", "output": "good"}]))
+    (tmp_path / "bad.json").write_text('[{"instruction": "q"}]')
+    (tmp_path / "other.json").write_text('[{"instruction": "another", "output": "bad"}]')
+    (tmp_path / "cut.json").write_text('[{"instruction": "q"')
+    before = sorted(tmp_path.iterdir())
+    for part, arguments in [
+            ("no valid pair", ["rewardbench", "--model", "m", "--data", ties]),
+            ("no such file", ["rewardbench", "--model", "m", "--data", tmp_path / "absent.jsonl"]),
+            ("entry 0 (from 0) has no text in field 'output'",
+             ["alpacaeval", "--judge", "j", "--outputs", tmp_path / "bad.json", "--against", good]),
+            ("not JSON", ["alpacaeval", "--judge", "j", "--outputs", good, "--against", tmp_path / "cut.json"]),
+            ("has 0 of the 1 instructions",
+             ["alpacaeval", "--judge", "j", "--outputs", good, "--against", tmp_path / "other.json"]),
+            ("give --model and --data", ["alpacaeval", "--model", "m"]),
+            ("give --model and --data",
+             ["alpacaeval", "--model", "m", "--data", good, "--judge", "j", "--against", good]),
+            ("must be above 0", ["reasoning", "--model", "m", "--samples", 0]),
+            ("unrecognized arguments: --grop", ["heldout", "--model", "m", "--grop", 8]),
+            ("--grop 8: no such setting", ["probe", "--model", "m", "--grop", 8]),
+            ("--mix x", ["probe", "--model", "m", "--mix", "x"]),
+            ("even number", ["probe", "--model", "m", "--rows", 3, "--mix", "1:0:0"])]:
+        err = fails(arguments, capsys)
+        assert part in err, (part, err)
+        assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_checkpoint_that_is_none_is_refused_before_anything_runs(tmp_path, tiny_model, smol_tokenizer, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert "no config.json" in fails(["rewardbench", "--model", folder], capsys)
+    shutil.copy(Path(tiny_model) / "config.json", folder)
+    assert "error: " in fails(["rewardbench", "--model", folder], capsys)  # no tokenizer
+    smol_tokenizer.save_pretrained(folder)
+    assert "no weights here" in fails(["rewardbench", "--model", folder], capsys)
+    (folder / "chat_template.jinja").unlink()
+    assert "no chat template" in fails(["alpacaeval", "--judge", folder, "--against", "other.json"], capsys)
+
+
+def test_a_context_longer_than_the_model_reads_is_refused(tmp_path, engine, capsys):
+    engine(judge)
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"max_position_embeddings": 1024}')
+    (folder / "model.safetensors").touch()
+    source = write_lines(tmp_path / "pairs.jsonl", {"prompt": "q", "chosen": "good", "rejected": "bad"})
+    err = fails(["rewardbench", "--model", folder, "--data", source, "--max_prompt_tokens", 2000], capsys)
+    assert "reads 1024" in err

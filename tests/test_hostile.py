@@ -13,7 +13,6 @@ import threading
 import time
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import data

@@ -5,7 +5,6 @@ import math
 import random
 import re
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
 import torch
