@@ -332,6 +332,10 @@ def ask(engine, tokenizer, prompts: list[Prompt], n: int, temperature: float, ar
                     sample.finish_reason == "stop") for sample in output.outputs] for output in outputs]
 
 
+def split_of(source: str, args) -> str:
+    return "heldout" if source == "builtin" else args.split  # builtin takes any other name for its training split
+
+
 def both_orders(pairs) -> list[Prompt]:
     return [*pairs, *map(swapped, pairs)]
 
@@ -463,7 +467,8 @@ def reasoning(args) -> None:
     folder, tokenizer = open_model(args.model)
     sets = {}
     for source in args.reasoning:
-        rows = data.load_source("reasoning", source, split=args.split, count=args.rows or 512)[: args.rows or None]
+        rows = data.load_source("reasoning", source, split=split_of(source, args), count=512)
+        rows = list(dict.fromkeys(rows))[: args.rows or None]  # a repeated row is no independent trial
         sets[source] = list(compress(rows, fitting(rows, tokenizer, args, f"--data {source}")))
     engine, k = open_engine(folder, args), args.samples
     prompts = [row for rows in sets.values() for row in rows]
@@ -517,7 +522,7 @@ def alpacaeval(args) -> None:
             records = read_outputs(args.instructions, "instruction")
             rows = [Prompt("instruction", record["instruction"]) for record in records]
         else:
-            rows = data.load_source("instruction", args.instructions, split=args.split, count=64)
+            rows = data.load_source("instruction", args.instructions, split=split_of(args.instructions, args), count=64)
             records = [{}] * len(rows)
         fits = fitting(rows, tokenizer, args, f"--data {args.instructions}")
         rows = list(compress(rows, fits))
@@ -543,7 +548,8 @@ def alpacaeval(args) -> None:
     lengths = [[len(pair.responses[i]) for pair in pairs] for i in (0, 1)]
     figures = {
         "win rate": interval(preferences),
-        "length-controlled win rate": figure(length_controlled(preferences, *lengths), len(pairs)),
+        "length-controlled win rate": figure(length_controlled(preferences, *lengths),
+                                             sum(value is not None for value in preferences)),
         "ties, a judgement": interval(scores[0] == scores[1] for order in orders for (scores,) in order if scores),
         "unparsed": interval(1 - row["format"] for row in rows),
         "order consistency": interval(row["consistent"] for row in rows),

@@ -332,6 +332,16 @@ def test_reasoning_measures_each_set_and_their_average(tmp_path, engine):
     assert found["maj@4"] == pytest.approx([1, 0, 0, 1 / 3], abs=1e-4) and found["cut off"] == [0] * 4
 
 
+def test_builtin_questions_and_instructions_come_from_the_heldout_split(tmp_path, engine):
+    asked = set()
+    engine(lambda prompt, _: asked.add(prompt) or "4")
+    main(["reasoning", "--model", "m", "--rows", "40", "--samples", "1"])
+    main(["alpacaeval", "--model", "m", "--data", "builtin", "--outputs", str(tmp_path / "out.json")])
+    known = {" ".join(data.prompt_text(row).split()) for kind in ("reasoning", "instruction")
+             for row in data.load_source(kind, "builtin", split="heldout", count=600)}
+    assert asked and asked <= known
+
+
 def test_alpacaeval_writes_what_the_package_reads_and_compares_two_such_files(tmp_path, engine, capsys):
     from alpaca_eval import utils
 
