@@ -182,7 +182,10 @@ def test_compare_errors(tmp_path, capsys):
 
 class Tokenizer:
     """As much of a tokenizer as measuring a prompt's length needs: one token a word."""
-    chat_template, all_special_tokens, name_or_path = "some", [], "none"
+    chat_template, all_special_tokens, name_or_path, is_fast = "some", [], "none", True
+
+    def __call__(self, text, **options):
+        return {"input_ids": [], "offset_mapping": []}
 
     def get_added_vocab(self):
         return {}
@@ -196,7 +199,7 @@ def no_model(monkeypatch):
     """A tokenizer and no weights: whatever fails here fails before an engine is started."""
     import transformers
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder: Tokenizer())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
     monkeypatch.setattr(evaluation.data, "model_folder", lambda model: model)
     monkeypatch.setattr(evaluation.data, "start_engine", lambda *_: pytest.fail("an engine was started"))
 
@@ -226,7 +229,7 @@ def test_builtin_rows_are_distinct_and_pairs_stand_better_first(no_model):
 
 def test_no_checkpoint(tmp_path, capsys):
     assert "no config.json" in fails(["heldout", "--model", tmp_path], capsys)
-    assert "no model here" in fails(["heldout", "--model", "runs/absent/checkpoints/step_1/model"], capsys)
+    assert "no tokenizer that loads" in fails(["heldout", "--model", "runs/absent/checkpoints/step_1/model"], capsys)
 
 
 class Engine:
