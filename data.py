@@ -14,7 +14,7 @@ In this file, from top to bottom:
     5. builtin                our own seeded data, because a user's machine may have no hub
     6. groups, packed rows    a prompt with its answers; several groups in one row, each prompt stored once
     7. files that outlive the process: log, checkpoint, and how damage is noticed
-    8. the model's folder, the machine's memory and the vLLM engine, shared by training and evaluation
+    8. what is checked before the start; the model's folder and the vLLM engine, shared by training and evaluation
 
 It needs no GPU and imports little of ours: the answer check and the mean of rewards.py. Decisions D1 ... D19 are
 listed in README.md.
@@ -25,6 +25,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -938,7 +939,7 @@ def last_checkpoint(run: Path) -> tuple[int, Path | None]:
     return 0, None
 
 
-# ---------------------------------------------------------- 8. the model's folder and the vLLM engine
+# ---------------------------------------- 8. checks before the start, the model's folder, the vLLM engine
 
 def requirements() -> dict:
     """What must be installed for this machine, from the file that pip reads: {name: packaging's Requirement}."""
@@ -961,6 +962,45 @@ def check_versions() -> None:
             if not wanted.specifier.contains(found, prereleases=True):
                 raise InputError(f"{name} {found} is installed; tested with {wanted}: install that, or change the "
                                  "line in our requirements file to try yours")
+
+
+def check_config(config, world: int) -> None:
+    """Everything that can be wrong in the settings (urpo.Config). Raises InputError with the remedy."""
+    above_0 = ("batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens "
+               "logit_chunk rollouts_every builtin_rows temperature lr grad_clip gpu_memory max_drift max_skipped "
+               "timeout").split()
+    for name in above_0 + ("steps warmup_steps save_every keep lr_warmup importance_cap referee_shots lora_rank "
+                           "weight_decay").split():
+        value = getattr(config, name)
+        if not (0 < value if name in above_0 else 0 <= value) or value == math.inf:
+            raise InputError(f"--{name} {value}: must be {'above 0' if name in above_0 else '0 or more'}, and finite")
+    if config.gpu_memory > 1:
+        raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
+    if config.group == 1 and config.method == "urpo":
+        raise InputError("--group 1: an answer is compared with its group, so give 2 or more")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.name):
+        raise InputError(f"--name {config.name!r}: at most 100 letters, digits, '.', '_' and '-'; a folder in runs/")
+    if not 0 <= config.clip_low <= 1 <= config.clip_high:
+        raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
+    if config.method == "sft" and (config.importance_cap or config.referee_shots):
+        raise InputError(f"--importance_cap {config.importance_cap} --referee_shots {config.referee_shots}: "
+                         "--method sft samples nothing and shows no worked examples; leave both 0")
+    if config.lora_rank and config.method == "urpo":
+        raise InputError(f"--lora_rank {config.lora_rank}: URPO trains all weights; 0, or --method sft")
+    if config.batch % (world * config.minibatches):
+        part = world * config.minibatches
+        raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
+                         f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
+    for warmup in {False, config.warmup_steps > 0}:
+        rows = mix_counts(config.mix, config.batch, warmup)["preference"]
+        if config.both_orders and rows % 2:
+            raise InputError(f"--batch {config.batch} --mix {config.mix} draws {rows} preference prompts, and "
+                             f"--both_orders needs an even number: use --batch {2 * config.batch}")
+    for folder in (Path("runs"), Path("runs") / config.name):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
+    if (Path("runs") / config.name / "log.jsonl").exists() and not config.resume:
+        raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
 
 
 def torchrun_ranks() -> tuple[int, int]:

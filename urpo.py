@@ -51,7 +51,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import Group, InputError, describe
+from data import Group, InputError, check_config, describe
 from rewards import (clipped_objective, figures_of_kind, group_advantages, parse_scores, preference_reward,
                      self_rewards, verify_answer)
 
@@ -155,45 +155,6 @@ def parse_config(arguments: list[str]) -> Config:
     if config.method == "sft":  # no judge to ground first, no old weights that a second minibatch could leave, and
         config.warmup_steps, config.minibatches, config.both_orders = 0, 1, True  # position teaches nothing
     return config
-
-
-def check_config(config: Config, world: int) -> None:
-    """Everything that can be wrong before a model is loaded. Raises InputError with the remedy."""
-    above_0 = ("batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens "
-               "logit_chunk rollouts_every builtin_rows temperature lr grad_clip gpu_memory max_drift max_skipped "
-               "timeout").split()
-    for name in above_0 + ("steps warmup_steps save_every keep lr_warmup importance_cap referee_shots lora_rank "
-                           "weight_decay").split():
-        value = getattr(config, name)
-        if not (0 < value if name in above_0 else 0 <= value) or value == math.inf:
-            raise InputError(f"--{name} {value}: must be {'above 0' if name in above_0 else '0 or more'}, and finite")
-    if config.gpu_memory > 1:
-        raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
-    if config.group == 1 and config.method == "urpo":
-        raise InputError("--group 1: an answer is compared with its group, so give 2 or more")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.name):
-        raise InputError(f"--name {config.name!r}: at most 100 letters, digits, '.', '_' and '-'; a folder in runs/")
-    if not 0 <= config.clip_low <= 1 <= config.clip_high:
-        raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
-    if config.method == "sft" and (config.importance_cap or config.referee_shots):
-        raise InputError(f"--importance_cap {config.importance_cap} --referee_shots {config.referee_shots}: "
-                         "--method sft samples nothing and shows no worked examples; leave both 0")
-    if config.lora_rank and config.method == "urpo":
-        raise InputError(f"--lora_rank {config.lora_rank}: URPO trains all weights; 0, or --method sft")
-    if config.batch % (world * config.minibatches):
-        part = world * config.minibatches
-        raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
-    for warmup in {False, config.warmup_steps > 0}:
-        rows = data.mix_counts(config.mix, config.batch, warmup)["preference"]
-        if config.both_orders and rows % 2:
-            raise InputError(f"--batch {config.batch} --mix {config.mix} draws {rows} preference prompts, and "
-                             f"--both_orders needs an even number: use --batch {2 * config.batch}")
-    for folder in (Path("runs"), Path("runs") / config.name):
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
-    if (Path("runs") / config.name / "log.jsonl").exists() and not config.resume:
-        raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
 
 
 # ---------------------------------------------------------------------------------------------- Policy
