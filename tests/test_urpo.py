@@ -24,8 +24,9 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def tiny_config(**changes) -> Config:
-    return Config(**{"row_tokens": 64, "logit_chunk": 1024, "recompute": False, "precision": "float32", "grad_clip": 1e9, "group": 3,
-                     "minibatches": 1, "batch": 4, "temperature": 0.7, "max_drift": 1e-3} | changes)
+    return Config(**{"row_tokens": 64, "logit_chunk": 1024, "recompute": False, "precision": "float32",
+                     "grad_clip": 1e9, "group": 3, "minibatches": 1, "batch": 4, "temperature": 0.7,
+                     "max_drift": 1e-3} | changes)
 
 
 @pytest.fixture
@@ -341,14 +342,41 @@ def test_a_batch_without_any_signal_skips_every_update_and_says_so(make_policy):
     assert figures["loss"] == 0 and figures["grad_norm"] == 0
 
 
-def test_a_gradient_that_is_not_finite_skips_the_update_and_is_not_carried_on(make_policy):
-    config, policy, groups = scored_groups(make_policy, minibatches=2)
-    groups[0].old_N = torch.full_like(groups[0].old_N, math.nan)
+@pytest.mark.parametrize("broken", ["old log-prob", "weights"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted_and_its_prompts_named(make_policy, broken):
+    config, policy, groups = scored_groups(make_policy, minibatches=2, row_tokens=1)  # else it spreads in a row
+    if broken == "old log-prob":
+        groups[2].old_N[1] = math.nan
+    else:  # of one token id, which this group alone holds
+        groups[2].prompt_ids[0] = VOCABULARY
+        with torch.no_grad():
+            policy.lm.model.embed_tokens.weight.to_local()[VOCABULARY] = math.nan
     optimizer = RecordingOptimizer(policy)
     figures = urpo.update(config, policy, optimizer, SCHEDULE, groups, "cpu", world=1)
-    assert figures["updates"] == 1 and figures["skipped_updates"] == 1
-    assert all(gradient.isfinite().all() for gradient in optimizer.steps[0].values())
-    assert math.isfinite(figures["grad_norm"])
+    assert (figures["updates"], figures["skipped_updates"], figures["nonfinite_updates"]) == (1, 1, 1)
+    assert figures["nonfinite_prompts"] == [2]
+    (step,) = optimizer.steps  # nothing of the first minibatch is carried on
+    assert all(gradient.isfinite().all() for gradient in step.values())
+    assert all(math.isfinite(value) for name, value in figures.items() if name != "nonfinite_prompts")
+
+
+def test_where_the_gradient_alone_overflows_all_prompts_of_the_update_are_named(make_policy, monkeypatch):
+    config, policy, groups = scored_groups(make_policy)
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: clip(*arguments) * math.inf)
+    figures = urpo.update(config, policy, RecordingOptimizer(policy), SCHEDULE, groups, "cpu", world=1)
+    assert figures["updates"] == 0 and figures["nonfinite_prompts"] == [0, 2, 3, 5]
+
+
+def test_a_log_prob_of_the_trainer_that_is_not_finite_is_left_to_the_update_and_logged_as_unknown(make_policy):
+    groups = random_groups(4)
+    config, policy = with_old_logprobs(make_policy, groups, row_tokens=1)
+    groups[2].prompt_ids[0] = VOCABULARY
+    with torch.no_grad():
+        policy.lm.model.embed_tokens.weight.to_local()[VOCABULARY] = math.nan
+    drift = urpo.old_logprobs(config, policy, groups, "cpu")
+    assert drift["drift_max"] < 1e-4
+    assert [data.describe(group, 0)["logprob"] is None for group in groups] == [False, False, True, False]
 
 
 def test_the_gradient_is_clipped_to_the_given_norm(make_policy):
@@ -419,8 +447,8 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule(make_policy, smol_
 
     first, second = trainer(), trainer()
     advance(*first)
-    urpo.save_checkpoint(tmp_path / "checkpoints" / "step_1", *first, smol_tokenizer, rank=0)
-    assert urpo.last_checkpoint(tmp_path) == (1, tmp_path / "checkpoints" / "step_1")
+    urpo.save_checkpoint(tmp_path / "checkpoints" / "step_1", *first, smol_tokenizer)
+    assert data.last_checkpoint(tmp_path) == (1, tmp_path / "checkpoints" / "step_1")
     urpo.load_checkpoint(tmp_path / "checkpoints" / "step_1", *second)
     advance(*first)
     advance(*second)
@@ -429,27 +457,37 @@ def test_a_checkpoint_restores_weights_optimizer_and_schedule(make_policy, smol_
     assert first[2].get_last_lr() == second[2].get_last_lr()
 
 
-def test_the_last_complete_checkpoint_counts(tmp_path):
-    for name in ("step_9", "step_10", "step_11.unfinished"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert urpo.last_checkpoint(tmp_path) == (10, tmp_path / "checkpoints" / "step_10")
-    assert urpo.last_checkpoint(tmp_path / "nothing") == (0, None)
-
-
-def test_a_resumed_log_repeats_no_step_and_drops_a_torn_line(tmp_path):
+def test_a_resumed_log_repeats_no_step_and_drops_a_torn_line_and_says_so(tmp_path, capsys):
     torn = '{"step": 2, "lo'
     for name in ("log.jsonl", "rollouts.jsonl"):
         (tmp_path / name).write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n' + torn)
-    record = urpo.Record(tiny_config(), tmp_path, True, 2, {"world": 1})
-    record.write({"step": 2, "new": True}, [{"step": 2, "new": True}])
-    for name in ("log.jsonl", "rollouts.jsonl"):
-        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        assert lines == [{"step": 0}, {"step": 1}, {"step": 2, "new": True}]
+    record = urpo.Record()
+    record.open(tiny_config(), tmp_path, 2, {"world": 1})
+    cuts = [line for line in capsys.readouterr().out.splitlines() if "cut" in line]
+    assert cuts == [f"{tmp_path / name}: cut 2 lines from step 2 on, which the run repeats"
+                    for name in ("log.jsonl", "rollouts.jsonl")]
+    record.write(2, [[], []], {"seconds": {"draw": 1.0}, "nonfinite_prompts": [], "new": True})
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["new"]
+    assert (tmp_path / "rollouts.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
-def test_only_rank_0_makes_the_runs_folder(tmp_path):
-    urpo.Record(tiny_config(), tmp_path / "run", False, 0, {"world": 2})
-    assert not (tmp_path / "run").exists()
+def test_a_log_that_needs_no_cut_stays_as_it_is_and_nothing_is_said(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    data.cut_lines(tmp_path / "log.jsonl", 2)
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_the_prompts_of_a_skipped_update_are_recorded_even_where_others_are_not(tmp_path):
+    group = Group(3, SHARE[1][1], [1], [[1]], [[-1.0]], ["2"], [True], rewards=[1.0], advantages=[0.0])
+    other = Group(4, SHARE[1][1], [1], [[1]], [[-1.0]], ["2"], [True], rewards=[1.0], advantages=[0.0])
+    record = urpo.Record()
+    record.open(tiny_config(rollouts_every=2), tmp_path, 0, {})
+    record.write(1, [[data.describe(group, 1)], [data.describe(other, 1)]],
+                 {"seconds": {"draw": 1.0}, "nonfinite_prompts": [3]})
+    (line,) = (tmp_path / "rollouts.jsonl").read_text().splitlines()
+    assert json.loads(line)["index"] == 3
 
 
 # ---- Config ----

@@ -1,0 +1,313 @@
+"""What must not matter does not: the number of ranks, the size of a row, the order of answers, candidates and prompts.
+
+The same file is the program of one rank: `python tests/test_invariance.py FOLDER` with RANK and WORLD_SIZE set.
+"""
+import copy
+import os
+import random
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from conftest import free_port  # first: it sets the path
+
+import data
+import urpo
+from data import Group, Prompt
+from rewards import preference_reward
+
+VOCABULARY, WORLDS, BUDGETS = 500, (1, 2, 4), (1, 64, 4096)  # one group a row, a few, all
+CONFIG = dict(precision="float32", recompute=False, group=3, grad_clip=1e9, max_drift=1e9, lr_warmup=0, lr=1e-3)
+BATCHES = ("every rank has signal", "one of two has none", "nobody has any")
+
+
+def make_batch(name: str) -> list[Group]:
+    """Eight groups whose shares on 4 ranks are: solved and unsolved questions; judgements that cannot be read;
+    preferences without spread; judged answers. `name` takes the signal from the second half, or from all."""
+    rng, groups = random.Random(7), []
+
+    def ids(low, high):
+        return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
+
+    for index in range(8):
+        answers = [ids(1, 9) for _ in range(3)]
+        group = Group(index, None, ids(4, 12), answers, [[-1.0] * len(answer) for answer in answers])
+        if index in (0, 1, 7):
+            group.prompt, group.texts = Prompt("reasoning", "1 + 1?", answer="2"), ["2", "3", "two or 2"]
+        elif index in (4, 5):
+            group.prompt = Prompt("preference", "Say hi.", ("hi", "no"), (1.0, 0.0))
+            group.texts = ["<scores>9, 2</scores>"] * 3
+        else:
+            group.prompt, group.texts = Prompt("instruction", "Say hi."), ["one", "two", "three"]
+            text = "<scores>9, 5, 2</scores>" if index == 6 else "all are fine"
+            group.judgements = [{"order": [2, 0, 1], "prompt": "", "text": text}]
+        if name == BATCHES[2] or (name == BATCHES[1] and index > 3):
+            group.prompt, group.texts = Prompt("reasoning", "1 + 1?", answer="2"), ["3"] * 3
+        groups.append(group)
+    return groups
+
+
+class Recorder:
+    """In place of the optimiser: keeps each update's gradient, whole, and leaves the weights as they are."""
+
+    def __init__(self, policy):
+        self.policy, self.gradients = policy, []
+
+    def step(self):
+        self.gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in self.policy.parameters()]))
+
+    def zero_grad(self):
+        self.policy.zero_grad()
+
+
+CONSTANT = SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])  # in place of a schedule
+
+
+def one_update(policy, groups, optimizer, schedule, **changes) -> dict:
+    """Parts 4 to 6 of a step on this rank's share of `groups`; the old log-probs are moved so that the clip bites."""
+    config = urpo.Config(**CONFIG | changes)
+    share = [group for _, group in data.shard(groups, config.minibatches, dist.get_rank(), dist.get_world_size())]
+    urpo.reward(config, share)
+    urpo.old_logprobs(config, policy, share, "cpu")
+    for group in share:
+        if group.old_N is not None:
+            noise = torch.randn(len(group.old_N), generator=torch.Generator().manual_seed(group.index))
+            group.old_N = group.old_N + 0.5 * noise
+    return urpo.update(config, policy, optimizer, schedule, share, "cpu", dist.get_world_size())
+
+
+def trainer(model: str, **changes):
+    config = urpo.Config(**CONFIG | changes)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = urpo.load_policy(config, model, VOCABULARY, mesh)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr)
+    return policy, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0)
+
+
+def state_of(policy, optimizer) -> dict[str, torch.Tensor]:
+    """Weights and both moments of AdamW, whole."""
+    state = dict(urpo.full_weights(policy))
+    for i, p in enumerate(policy.parameters()):
+        state |= {f"{name}/{i}": optimizer.state[p][name].full_tensor() for name in ("exp_avg", "exp_avg_sq")}
+    return {name: value.clone() for name, value in state.items()}
+
+
+def measure(folder: Path) -> None:
+    """What every number of ranks does; rank 0 writes it to `folder`. Two ranks save a checkpoint, the others load it."""
+    world, tokenizer = dist.get_world_size(), SimpleNamespace(save_pretrained=lambda folder: None)
+    policy, optimizer, schedule = trainer(str(folder / "model"))
+    found = {}
+    for name in BATCHES:
+        for budget in BUDGETS:
+            for minibatches in (1, 2):
+                recorder = Recorder(policy)
+                figures = one_update(policy, make_batch(name), recorder, CONSTANT, row_tokens=budget,
+                                     minibatches=minibatches)
+                found[name, budget, minibatches] = {"gradients": recorder.gradients, "figures": figures}
+    checkpoint = folder / "checkpoints" / "step_1"
+    if world == 2:
+        one_update(policy, make_batch(BATCHES[0]), optimizer, schedule)
+        urpo.save_checkpoint(checkpoint, policy, optimizer, schedule, tokenizer)
+    else:
+        urpo.load_checkpoint(checkpoint, policy, optimizer, schedule)
+    found["loaded"] = state_of(policy, optimizer)
+    one_update(policy, make_batch(BATCHES[1]), optimizer, schedule)
+    found["continued"] = state_of(policy, optimizer)
+    if dist.get_rank() == 0:
+        torch.save(found, folder / f"world_{world}.pt")
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model, tmp_path_factory, process_group):
+    """{ranks: what `measure` found}: two ranks, then four, then one in this process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "model").symlink_to(tiny_model)
+    for world in (2, 4):
+        port = free_port()
+        ranks = [subprocess.Popen(
+            [sys.executable, __file__, folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                                  MASTER_PORT=port)) for rank in range(world)]
+        outputs = [rank.communicate()[0] for rank in ranks]
+        assert all(rank.returncode == 0 for rank in ranks), "\n".join(output[-2000:] for output in outputs)
+    measure(folder)
+    return {world: torch.load(folder / f"world_{world}.pt") for world in WORLDS}
+
+
+def distance(a, b) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---- ranks and rows ----
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("name", BATCHES[:2])
+def test_the_gradient_is_the_same_on_any_number_of_ranks_and_in_rows_of_any_size(measured, name, minibatches):
+    expected = measured[1][name, 4096, minibatches]
+    assert expected["gradients"] and all(gradient.norm() > 0 for gradient in expected["gradients"])
+    for world in WORLDS:
+        for budget in BUDGETS:
+            found = measured[world][name, budget, minibatches]
+            assert len(found["gradients"]) == len(expected["gradients"])
+            for gradient, whole in zip(found["gradients"], expected["gradients"]):
+                assert distance(gradient, whole) <= 1e-6, (world, budget)
+            for figure, value in expected["figures"].items():
+                assert found["figures"][figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (world, budget, figure)
+
+
+def test_ranks_without_spread_instructions_or_a_readable_judgement_meet_every_collective(measured):
+    """That `measured` ended is the test; that nothing was left out shows in the number of updates."""
+    for world in WORLDS:
+        for budget in BUDGETS:
+            updates = {(name, minibatches): measured[world][name, budget, minibatches]["figures"]["updates"]
+                       for name in BATCHES for minibatches in (1, 2)}
+            assert list(updates.values()) == [1, 2, 1, 1, 0, 0], updates  # the second half has no signal, then neither
+
+
+# ---- a checkpoint of two ranks ----
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_checkpoint_of_two_ranks_loads_on_another_number_bit_for_bit_and_goes_on_alike(measured, world):
+    saved, loaded = measured[2]["loaded"], measured[world]["loaded"]
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    for name, value in measured[2]["continued"].items():
+        torch.testing.assert_close(measured[world]["continued"][name], value, rtol=1e-4, atol=1e-5)
+        assert name.endswith("norm.weight") or not torch.equal(value, saved[name]), "the update changed nothing"
+
+
+# ---- orders ----
+
+ORDERS = [(1, 2, 0), (2, 1, 0)]
+
+
+def updated(model, groups) -> tuple[torch.Tensor, dict]:
+    policy, _, _ = trainer(model)
+    recorder = Recorder(policy)
+    figures = one_update(policy, groups, recorder, CONSTANT, minibatches=1)
+    return recorder.gradients[0], figures
+
+
+def permute_answers(group: Group, order) -> Group:
+    changed = copy.deepcopy(group)
+    for name in ("answers", "texts", "sampler_logprobs"):
+        setattr(changed, name, [getattr(group, name)[i] for i in order])
+    for judgement in changed.judgements:  # the judge saw the same answers in the same places
+        judgement["order"] = [order.index(i) for i in judgement["order"]]
+    return changed
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_permuting_a_group_permutes_its_rewards_and_log_probs_and_leaves_the_gradient(tiny_model, process_group, order):
+    policy, _, _ = trainer(tiny_model)
+    config, batch = urpo.Config(**CONFIG, minibatches=1), make_batch(BATCHES[0])
+    mixed = [permute_answers(group, order) for group in batch]
+    for groups in (batch, mixed):
+        urpo.reward(config, groups)
+        urpo.old_logprobs(config, policy, groups, "cpu")
+    for group, changed in zip(batch, mixed):
+        assert changed.rewards == (group.rewards and [group.rewards[i] for i in order])
+        assert changed.advantages == pytest.approx([group.advantages[i] for i in order])
+        assert (group.old_N is None) == (changed.old_N is None)
+        if group.old_N is not None:
+            parts = group.old_N.split([len(answer) for answer in group.answers])
+            torch.testing.assert_close(changed.old_N, torch.cat([parts[i] for i in order]), rtol=1e-5, atol=1e-5)
+    recorder = Recorder(policy)
+    for groups in (batch, mixed):
+        urpo.update(config, policy, recorder, CONSTANT, groups, "cpu", 1)
+    assert recorder.gradients[0].norm() > 0 and distance(*recorder.gradients) <= 1e-6
+
+
+def judge_by_content(engine, prompts, n, max_tokens, seeds, temperature):
+    """In place of vLLM: answers that follow from prompt and seed; a judge that looks at the texts alone."""
+    outputs = []
+    for ids, seed in zip(prompts, seeds):
+        shown = re.findall(r"Response \d+:\n((?:> .*\n?)+)", engine.decode(ids))
+        if n == 1:
+            texts = [data.score_line([1 + zlib.crc32(text.strip().encode()) % 90 / 10 for text in shown])]
+        else:
+            rng = random.Random(f"{ids}/{seed}")
+            texts = [f"It is {rng.randint(1, 9)}." for _ in range(n)]
+        samples = [(engine.encode(text), text) for text in texts]
+        outputs.append(SimpleNamespace(outputs=[SimpleNamespace(
+            token_ids=ids, finish_reason="stop", logprobs=[{i: SimpleNamespace(logprob=-1.0)} for i in ids])
+            for ids, _ in samples]))
+    return outputs
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_judge_may_see_answers_in_any_order_and_each_keeps_its_reward(monkeypatch, smol_tokenizer, order):
+    monkeypatch.setattr(data, "generate", judge_by_content)
+    config, texts = urpo.Config(**CONFIG), ["one", "two words", "three"]
+
+    def judged(texts, step):
+        group = Group(0, Prompt("instruction", "Count."), [1], [[1]] * 3, texts=texts, finished=[True] * 3)
+        urpo.self_score(config, smol_tokenizer, smol_tokenizer, [group], step)
+        urpo.reward(config, [group])
+        return group
+
+    group = judged(texts, 0)
+    assert len(set(group.rewards)) == 3
+    assert {tuple(judged(texts, step).judgements[0]["order"]) for step in range(20)} > {(0, 1, 2), (2, 1, 0)}
+    assert all(judged(texts, step).rewards == group.rewards for step in range(20))
+    permuted = judged([texts[i] for i in order], 0)
+    assert permuted.rewards == [group.rewards[i] for i in order]
+    assert permuted.advantages == pytest.approx([group.advantages[i] for i in order])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_permuting_the_candidates_of_a_referee_prompt_permutes_its_blocks_and_leaves_the_reward(order):
+    prompt = Prompt("preference", "Say hi.", ("hi", "no", "ha"), (2.0, 0.0, 1.0))
+    responses, truth = (tuple(part[i] for i in order) for part in (prompt.responses, prompt.truth))
+    changed = Prompt("preference", "Say hi.", responses, truth)
+    blocks, changed_blocks = (re.split(r"\n\n(?=Response \d|End with)", data.prompt_text(p)) for p in (prompt, changed))
+    assert (changed_blocks[0], changed_blocks[-1]) == (blocks[0], blocks[-1])
+    assert [block.partition(":")[2] for block in changed_blocks[1:-1]] == [
+        blocks[1 + i].partition(":")[2] for i in order]
+    for scores in [(9, 2, 5), (1, 8, 8), (4, 4, 4), (7, 9, 1)]:
+        for tau in ("b", "strict"):
+            assert preference_reward(data.score_line(scores[i] for i in order), changed.truth, tau) == pytest.approx(
+                preference_reward(data.score_line(scores), prompt.truth, tau))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_permuting_the_prompts_of_a_batch_permutes_its_groups_and_leaves_the_gradient(
+        monkeypatch, smol_tokenizer, tiny_model, process_group, seed):
+    monkeypatch.setattr(data, "generate", judge_by_content)
+    config = urpo.Config(**CONFIG, seed=3)
+    share = list(enumerate([Prompt("reasoning", f"{i} + 1?", answer=str(i + 1)) for i in range(4)]
+                           + [Prompt("instruction", f"Say {i}.") for i in range(2)]
+                           + [Prompt("preference", "Say hi.", ("hi", "no"), (1.0, 0.0)) for _ in range(2)]))
+
+    def groups_of(share):
+        groups = urpo.rollout(config, smol_tokenizer, smol_tokenizer, share, 5)
+        urpo.self_score(config, smol_tokenizer, smol_tokenizer, groups, 5)
+        for group in groups:  # into the tiny model's vocabulary
+            group.prompt_ids = [i % VOCABULARY for i in group.prompt_ids]
+            group.answers = [[i % VOCABULARY for i in answer] for answer in group.answers]
+        return groups
+
+    straight, mixed = groups_of(share), groups_of(random.Random(seed).sample(share, len(share)))
+    gradient, figures = updated(tiny_model, straight)
+    mixed_gradient, mixed_figures = updated(tiny_model, mixed)
+    assert sorted(mixed, key=lambda group: group.index) != mixed
+    for group, other in zip(straight, sorted(mixed, key=lambda group: group.index), strict=True):
+        for name in ("index", "prompt", "prompt_ids", "answers", "texts", "judgements", "rewards", "advantages"):
+            assert getattr(other, name) == getattr(group, name)
+    assert gradient.norm() > 0 and distance(mixed_gradient, gradient) <= 1e-6
+    assert mixed_figures.pop("nonfinite_prompts") == figures.pop("nonfinite_prompts") == []
+    assert mixed_figures == pytest.approx(figures, rel=1e-5)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    measure(Path(sys.argv[1]))
+    dist.destroy_process_group()

@@ -1,0 +1,105 @@
+"""Runs of urpo.py as users start them, on a tiny model that earns rewards: shared by the tests and the fault campaign.
+
+The vocabulary is padded and the head is tied to the embedding, as in most small models: both are easy to get wrong
+when weights move into the sampler. The model is taught beforehand to answer everything with four scores. So each
+kind earns rewards that differ within a group: preferences by tau, a question by its last number, and instructions
+by the model's own verdicts.
+"""
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import psutil
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import data
+from conftest import ROOT, free_port
+
+# Every size is given, so that no change of the preset changes what these runs show.
+SIZES = ("--preset smol --name e2e --batch 12 --mix 1:1:1 --group 4 --judgements 1 --max_prompt_tokens 700 "
+         "--max_answer_tokens 24 --max_referee_tokens 24 --preferences builtin:4 --builtin_rows 40 --row_tokens 512 "
+         "--warmup_steps 1 --lr 1e-3 --lr_warmup 0 --max_drift 0.001 --precision float32").split()
+
+
+def teach_score_lines(model, tokenizer):
+    """Imitation: after any chat prompt, write four random scores."""
+    rng = random.Random(0)
+    prompts = [data.encode_prompt(tokenizer, data.BUILTIN[kind](rng, "train")) for kind in data.KINDS for _ in range(8)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        hidden, target = [], []
+        for prompt in rng.sample(prompts, 3):
+            answer = tokenizer.encode(data.score_line([rng.randint(1, 9) for _ in range(4)])) + [tokenizer.eos_token_id]
+            hidden.append(model.model(torch.tensor([prompt + answer])).last_hidden_state[0, len(prompt) - 1 : -1])
+            target += answer
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model.lm_head(torch.cat(hidden)), torch.tensor(target)).backward()
+        optimizer.step()
+
+
+def make_taught_model(folder, tokenizer) -> str:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer) + 64,  # padded, as the vocabularies of larger models are
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2))
+    teach_score_lines(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def start(folder, model, *arguments, ranks=2, program=ROOT / "urpo.py", **options) -> subprocess.Popen:
+    """`torchrun ... urpo.py` in `folder`, with its output in `folder`/output; a single rank starts without torchrun."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of the group other tests share
+        environment.pop(name, None)
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    with open(folder / "output", "w") as output:
+        return subprocess.Popen([sys.executable, *(launcher if ranks > 1 else []), program, *SIZES, "--model", model,
+                                 *arguments], cwd=folder, env=environment, stdout=output, stderr=output, **options)
+
+
+def run(folder, model, *arguments, ranks=2, status=0, **options) -> str:
+    """The output of a run from start to end, which must exit with `status` (under torchrun: 0 or not)."""
+    found = start(folder, model, *arguments, ranks=ranks, **options).wait()
+    output = (folder / "output").read_text()
+    assert (found if ranks == 1 else bool(found)) == (status if ranks == 1 else bool(status)), output[-6000:]
+    return output
+
+
+def wait_for(condition, process, seconds=300):
+    """Until `condition()` holds; the process must live that long."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before its time"
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.05)
+
+
+def rank_processes(process) -> list[psutil.Process]:
+    """The ranks of a run, without torchrun itself and without helpers."""
+    return [child for child in psutil.Process(process.pid).children() if "urpo.py" in " ".join(child.cmdline())]
+
+
+def kill_all(process) -> None:
+    """`kill -9` of every process of a run at once."""
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in everyone:
+        one.kill()
+    psutil.wait_procs(everyone, timeout=60)
+    process.wait()
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def same_in_every_run(log: list[dict]) -> list[dict]:
+    """log.jsonl without times and memory: what an exact resume must repeat to every digit."""
+    return [{name: value for name, value in line.items()
+             if name not in ("seconds", "tokens_per_second", "peak_memory_gib")} for line in log]
