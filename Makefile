@@ -23,7 +23,7 @@ demo: .venv/ready
 	$(python) eval.py heldout --model runs/$(NAME)/checkpoints/last/model --json runs/$(NAME)/heldout-after.json
 	$(python) eval.py report runs/$(NAME)
 	$(python) eval.py compare runs/$(NAME)/heldout-before.json runs/$(NAME)/heldout-after.json
-	@echo "log.jsonl, rollouts.jsonl, checkpoints/last/model and curves.png: runs/$(NAME)/"
+	@echo "report: runs/$(NAME)/report.html (log.jsonl, rollouts.jsonl, curves.png, checkpoints/last/model beside it)"
 
 test: .venv/ready
 	$(python) -m pytest -q --ignore=tests/bench tests

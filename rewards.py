@@ -8,9 +8,12 @@ score line, the tau variant and what ties earn, -1 for an unreadable verdict, un
 judgements, the unbiased deviation and its floor, and how a final answer is found and compared.
 One rule runs through the file: unknown is not zero. An unreadable verdict is None or the -1 of D4, no score.
 """
-import logging
+import json
 import math
 import re
+import subprocess
+import sys
+import threading
 from fractions import Fraction
 from statistics import pstdev
 from typing import Sequence
@@ -20,6 +23,7 @@ from scipy.stats import kendalltau
 
 LOWEST_SCORE, HIGHEST_SCORE = 1.0, 10.0  # D2; the referee's prompt states the same range
 LONGEST_ANSWER = 200                     # characters; no final answer worth paying for is longer
+CHECK_SECONDS, CHECK_BYTES = 2, 2 << 30  # of CPU time and memory, for one answer in math_verify
 SMALLEST_SPREAD = 1e-6                   # a group whose rewards deviate less than this carries no signal (D9)
 
 # A number in running text. ASCII digits only, and no branch gives up what it has read, so a search is linear.
@@ -29,12 +33,6 @@ NUMBER = re.compile(r"(?P<sign>(?<![0-9A-Za-z)\]}])[-+])?"
                     r"(?P<exponent>[eE][-+]?[0-9]+)?(?:/(?P<denominator>[0-9]+))?(?P<percent> ?%)?")
 UNIT = re.compile(r"\s*(?:\\(?:text|mathrm|mbox)\{[^{}]*\}|\^\{?\\circ\}?)$")
 WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
-# sympy can spend hours on these, and no timer stops it (signals fail in threads): refused beforehand.
-TOO_HARD = re.compile(
-    r"\^[{(]*[0-9]+[)}]*\^|[)}\]]\^\{?[0-9]{3,}|\^[{(]*-?[0-9]{5,}"  # 9^{9^9}, (x+1)^{999}, 2^{99999}
-    r"|[0-9]{4,}[)}]*!|![)}\]]*!|binom\{?[0-9]{4,}|[0-9]{4,}\\choose"  # factorials, binomials
-    r"|[0-9]{4,}.*\\(?:log|ln)|\\(?:log|ln).*[0-9]{4,}"             # 20252025 log 3 becomes log 3^20252025
-    r"|\\(?:sum|prod|i*int|oint|lim)|[0-9][eE][-+]?[0-9]|[0-9]{40}")  # operators, 1e999999, endless digits
 
 
 def _tidy(text: str) -> str:
@@ -71,20 +69,64 @@ def _read_number(text: str) -> tuple[Fraction, bool] | None:
     return (-value if match["sign"] == "-" else value), match["percent"] is not None
 
 
-def _parse_mathematics(text: str) -> list:
-    """What math_verify reads in `text`; [] for words (it would read "cat" as c*a*t) and for the TOO_HARD."""
-    if len(text) > LONGEST_ANSWER or WORD.search(text) or TOO_HARD.search("".join(text.split())):
-        return []
-    from math_verify import LatexExtractionConfig, parse  # here: half a second, rarely needed
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # or it warns that its timer is off
-    return parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", "first_match", None)
+class MathVerify:
+    """math_verify in a process of its own, since sympy can spend hours on nine characters and a signal stops no thread.
+
+    The kernel ends that process at CHECK_SECONDS of CPU time (it counts whole seconds, so at most one more) or at
+    CHECK_BYTES of memory; a new one starts with the next answer. CPU time, not the clock's: what is verified must
+    not depend on how busy the machine is.
+    """
+
+    # The process reads a JSON line [text] or [truth, text] and answers `true` or `false`. It is a program of its own
+    # because rewards.py would load torch there. It ends by itself with the trainer, whose end closes its input.
+    PROGRAM = """
+import json, logging, resource, sys
+seconds, size = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+from math_verify import LatexExtractionConfig, parse, verify
+logging.disable()  # it warns that its own timer is off
+print("ready", flush=True)
+for line in sys.stdin:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    read = [parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", "first_match", None)
+            for text in json.loads(line)]
+    print(json.dumps(all(read) and (len(read) == 1 or verify(*read, timeout_seconds=None))), flush=True)
+"""
+
+    def __init__(self):
+        self.process, self.stopped, self.lock = None, 0, threading.Lock()
+
+    def __call__(self, *texts: str) -> bool | None:
+        """Is [text] readable, or [truth, text] readable and equal? None: it was stopped, which `stopped` counts."""
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                # -P: no module of the working folder. A session of its own: Ctrl-C is the trainer's alone to handle.
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", self.PROGRAM, str(CHECK_SECONDS), str(CHECK_BYTES)], text=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+                if self.process.stdout.readline() != "ready\n":
+                    raise RuntimeError("math_verify did not start; its own message stands above")
+            self.process.stdin.write(json.dumps(texts) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+            if not answer:
+                self.process.wait()
+                self.stopped += 1
+            return json.loads(answer) if answer else None
+
+
+math_verify = MathVerify()
 
 
 def verify_answer(response: str, answer: str) -> float:
     r"""Reasoning reward: 1 if the final answer equals `answer`, else 0. The check is the paper's, D10 ours.
 
     Two plain numbers must be equal exactly. "50%" equals 50 and also 1/2, since data sets write either.
-    Words are compared letter by letter, everything symbolic by math_verify. No text makes this raise.
+    Words are compared letter by letter, everything symbolic by math_verify, and what that cannot decide within
+    CHECK_SECONDS is not verified: 0. No text makes this raise.
     >>> verify_answer(r"First \boxed{3}. No: \boxed{1{,}024}.", "1024"), verify_answer("so 3/4 it is", "0.75")
     (1.0, 1.0)
     >>> verify_answer(r"\boxed{(x-1)(x+1)}", "x^2-1"), verify_answer(r"It is 12, so \boxed{13}", "12")
@@ -100,11 +142,9 @@ def verify_answer(response: str, answer: str) -> float:
                      or (b_percent and not a_percent and b == 100 * a))
     if "".join(given.split()).casefold() == "".join(truth.split()).casefold():
         return 1.0
-    given_parsed, true_parsed = _parse_mathematics(given), _parse_mathematics(truth)
-    if not given_parsed or not true_parsed:
+    if WORD.search(given) or WORD.search(truth):  # math_verify would read "cat" as c*a*t
         return 0.0
-    from math_verify import verify
-    return float(verify(true_parsed, given_parsed, timeout_seconds=None))
+    return float(math_verify(truth, given) is True)
 
 
 def check_answer(answer: str) -> None:
@@ -120,9 +160,13 @@ def check_answer(answer: str) -> None:
         raise ValueError("the answer is empty")
     if len(text) > LONGEST_ANSWER:
         raise ValueError(f"the answer is longer than {LONGEST_ANSWER} characters: {text[:40]!r}...")
-    if _read_number(text) or (WORD.search(text) and not TOO_HARD.search(text)):
+    if _read_number(text) or WORD.search(text):
         return
-    if NUMBER.fullmatch(text) or not _parse_mathematics(text):
+    readable = not NUMBER.fullmatch(text) and math_verify(text)
+    if readable is None or readable and math_verify(text, "1") is None:  # any response would then cost as much
+        raise ValueError(f"unreadable answer {answer!r}: math_verify needs more than {CHECK_SECONDS} s or "
+                         f"{CHECK_BYTES >> 30} GiB for it")
+    if not readable:
         raise ValueError(f"unreadable answer {answer!r}: not a number, not words, "
                          "nothing that math_verify can parse")
 

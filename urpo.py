@@ -51,7 +51,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import Group, InputError, describe
+from data import Group, InputError, check_config, describe
 from rewards import (clipped_objective, figures_of_kind, group_advantages, parse_scores, preference_reward,
                      self_rewards, verify_answer)
 
@@ -131,7 +131,7 @@ PRESETS = {
     "smol": dict(model="seed", preferences="builtin:2", reasoning="builtin", instructions="builtin", steps=18,
                  warmup_steps=8, mix="2:1:1", batch=24, group=4, max_prompt_tokens=800, max_answer_tokens=48,
                  max_referee_tokens=40, both_orders=True, judgements=2, lr=1e-5,
-                 precision="bfloat16" if GPU else "float32", row_tokens=1024, recompute=False, save_every=0,
+                 precision="bfloat16" if GPU else "float32", row_tokens=768, recompute=False, save_every=0,
                  max_drift=0.1 if GPU else 1e-3),
 }
 
@@ -140,7 +140,11 @@ def parse_config(arguments: list[str]) -> Config:
     """Flags over preset over Config. Generated from the dataclass by transformers' HfArgumentParser."""
     from transformers import HfArgumentParser
 
+    def refuse(message):
+        raise InputError(f"{message}; --help lists the settings")
+
     parser = HfArgumentParser(Config, description="URPO; see README.md", allow_abbrev=False)
+    parser.error = refuse
     preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
     preset = ("paper" if GPU else "smol") if preset == "auto" else preset
     parser.set_defaults(**PRESETS[preset])
@@ -151,35 +155,6 @@ def parse_config(arguments: list[str]) -> Config:
     if config.method == "sft":  # no judge to ground first, no old weights that a second minibatch could leave, and
         config.warmup_steps, config.minibatches, config.both_orders = 0, 1, True  # position teaches nothing
     return config
-
-
-def check_config(config: Config, world: int) -> None:
-    """Everything that can be wrong before a model is loaded. Raises InputError with the remedy."""
-    above_0 = ("batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens "
-                "logit_chunk rollouts_every builtin_rows temperature lr grad_clip max_skipped timeout").split()
-    for name in above_0 + "steps warmup_steps save_every keep lr_warmup importance_cap referee_shots lora_rank".split():
-        value = getattr(config, name)
-        if not (0 < value if name in above_0 else 0 <= value) or value == math.inf:
-            raise InputError(f"--{name} {value}: must be {'above 0' if name in above_0 else '0 or more'}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
-        raise InputError(f"--name {config.name!r}: letters, digits, '.', '_' and '-' only; it names a folder in runs/")
-    if not 0 <= config.clip_low <= 1 <= config.clip_high:
-        raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
-    if config.method == "sft" and (config.importance_cap or config.referee_shots):
-        raise InputError("--importance_cap, --referee_shots: --method sft samples nothing and shows no worked examples")
-    if config.lora_rank and config.method == "urpo":
-        raise InputError("--lora_rank: an adapter is trained by --method sft alone; URPO trains all weights")
-    if config.batch % (world * config.minibatches):
-        part = world * config.minibatches
-        raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
-    for warmup in {False, config.warmup_steps > 0}:
-        rows = data.mix_counts(config.mix, config.batch, warmup)["preference"]
-        if config.both_orders and rows % 2:
-            raise InputError(f"--batch {config.batch} --mix {config.mix} draws {rows} preference prompts, and "
-                             f"--both_orders needs an even number: use --batch {2 * config.batch}")
-    if (Path("runs") / config.name / "log.jsonl").exists() and not config.resume:
-        raise InputError(f"runs/{config.name} holds a run: give --resume to continue it, or another --name")
 
 
 # ---------------------------------------------------------------------------------------------- Policy
@@ -219,6 +194,7 @@ def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
 
     continued = config.lora_rank and config.model == "seed"  # train the shipped adapter on, instead of merging it
     lm = AutoModelForCausalLM.from_pretrained(data.model_folder("raw") if continued else folder, dtype=torch.float32,
+                                              use_safetensors=True, trust_remote_code=False,
                                               attn_implementation="flex_attention" if GPU else "sdpa")
     lm.train()
     adapter = None
@@ -581,7 +557,9 @@ def train(config: Config, rank: int, world: int) -> None:
     folder = on_rank_0(f"preparing --model {config.model}", lambda: data.model_folder(config.model))
     tokenizer = data.load_tokenizer(folder)
     sources, dropped = data.load_sources(config, tokenizer)
-    on_rank_0("measuring memory", lambda: data.check_memory(folder, world))  # before any rank fills it
+    longest = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
+    on_rank_0("measuring memory",
+              lambda: data.check_memory(data.check_model(folder, len(tokenizer), longest), world))
 
     run, record, skipped_steps, signals = Path("runs") / config.name, Record(), 0, []
     first_step, saved = on_rank_0(f"reading {run}", lambda: data.last_checkpoint(run) if config.resume else (0, None))
@@ -666,12 +644,11 @@ def train(config: Config, rank: int, world: int) -> None:
 
 
 def main() -> None:
-    store = None
+    rank, store = 0, None
     try:
+        rank, world = data.torchrun_ranks()
         config = parse_config(sys.argv[1:])
-        alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free
-        os.environ.update({name: value for name, value in alone.items() if name not in os.environ})  # without torchrun
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        data.check_versions()
         check_config(config, world)
         if GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -690,7 +667,7 @@ def main() -> None:
             error = (f"rank {rank}: another rank died, or stalled for {config.timeout:g} minutes (--timeout); its own "
                      f"message says why; --resume continues from the newest checkpoint ({str(error).splitlines()[0]})")
         # Each message once: mostly all ranks find the same mistake, but not always.
-        if store.add(str(error), 1) == 1 if store else os.environ.get("RANK", "0") == "0":
+        if store.add(str(error), 1) == 1 if store else rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

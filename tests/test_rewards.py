@@ -164,7 +164,7 @@ def test_a_readable_answer_passes_and_matches_itself(answer):
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "$$", "?", "\\frac{", "{", "1/0", "1e99999", "9" * 201,
-                                    "9^{9^{9^9}}", "\\sum_{n=1}^{9} n", "\u0663"])
+                                    "9^{9^{9^9}}", "\u0663"])
 def test_an_unreadable_answer_is_refused(answer):
     with pytest.raises(ValueError):
         check_answer(answer)
