@@ -248,8 +248,9 @@ def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
 
 
 def write_failed(what: str, error: BaseException) -> InputError:
-    return InputError(f"{what} failed: {error}; make room or mend the permissions, then --resume continues from the "
-                      "newest complete checkpoint")
+    whole = "" if isinstance(error, OSError) else "a file could not be written whole: "  # torch and safetensors hide why
+    return InputError(f"{what} failed: {whole}{error}; make room or mend the permissions, then --resume continues from "
+                      "the newest complete checkpoint")
 
 
 def on_rank_0(what: str, work):
