@@ -1,118 +1,406 @@
-"""What a user can get wrong, and the message: it names the file, line, field and value, and what to do."""
+"""What a user can get wrong, and the message: it names the file, line, field or flag, the value, and what to do.
+
+The tables hold the whole message; "..." in one stands for words of a library, or for the list of readable formats.
+"""
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
 import data
+import eval
 import urpo
 from conftest import ROOT, free_port
 from data import InputError
 from urpo import Config, check_config
 
-GOOD = {"preference": {"prompt": "q", "chosen": "good", "rejected": "bad"},
-        "reasoning": {"question": "q", "answer": "2"}, "instruction": {"instruction": "q"}}
+SMALL = "--preset smol --model model --builtin_rows 8".split()
+GOOD = {"preferences": '{"prompt": "q", "chosen": "good", "rejected": "bad"}',
+        "reasoning": '{"question": "q", "answer": "2"}', "instructions": '{"instruction": "q"}'}
 
 
-def refusal(call, *arguments, **options) -> str:
-    with pytest.raises(InputError) as caught:
-        call(*arguments, **options)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, smol_tokenizer):
+    """A working folder: a model that is good, models that are not, and files of each kind that is not."""
+    import torch
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    home = tmp_path_factory.mktemp("home")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(smol_tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                                 num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=1024,
+                                 tie_word_embeddings=True)).save_pretrained(home / "model")
+    smol_tokenizer.save_pretrained(home / "model")
+
+    def variant(name, drop=(), **settings):
+        shutil.copytree(home / "model", home / name)
+        for file in drop:
+            (home / name / file).unlink()
+        config = json.loads((home / name / "config.json").read_text())
+        (home / name / "config.json").write_text(json.dumps(config | settings))
+        return home / name
+
+    variant("no-weights", ["model.safetensors"])
+    torch.save({}, variant("pickled", ["model.safetensors"]) / "pytorch_model.bin")
+    (variant("damaged-config") / "config.json").write_text('{"model_type": ')
+    variant("unknown-model", model_type="stranger")
+    variant("own-code", model_type="stranger", auto_map={"AutoConfig": "stranger.Stranger"})
+    variant("few-tokens", vocab_size=512)
+    variant("no-tokenizer", ["tokenizer.json", "tokenizer_config.json"])
+    (variant("damaged-tokenizer") / "tokenizer.json").write_text("{}")
+    variant("no-template", [name for name in ("chat_template.jinja",) if (home / "model" / name).exists()])
+    cut = variant("cut-off") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (variant("no-header") / "model.safetensors").write_bytes(b"\xff" * 100)
+    for name, model in (("encoder", BertModel(BertConfig(vocab_size=len(smol_tokenizer), hidden_size=32, num_hidden_layers=1,
+                                                         num_attention_heads=2, intermediate_size=32))),
+                        ("gpt2", GPT2LMHeadModel(GPT2Config(vocab_size=len(smol_tokenizer), n_embd=32, n_layer=1, n_head=2)))):
+        model.save_pretrained(home / name)
+        smol_tokenizer.save_pretrained(home / name)
+    (home / "folder").mkdir()
+    (home / "empty.jsonl").write_text("\n \n")
+    (home / "good.jsonl").write_text(GOOD["reasoning"] + "\n")
+    (home / "bad.json").write_text('{"figures": ')
+    (home / "list.json").write_text("[]")
+    (home / "broken").mkdir()
+    (home / "broken" / "log.jsonl").write_text('{"step": 0}\n{"step": \n{"step": 2}\n')
+    (home / "runs").mkdir()
+    (home / "runs" / "file").write_text("")
+    (home / "runs" / "dangling").symlink_to("nowhere")
+    (home / "runs" / "taken").mkdir()
+    (home / "runs" / "taken" / "log.jsonl").write_text("{}\n")
+    return home
 
 
-# ---- data ----
-
-@pytest.mark.parametrize("kind, line, parts", [
-    ("reasoning", '{"question": "q", ', ["not JSON", "column", "one JSON object a line"]),
-    ("reasoning", '["q", "2"]', ["expected an object", "list"]),
-    ("reasoning", '{"question": "q"}', ["no field 'answer or solution'", "--reasoning", "it has question"]),
-    ("reasoning", '{"answer": "2"}', ["no field 'question or problem or prompt'", "it has answer"]),
-    ("reasoning", '{"question": " ", "answer": "2"}', ["field 'question' is empty"]),
-    ("reasoning", '{"question": "q", "answer": "1/0"}', ["field 'answer'", "unreadable answer '1/0'"]),
-    ("reasoning", '{"question": "q", "answer": ""}', ["field 'answer'", "empty"]),
-    ("reasoning", '{"prompt": "q", "reward_model": {}}', ["no field 'ground_truth'"]),
-    ("preference", '{"prompt": "q", "chosen": "a"}', ["no field 'rejected'", "--preferences", "it has prompt, chosen"]),
-    ("preference", '{"prompt": "q", "responses": ["a"], "scores": [1]}', ["'responses'", "1 response", "at least 2"]),
-    ("preference", '{"prompt": "q", "responses": ["a"%s], "scores": [1]}' % (', "b"' * 8), ["9 responses", "most 8"]),
-    ("preference", '{"prompt": "q", "responses": ["a", "b"], "scores": [1]}', ["'scores'", "1 scores for 2 responses"]),
-    ("preference", '{"prompt": "q", "responses": ["a", "b"]}', ["'scores'", "two lists of equal length"]),
-    ("preference", '{"prompt": "q", "responses": ["a", "b"], "scores": ["x", 1]}', ["'scores'", "finite numbers"]),
-    ("preference", '{"prompt": "q", "responses": ["a", "b"], "scores": [NaN, 1]}', ["'scores'", "finite numbers"]),
-    ("preference", '{"prompt": "", "chosen": "a", "rejected": "b"}', ["field 'prompt' is empty"]),
-    ("preference", '{"instruction": "q", "completions": [{"response": "a"}]}', ["no field 'overall_score'"]),
-    ("instruction", '{"text": "q"}', ["no field 'instruction or prompt or messages'", "--instructions", "it has text"]),
-    ("instruction", '{"instruction": "\\n "}', ["field 'instruction' is empty"]),
-    ("instruction", '{"instruction": 7}', ["field 'instruction' is int, expected text"]),
-    ("instruction", '{"messages": [{"role": "system", "content": "s"}]}', ["field 'messages'"]),
-])
-def test_a_bad_line_is_named_with_its_file_number_and_field(tmp_path, kind, line, parts):
-    source = tmp_path / "rows.jsonl"
-    source.write_text(json.dumps(GOOD[kind]) + "\n\n" + line + "\n")
-    message = refusal(data.load_source, kind, str(source))
-    assert message.startswith(f"{source}:3: ")
-    assert all(part in message for part in parts), message
+def contents(folder):
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("kind, line, part", [
-    ("preference", '{"prompt": "q", "chosen": "a", "rejected": null}', "rejected"),
-    ("preference", '{"chosen": "\\n\\nHuman: q\\n\\nAssistant: a", "rejected": 7}', "rejected"),
-    ("preference", '{"prompt": "q", "responses": ["a", 7], "scores": [1, 0]}', "responses"),
-    ("preference", '{"prompt": "q", "completions": "none"}', "completions"),
-    ("preference", '{"prompt": "q", "completions": ["a", "b"]}', "completions"),
-    ("instruction", '{"messages": ["q"]}', "messages"),
-])
-def test_a_field_of_the_wrong_type_is_named(tmp_path, kind, line, part):
-    source = tmp_path / "rows.jsonl"
-    source.write_text(line + "\n")
-    message = refusal(data.load_source, kind, str(source))
-    assert message.startswith(f"{source}:1: ") and part in message, message
-
-
-@pytest.mark.parametrize("kind", data.KINDS)
-def test_a_missing_file_is_named_with_its_flag_and_the_alternatives(kind):
-    message = refusal(data.load_source, kind, "no/such.jsonl")
-    assert message == (f"--{data.FLAGS[kind]} no/such.jsonl: no such file; give a .jsonl file, a hub id, or builtin")
-
-
-def test_a_folder_is_no_source(tmp_path):
-    assert "no such file" in refusal(data.load_source, "reasoning", str(tmp_path))
-
-
-def test_a_file_without_rows_is_refused(tmp_path):
-    source = tmp_path / "rows.jsonl"
-    source.write_text("\n \n")
-    assert refusal(data.load_source, "reasoning", str(source)) == f"{source}: no rows for --reasoning"
-
-
-def test_a_file_that_is_no_text_is_refused(tmp_path):
-    source = tmp_path / "rows.jsonl"
-    source.write_bytes(b'{"question": "\xff\xfe", "answer": "2"}\n')
-    message = refusal(data.load_source, "reasoning", str(source))
-    assert str(source) in message and "UTF-8" in message.upper()
-
-
-def test_a_hub_id_that_cannot_be_had_names_the_remedies(monkeypatch):
+@pytest.fixture
+def refused(folders, process_group, monkeypatch, capsys):
+    """Runs a command in this process. It must end with status 2 and one line, write nothing and load no model."""
     import datasets
+    import torch.distributed
+    import transformers
 
-    def unreachable(*arguments, **options):
-        raise ConnectionError("Couldn't reach the Hub\nand more lines")
+    def call(command, *arguments, **environment):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(folders)
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+        monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)  # the fixture's is there
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
+        for module, name in ((transformers.AutoModelForCausalLM, "from_pretrained"), (data, "start_engine"),
+                             (urpo, "load_policy")):
+            monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("a model is loaded"))
+        before, seconds = contents(folders), time.process_time()
+        monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            {"urpo": urpo, "eval": eval}[command].main()
+        assert caught.value.code == 2
+        assert time.process_time() - seconds < 10 and contents(folders) == before
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0].removeprefix("error: ")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    message = refusal(data.load_source, "instruction", "nobody/nothing")
-    assert message.startswith("--instructions nobody/nothing: ") and "Couldn't reach the Hub" in message
-    assert "check the id and the network, or use a .jsonl file or builtin" in message
+    return call
 
 
-def test_builtin_takes_a_number_for_preferences_alone(monkeypatch):
-    import datasets
+def agrees(message, expected):
+    return re.fullmatch(re.escape(expected).replace(re.escape("..."), ".+"), message) is not None
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ValueError("no such set")))
-    for kind, source in [("reasoning", "builtin:2"), ("preference", "builtin:9"), ("preference", "builtin:x")]:
-        assert f"--{data.FLAGS[kind]} {source}: " in refusal(data.load_source, kind, source)
+
+COMMANDS = [
+    ('urpo --batch 0', '--batch 0: must be above 0, and finite'),
+    ('urpo --batch -12', '--batch -12: must be above 0, and finite'),
+    ('urpo --batch many', "argument --batch: invalid int value: 'many'; --help lists the settings"),
+    ('urpo --batch 2.5', "argument --batch: invalid int value: '2.5'; --help lists the settings"),
+    ('urpo --group 0', '--group 0: must be above 0, and finite'),
+    ('urpo --group 1', '--group 1: an answer is compared with its group, so give 2 or more'),
+    ('urpo --minibatches 0', '--minibatches 0: must be above 0, and finite'),
+    ('urpo --mix 1:1', '--mix 1:1: give three whole numbers P:R:I, for example 1:1:1'),
+    ('urpo --mix a:b:c', '--mix a:b:c: give three whole numbers P:R:I, for example 1:1:1'),
+    ('urpo --mix 1:1:-1', '--mix 1:1:-1: give three whole numbers P:R:I, for example 1:1:1'),
+    ('urpo --mix 0:0:0', '--mix 0:0:0: give three whole numbers P:R:I, for example 1:1:1'),
+    ('urpo --mix 0:0:1',
+     '--mix 0:0:1: warm-up leaves out instructions, so nothing is left to train on; set --warmup_steps 0'),
+    ('urpo --mix 1:1:3', '--batch 24 cannot be shared 1:1:3: use a multiple of 5, for example 25'),
+    ('urpo --mix 2:3:1 --batch 12',
+     '--batch 12 cannot be shared 2:3:0 (warm-up): use a multiple of 5, for example 15'),
+    ('urpo --temperature 0', '--temperature 0.0: must be above 0, and finite'),
+    ('urpo --temperature nan', '--temperature nan: must be above 0, and finite'),
+    ('urpo --lr inf', '--lr inf: must be above 0, and finite'),
+    ('urpo --weight_decay -0.1', '--weight_decay -0.1: must be 0 or more, and finite'),
+    ('urpo --lr=-1e-5', '--lr -1e-05: must be above 0, and finite'),
+    ('urpo --weight_decay nan', '--weight_decay nan: must be 0 or more, and finite'),
+    ('urpo --grad_clip 0', '--grad_clip 0.0: must be above 0, and finite'),
+    ('urpo --max_drift 0', '--max_drift 0.0: must be above 0, and finite'),
+    ('urpo --gpu_memory 1.5', "--gpu_memory 1.5: a share of the GPU's memory, at most 1"),
+    ('urpo --gpu_memory 0', '--gpu_memory 0.0: must be above 0, and finite'),
+    ('urpo --max_answer_tokens -1', '--max_answer_tokens -1: must be above 0, and finite'),
+    ('urpo --steps -1', '--steps -1: must be 0 or more, and finite'),
+    ('urpo --warmup_steps -1', '--warmup_steps -1: must be 0 or more, and finite'),
+    ('urpo --save_every -1', '--save_every -1: must be 0 or more, and finite'),
+    ('urpo --clip_low 1.1', '--clip_low 1.1 --clip_high 1.28: the range must hold 1'),
+    ('urpo --clip_high 0.9', '--clip_low 0.8 --clip_high 0.9: the range must hold 1'),
+    ('urpo --clip_low nan', '--clip_low nan --clip_high 1.28: the range must hold 1'),
+    ('urpo --judgements 0', '--judgements 0: must be above 0, and finite'),
+    ('urpo --lora_rank 4', '--lora_rank 4: URPO trains all weights; 0, or --method sft'),
+    ('urpo --method sft --importance_cap 2',
+     '--importance_cap 2.0 --referee_shots 0: --method sft samples nothing and shows no worked examples; leave both '
+     '0'),
+    ('urpo --method dpo',
+     "argument --method: invalid choice: 'dpo' (choose from 'urpo', 'sft'); --help lists the settings"),
+    ('urpo --tau a', "argument --tau: invalid choice: 'a' (choose from 'b', 'strict'); --help lists the settings"),
+    ('urpo --advantage none',
+     "argument --advantage: invalid choice: 'none' (choose from 'std', 'center'); --help lists the settings"),
+    ('urpo --loss sum',
+     "argument --loss: invalid choice: 'sum' (choose from 'token-mean', 'sequence-mean'); --help lists the settings"),
+    ('urpo --preset huge',
+     "argument --preset: invalid choice: 'huge' (choose from 'auto', 'smol', 'paper'); --help lists the settings"),
+    ('urpo --precision float16',
+     "argument --precision: invalid choice: 'float16' (choose from 'bfloat16', 'float32'); --help lists the settings"),
+    ('urpo --resume perhaps', 'argument --resume: Truthy value expected: got perhaps ...; --help lists the settings'),
+    ('urpo --seed x', "argument --seed: invalid int value: 'x'; --help lists the settings"),
+    ('urpo --no_such_flag 1', '--no_such_flag 1: no such setting; --help lists them'),
+    ('urpo --lr', 'argument --lr: expected one argument; --help lists the settings'),
+    ('urpo stray', 'stray: no such setting; --help lists them'),
+    ('urpo --name ../elsewhere',
+     "--name '../elsewhere': at most 100 letters, digits, '.', '_' and '-'; a folder in runs/"),
+    ('urpo --name /x', "--name '/x': at most 100 letters, digits, '.', '_' and '-'; a folder in runs/"),
+    ('urpo --name ..', "--name '..': at most 100 letters, digits, '.', '_' and '-'; a folder in runs/"),
+    ('urpo --name a.b/c', "--name 'a.b/c': at most 100 letters, digits, '.', '_' and '-'; a folder in runs/"),
+    ('urpo --max_prompt_tokens 20', '--preferences: all 8 rows are longer than --max_prompt_tokens 20: raise it'),
+    ('urpo --max_prompt_tokens 4000',
+     '--model model reads 1024 tokens, and --max_prompt_tokens with the longer of --max_answer_tokens and '
+     '--max_referee_tokens are 4048: lower them'),
+    ('urpo --preferences no/such.jsonl',
+     '--preferences no/such.jsonl: no such file; give a .jsonl file, a hub id, or builtin'),
+    ('urpo --reasoning no/such.jsonl',
+     '--reasoning no/such.jsonl: no such file; give a .jsonl file, a hub id, or builtin'),
+    ('urpo --instructions folder', '--instructions folder: no such file; give a .jsonl file, a hub id, or builtin'),
+    ('urpo --preferences builtin:9',
+     '--preferences builtin:9: builtin takes a number of responses, 2 to 8, for --preferences alone; for example '
+     'builtin:2'),
+    ('urpo --preferences builtin:x',
+     '--preferences builtin:x: builtin takes a number of responses, 2 to 8, for --preferences alone; for example '
+     'builtin:2'),
+    ('urpo --reasoning empty.jsonl', 'empty.jsonl: no rows for --reasoning'),
+    ('urpo --instructions nobody/nothing',
+     '--instructions nobody/nothing: neither a local file nor a data set the hub gave us (...); check the id and '
+     'the network, or use a .jsonl file or builtin'),
+    ('urpo --method sft --mix 0:1:0 --reasoning good.jsonl',
+     '--reasoning: --method sft needs worked answers: use builtin'),
+    ('urpo --model no/such/model',
+     '--model no/such/model: no tokenizer that loads, here or on the hub as far as we can see (...); check the '
+     'name, or save model and tokenizer there'),
+    ('urpo --model ./nowhere', './nowhere: no model here (no config.json); give a folder that save_pretrained wrote'),
+    ('urpo --model folder', 'folder: no model here (no config.json); give a folder that save_pretrained wrote'),
+    ('urpo --model pickled',
+     'pickled: no *.safetensors here, and no other format is read, since a pickle (pytorch_model.bin) can run code; '
+     'save it as safetensors where you trust it'),
+    ('urpo --model encoder',
+     '--model encoder: BertLMHeadModel has no model.layers and lm_head; use a model built as Llama and Qwen are'),
+    ('urpo --model gpt2',
+     '--model gpt2: GPT2LMHeadModel has no model.layers and lm_head; use a model built as Llama and Qwen are'),
+    ('urpo --model nobody/nothing',
+     '--model nobody/nothing: no tokenizer that loads, here or on the hub as far as we can see (...); check the '
+     'name, or save model and tokenizer there'),
+    ('urpo --name taken', 'runs/taken holds a run: give --resume to continue it, or another --name'),
+    ('urpo --model no-weights',
+     'no-weights: no *.safetensors here, and no other format is read, since a pickle (pytorch_model.bin) can run '
+     'code; save it as safetensors where you trust it'),
+    ('urpo --model damaged-config',
+     '--model damaged-config: no tokenizer that loads, here or on the hub as far as we can see (...); check the '
+     'name, or save model and tokenizer there'),
+    ('urpo --model unknown-model',
+     '--model unknown-model: its config.json names no language model of transformers ... (...); use another'),
+    ('urpo --model own-code',
+     '--model own-code: its config.json names no language model of transformers ... (...); use another'),
+    ('urpo --model few-tokens',
+     '--model few-tokens: its tokenizer has 49152 tokens and the model 512: give the tokenizer that belongs to it'),
+    ('urpo --model no-tokenizer',
+     '--model no-tokenizer: no tokenizer that loads, here or on the hub as far as we can see (...); check the name, '
+     'or save model and tokenizer there'),
+    ('urpo --model damaged-tokenizer',
+     '--model damaged-tokenizer: no tokenizer that loads, here or on the hub as far as we can see (...); check the '
+     'name, or save model and tokenizer there'),
+    ('urpo --model no-template',
+     'no-template: the tokenizer has no chat template; use an instruct model or add chat_template.jinja to its '
+     'folder'),
+    ('urpo --model cut-off', 'cut-off/model.safetensors: damaged or cut off (...); copy it again'),
+    ('urpo --model no-header', 'no-header/model.safetensors: damaged or cut off (...); copy it again'),
+    ('urpo --name file', 'runs/file is no folder: move it away, or run elsewhere'),
+    ('urpo --name dangling', 'runs/dangling is no folder: move it away, or run elsewhere'),
+    ('eval compare no.json no.json', 'no.json: no such file; write it with `python eval.py heldout --json no.json`'),
+    ('eval compare bad.json bad.json', 'bad.json: not JSON (Expecting value, line 1)'),
+    ('eval compare list.json list.json',
+     "list.json: no result of `python eval.py heldout` (no 'figures' and 'settings')"),
+    ('eval report folder', 'folder: no run here (no log.jsonl); give a folder such as runs/urpo'),
+    ('eval report broken', 'broken/log.jsonl:2: not JSON (Expecting value); remove the line'),
+    ('eval report folder broken', 'several runs: give --out FILE for their picture'),
+    ('eval heldout --model ./nowhere',
+     './nowhere: no model here (no config.json); give a folder that save_pretrained wrote'),
+    ('eval heldout --model model --reasoning no.jsonl',
+     '--reasoning no.jsonl: no such file; give a .jsonl file, a hub id, or builtin'),
+    ('eval heldout --model model --reasoning none --preferences none --instructions none',
+     'all three sources are none: there is nothing to measure'),
+    ('eval heldout --model pickled',
+     'pickled: no *.safetensors here, and no other format is read, since a pickle (pytorch_model.bin) can run code; '
+     'save it as safetensors where you trust it'),
+    ('urpo --batch 12 --mix 1:1:2 --warmup_steps 0',
+     '--batch 12 --mix 1:1:2 draws 3 preference prompts, and --both_orders needs an even number: use --batch 24'),
+]
+
+ENVIRONMENTS = [  # of a run with --batch 24, two minibatches
+    ('WORLD_SIZE=x RANK=0 LOCAL_RANK=0',
+     'WORLD_SIZE=x in the environment: not a whole number; start with torchrun --nproc_per_node=N, or unset it'),
+    ('RANK=0',
+     'RANK=0 in the environment without LOCAL_RANK and WORLD_SIZE; start with torchrun --nproc_per_node=N, or unset '
+     'it'),
+    ('WORLD_SIZE=2',
+     'WORLD_SIZE=2 in the environment without RANK and LOCAL_RANK; start with torchrun --nproc_per_node=N, or unset '
+     'it'),
+    ('RANK=0 WORLD_SIZE=2',
+     'RANK=0, WORLD_SIZE=2 in the environment without LOCAL_RANK; start with torchrun --nproc_per_node=N, or unset '
+     'it'),
+    ('RANK=2 LOCAL_RANK=0 WORLD_SIZE=2',
+     'RANK=2 LOCAL_RANK=0 WORLD_SIZE=2 in the environment: ranks count from 0; start with torchrun '
+     '--nproc_per_node=N, or unset it'),
+    ('RANK=0 LOCAL_RANK=1 WORLD_SIZE=2',
+     'RANK=0 LOCAL_RANK=1 WORLD_SIZE=2 in the environment: ranks count from 0; start with torchrun '
+     '--nproc_per_node=N, or unset it'),
+    ('RANK=-1 LOCAL_RANK=0 WORLD_SIZE=2',
+     'RANK=-1 in the environment: not a whole number; start with torchrun --nproc_per_node=N, or unset it'),
+    ('RANK=0 LOCAL_RANK=0 WORLD_SIZE=0',
+     'RANK=0 LOCAL_RANK=0 WORLD_SIZE=0 in the environment: ranks count from 0; start with torchrun '
+     '--nproc_per_node=N, or unset it'),
+    ('MASTER_PORT=http', 'MASTER_PORT=http in the environment: not a port (1 to 65535); unset it'),
+    ('MASTER_PORT=70000', 'MASTER_PORT=70000 in the environment: not a port (1 to 65535); unset it'),
+    ('RANK=0 LOCAL_RANK=0 WORLD_SIZE=5',
+     '--batch 24 does not split over 5 ranks, 2 minibatches: use a multiple of 10, for example 30'),
+    ('RANK=0 LOCAL_RANK=0 WORLD_SIZE=1024',
+     '--batch 24 does not split over 1024 ranks, 2 minibatches: use a multiple of 2048, for example 2048'),
+    ('RANK= LOCAL_RANK=0 WORLD_SIZE=1',
+     'RANK= in the environment: not a whole number; start with torchrun --nproc_per_node=N, or unset it'),
+]
+
+ROWS = [  # the third line of rows.jsonl: after a good one and an empty one
+    ('reasoning', '{"question": "q", ', 'not JSON (... at column 1); write one JSON object a line'),
+    ('reasoning', '["q", "2"]', 'expected an object, found list; correct or remove this row'),
+    ('reasoning', '{"question": "q"}',
+     "no field 'answer or solution' for --reasoning; it has question; readable are ..."),
+    ('reasoning', '{"answer": "2"}',
+     "no field 'question or problem or prompt' for --reasoning; it has answer; readable are ..."),
+    ('reasoning', '{"question": " ", "answer": "2"}', "field 'question' is empty; correct or remove this row"),
+    ('reasoning', '{"question": "q", "answer": "1/0"}',
+     "field 'answer': unreadable answer '1/0': not a number, not words, nothing that math_verify can parse; correct "
+     'or remove this row'),
+    ('reasoning', '{"question": "q", "answer": ""}',
+     "field 'answer': the answer is empty; correct or remove this row"),
+    ('reasoning', '{"question": "q", "answer": NaN}',
+     "field 'answer': nan is not finite; correct or remove this row"),
+    ('reasoning', '{"question": "q", "answer": 1e999}',
+     "field 'answer': inf is not finite; correct or remove this row"),
+    ('reasoning', '{"question": "q", "answer": ["2"]}',
+     "field 'answer' is list, expected text or a number; correct or remove this row"),
+    ('reasoning', '{"question": "q", "answer": true}',
+     "field 'answer' is bool, expected text or a number; correct or remove this row"),
+    ('reasoning', '{"question": "q", "answer": "2\\ud800"}',
+     "field 'answer' holds half a surrogate pair (\\ud800 to \\udfff), which is no text; correct or remove this row"),
+    ('reasoning', '{"question": "\\udc00q", "answer": "2"}',
+     "field 'question' holds half a surrogate pair (\\ud800 to \\udfff), which is no text; correct or remove this "
+     'row'),
+    ('reasoning', '{"question": "q", "answer": "' + "9" * 201 + '"}',
+     "field 'answer': the answer is longer than 200 characters: '9999999999999999999999999999999999999999'...; correct "
+     "or remove this row"),
+    ('reasoning', '{"question": "q", "answer": "9^{9^{9^9}}"}',
+     "field 'answer': unreadable answer '9^{9^{9^9}}': math_verify needs more than 2 s or 2 GiB for it; correct or "
+     'remove this row'),
+    ('reasoning', '{"prompt": "q", "reward_model": {}}',
+     "no field 'ground_truth' for --reasoning; it has prompt, reward_model; readable are ..."),
+    ('reasoning', '{"question": {"text": "q"}, "answer": "2"}',
+     "field 'question' is dict, expected text; correct or remove this row"),
+    ("reasoning", "[" * 100000, 'brackets nested too deep to read; correct or remove this row'),
+    ('reasoning', '{"a\\nb\\u001b[31m": 1}',
+     "no field 'question or problem or prompt' for --reasoning; it has a\\nb\\x1b[31m; readable are ..."),
+    ('reasoning', '{}', "no field 'question or problem or prompt' for --reasoning; it has none; readable are ..."),
+    ('reasoning', '{"question": "q", "answer": ' + "9" * 5000 + '}',
+     '...; correct or remove this row'),
+    ('reasoning', b'{"question": "\xff\xfe", "answer": "2"}', 'not UTF-8; save the file as UTF-8'),
+    ('preferences', '{"prompt": "q", "chosen": "a"}',
+     "no field 'rejected' for --preferences; it has prompt, chosen; readable are ..."),
+    ('preferences', '{"prompt": "q", "responses": ["a"], "scores": [1]}',
+     "field 'responses': 1 response, a ranking needs at least 2; correct or remove this row"),
+    ('preferences', '{"prompt": "q", "responses": ["a", "b", "b", "b", "b", "b", "b", "b", "b"], "scores": [1]}',
+     "field 'responses': 9 responses, at most 8 are ranked together (D5); correct or remove this row"),
+    ('preferences', '{"prompt": "q", "responses": ["a", "b"], "scores": [1]}',
+     "field 'scores': 1 scores for 2 responses; correct or remove this row"),
+    ('preferences', '{"prompt": "q", "responses": ["a", "b"]}',
+     "field 'responses' or 'scores': expected two lists of equal length; correct or remove this row"),
+    ('preferences', '{"prompt": "q", "responses": ["a", "b"], "scores": ["x", 1]}',
+     "field 'scores': ['x', 1] must hold finite numbers alone; correct or remove this row"),
+    ('preferences', '{"prompt": "q", "responses": ["a", "b"], "scores": [NaN, 1]}',
+     "field 'scores': [nan, 1] must hold finite numbers alone; correct or remove this row"),
+    ('preferences', '{"prompt": "q", "responses": ["a", "b"], "scores": [1e999, 1]}',
+     "field 'scores': [inf, 1] must hold finite numbers alone; correct or remove this row"),
+    ('preferences', '{"prompt": "q", "responses": ["a", 7], "scores": [1, 0]}',
+     "field 'response 2' is int, expected text; correct or remove this row"),
+    ('preferences', '{"prompt": "", "chosen": "a", "rejected": "b"}',
+     "field 'prompt' is empty; correct or remove this row"),
+    ('preferences', '{"prompt": "q", "chosen": 7, "rejected": "b"}',
+     "field 'chosen' is int, expected text; correct or remove this row"),
+    ('preferences', '{"prompt": "q", "chosen": "a", "rejected": []}',
+     "field 'rejected' is list, expected text; correct or remove this row"),
+    ('preferences', '{"instruction": "q", "completions": [{"response": "a"}]}',
+     "no field 'overall_score' for --preferences; it has instruction, completions; readable are ..."),
+    ('preferences', '{"prompt": "q", "completions": "none"}',
+     'a field of the wrong type for --preferences among prompt, completions; readable are ...'),
+    ('preferences', '{"prompt": "q", "chosen": "a", "rejected": "\\ud83d"}',
+     "field 'rejected' holds half a surrogate pair (\\ud800 to \\udfff), which is no text; correct or remove this "
+     'row'),
+    ('instructions', '{"text": "q"}',
+     "no field 'instruction or prompt or messages' for --instructions; it has text; readable are ..."),
+    ('instructions', '{"instruction": "\\n "}', "field 'instruction' is empty; correct or remove this row"),
+    ('instructions', '{"instruction": 7}', "field 'instruction' is int, expected text; correct or remove this row"),
+    ('instructions', '{"messages": [{"role": "system", "content": "s"}]}',
+     "field 'messages' has no turn with the role 'user'; correct or remove this row"),
+    ('instructions', '{"messages": ["q"]}',
+     'a field of the wrong type for --instructions among messages; readable are ...'),
+    ('instructions', 'null', 'expected an object, found NoneType; correct or remove this row'),
+]
+
+
+def test_the_tables_hold_at_least_sixty_rows_and_none_twice():
+    rows = [row[:-1] for row in COMMANDS + ENVIRONMENTS + ROWS]
+    assert len(set(rows)) == len(rows) >= 60
+
+
+@pytest.mark.parametrize("line, expected", COMMANDS, ids=[line for line, _ in COMMANDS])
+def test_a_bad_command_is_refused_in_one_line(refused, line, expected):
+    command, *arguments = line.split()
+    message = refused(command, *(SMALL if command == "urpo" else ()), *arguments)
+    assert agrees(message, expected), message
+
+
+@pytest.mark.parametrize("line, expected", ENVIRONMENTS, ids=[line for line, _ in ENVIRONMENTS])
+def test_a_bad_environment_is_refused_in_one_line(refused, line, expected):
+    message = refused("urpo", *SMALL, **dict(pair.split("=") for pair in line.split()))
+    assert agrees(message, expected), message
+
+
+@pytest.mark.parametrize("flag, line, expected", ROWS, ids=[f"{flag} {line[:60]}" for flag, line, _ in ROWS])
+def test_a_bad_row_is_refused_with_its_file_and_line(refused, folders, flag, line, expected):
+    line = line if isinstance(line, bytes) else line.encode()
+    (folders / "rows.jsonl").write_bytes(GOOD[flag].encode() + b"\n\n" + line + b"\n")
+    message = refused("urpo", *SMALL, f"--{flag}", "rows.jsonl")
+    assert agrees(message, f"rows.jsonl:3: {expected}"), message
 
 
 def test_a_prompt_longer_than_the_context_is_dropped_and_counted(tmp_path, smol_tokenizer):
@@ -122,99 +410,59 @@ def test_a_prompt_longer_than_the_context_is_dropped_and_counted(tmp_path, smol_
     assert (len(kept), dropped) == (2, 1) and all(len(row.instruction) < 100 for row in kept)
 
 
-def test_a_folder_that_holds_no_model_is_refused(tmp_path):
-    assert "no config.json" in refusal(data.model_folder, str(tmp_path))
-    assert "no config.json" in refusal(data.model_folder, "./no/such/folder")
-
-
-# ---- config ----
-
-@pytest.mark.parametrize("changes, world, parts", [
-    ({"batch": 12, "minibatches": 2}, 5, ["--batch 12", "5 ranks", "multiple of 10", "for example 20"]),
-    ({"mix": "1:1"}, 1, ["--mix 1:1", "three whole numbers P:R:I", "1:1:1"]),
-    ({"mix": "a:b:c"}, 1, ["--mix a:b:c", "three whole numbers"]),
-    ({"mix": "1:1:-1"}, 1, ["--mix 1:1:-1", "three whole numbers"]),
-    ({"mix": "0:0:0"}, 1, ["--mix 0:0:0", "three whole numbers"]),
-    ({"mix": "0:0:1"}, 1, ["--mix 0:0:1", "--warmup_steps 0"]),
-    ({"mix": "1:1:3"}, 1, ["--batch 12", "1:1:3", "multiple of 5", "for example 15"]),
-    ({"mix": "2:3:1"}, 1, ["--batch 12", "(warm-up)", "multiple of 5"]),
-    ({"mix": "1:3:0", "both_orders": True}, 1, ["--batch 12 --mix 1:3:0 draws 3", "even number", "--batch 24"]),
-    ({"batch": 0}, 1, ["--batch 0", "above 0"]),
-    ({"batch": -12}, 1, ["--batch -12", "above 0"]),
-    ({"group": 0}, 1, ["--group 0", "above 0"]),
-    ({"temperature": 0.0}, 1, ["--temperature 0.0", "above 0"]),
-    ({"temperature": float("nan")}, 1, ["--temperature nan", "above 0"]),
-    ({"lr": -1e-5}, 1, ["--lr -1e-05", "above 0"]),
-    ({"lr": float("inf")}, 1, ["--lr inf"]),
-    ({"max_answer_tokens": -1}, 1, ["--max_answer_tokens -1", "above 0"]),
-    ({"steps": -1}, 1, ["--steps -1", "0 or more"]),
-    ({"warmup_steps": -1}, 1, ["--warmup_steps -1", "0 or more"]),
-    ({"clip_low": 1.1}, 1, ["--clip_low 1.1", "must hold 1"]),
-    ({"clip_high": 0.9}, 1, ["--clip_high 0.9", "must hold 1"]),
-    ({"lora_rank": 4}, 1, ["--lora_rank", "--method sft"]),
-    ({"name": "../elsewhere"}, 1, ["--name '../elsewhere'", "letters, digits"]),
-    ({"name": "/x"}, 1, ["--name '/x'", "names a folder in runs/"]),
-    ({"name": ".."}, 1, ["--name '..'"]),
-    ({"name": ""}, 1, ["--name ''"]),
-])
-def test_a_bad_setting_is_named_with_its_value_and_the_remedy(tmp_path, monkeypatch, changes, world, parts):
-    monkeypatch.chdir(tmp_path)
-    message = refusal(check_config, Config(**{"batch": 12, "minibatches": 1} | changes), world)
-    assert all(part in message for part in parts), message
-
-
-def test_a_run_that_exists_is_not_overwritten(tmp_path, monkeypatch):
+def test_a_run_that_exists_is_not_overwritten_but_can_be_resumed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "log.jsonl").write_text("{}\n")
-    message = refusal(check_config, Config(name="mine"), 1)
-    assert message == "runs/mine holds a run: give --resume to continue it, or another --name"
+    with pytest.raises(InputError, match="^runs/mine holds a run: give --resume to continue it, or another --name$"):
+        check_config(Config(name="mine"), 1)
     check_config(Config(name="mine", resume=True), 1)
     check_config(Config(name="other"), 1)
 
 
-def test_more_ranks_than_the_memory_holds_are_refused_with_a_number_that_fits(tiny_model):
-    message = refusal(data.check_memory, tiny_model, 10_000)
+def test_more_ranks_than_the_memory_holds_are_refused_with_a_number_that_fits(folders):
+    size = data.check_model(str(folders / "model"), 49152, 1024)
+    with pytest.raises(InputError) as caught:
+        data.check_memory(size, 10_000)
+    message = str(caught.value)
     assert "10000 ranks" in message and "GiB are free" in message
     fitting = int(message.split("--nproc_per_node=")[1].split(",")[0])
     assert 0 < fitting < 10_000
-    data.check_memory(tiny_model, 1)
+    data.check_memory(size, 1)
 
 
-@pytest.mark.parametrize("arguments", [["--method", "dpo"], ["--tau", "a"], ["--advantage", "none"], ["--loss", "sum"],
-                                       ["--preset", "huge"], ["--batch", "many"]], ids=" ".join)
-def test_a_choice_that_does_not_exist_ends_with_status_2_and_names_the_flag(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        urpo.parse_config(arguments)
-    assert caught.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert arguments[0] in message and repr(arguments[1]) in message
+def test_a_message_quotes_anything_on_one_line_without_escapes_and_not_at_any_length():
+    message = str(InputError("row \n\x1b[31m\u2028\u202e" + "x" * 9000 + ": what to do"))
+    assert message.isprintable() and len(message) < 700
+    assert message.startswith("row \\n\\x1b[31m") and message.endswith(": what to do")
 
 
-# ---- the command ----
+# ---- the command itself, in a process of its own ----
 
-def command(folder, *arguments):
-    """`python urpo.py ...` in an empty folder: (status, lines of its errors)."""
-    environment = os.environ | {"MASTER_PORT": free_port()}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # of the group of one that other tests share
-        environment.pop(name, None)
-    done = subprocess.run([sys.executable, ROOT / "urpo.py", "--preset", "smol", *arguments], cwd=folder, text=True,
-                          env=environment, capture_output=True)
+def command(folder, *arguments, ranks=0, **environment):
+    """`python urpo.py ...`, or under torchrun, in an empty folder: (status, lines of its errors)."""
+    shared = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of the group of one that other tests use
+    inherited = {name: value for name, value in os.environ.items() if name not in shared}
+    environment = inherited | {"MASTER_PORT": free_port()} | environment
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    done = subprocess.run([sys.executable, *(launcher if ranks else []), ROOT / "urpo.py", "--preset", "smol", *arguments],
+                          cwd=folder, text=True, env=environment, capture_output=True)
     return done.returncode, done.stderr.splitlines()
 
 
-@pytest.mark.parametrize("arguments, part", [
-    (["--mix", "1:1:5"], "--batch 24 cannot be shared 1:1:5"),
-    (["--model", "raw", "--reasoning", "missing.jsonl"], "--reasoning missing.jsonl: no such file"),
-    (["--model", "raw", "--builtin_rows", "30", "--max_prompt_tokens", "20"], "--max_prompt_tokens"),
-    (["--no_such_flag", "1"], "--no_such_flag"),
+@pytest.mark.parametrize("ranks, arguments, environment, part", [
+    (0, ["--mix", "1:1:5"], {}, "--batch 24 cannot be shared 1:1:5"),
+    (0, ["--no_such_flag", "1"], {}, "--no_such_flag"),
+    (0, [], {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+    (0, ["--model", "raw", "--reasoning", "missing.jsonl"], {}, "--reasoning missing.jsonl: no such file"),
     # Rows from a file have no worked answer to imitate; the test's own file holds one such row.
-    (["--model", "raw", "--method", "sft", "--mix", "0:1:0", "--reasoning", __file__.replace(".py", ".jsonl")],
+    (0, ["--model", "raw", "--method", "sft", "--mix", "0:1:0", "--reasoning", __file__.replace(".py", ".jsonl")], {},
      "--reasoning: --method sft needs worked answers: use builtin"),
+    (2, ["--lr", "0"], {}, "--lr 0.0: must be above 0"),
 ])
-def test_the_command_ends_with_status_2_and_one_line_and_writes_nothing(tmp_path, arguments, part):
-    status, lines = command(tmp_path, *arguments)
-    errors = [line for line in lines if "error: " in line]
-    assert status == 2 and not any("Traceback" in line for line in lines)
-    assert len(errors) == 1 and part in errors[0]
+def test_the_command_ends_with_one_line_and_writes_nothing(tmp_path, ranks, arguments, environment, part):
+    status, lines = command(tmp_path, *arguments, ranks=ranks, **environment)
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert status == (1 if ranks else 2)  # torchrun has a status of its own
+    assert len(errors) == 1 and part in errors[0] and (ranks or not any("Traceback" in line for line in lines))
     assert list(tmp_path.iterdir()) == []
