@@ -248,7 +248,7 @@ def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
 
 
 def write_failed(what: str, error: BaseException) -> InputError:
-    whole = "" if isinstance(error, OSError) else "a file could not be written whole: "  # torch and safetensors hide why
+    whole = "" if isinstance(error, OSError) else "a file could not be written whole: "  # torch, safetensors hide why
     return InputError(f"{what} failed: {whole}{error}; make room or mend the permissions, then --resume continues from "
                       "the newest complete checkpoint")
 
