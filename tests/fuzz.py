@@ -93,9 +93,9 @@ def check(number: int, text: str) -> None:
 
 # ---- sources of input ----
 
-PIECES = ["<scores>", "</scores>", "<scores>8, 6</scores>", "8", "10", ",", ", ", ".", "-", "/", "e", "e999", "%", "nan",
-          "\\boxed{", "{", "}", "\\", "\\frac{1}{2}", "\\text{cm}", "^\\circ", "$", "{,}", "1,234", "111,", "1e", " ", "\n",
-          "\r", "\u2028", "\x85", "\x00", "\u0663", "\u00b2", "\uff16", "\u2212", "\ud800", "Response 2:", "> ",
+PIECES = ["<scores>", "</scores>", "<scores>8, 6</scores>", "8", "10", ",", ", ", ".", "-", "/", "e", "e999", "%",
+          "nan", "\\boxed{", "{", "}", "\\", "\\frac{1}{2}", "\\text{cm}", "^\\circ", "$", "{,}", "1,234", "111,", "1e",
+          " ", "\n", "\r", "\u2028", "\x85", "\x00", "\u0663", "\u00b2", "\uff16", "\u2212", "\ud800", "Response 2:", "> ",
           "<|im_end|>", "not 10", "incorrect", "x^2", '"', ":", "[", "]", "null", "true", "1e999", "NaN", "\ufeff"]
 FIELDS = ("prompt question problem instruction messages responses scores chosen rejected completions answer solution "
           "reward_model ground_truth role user content response overall_score").split()
@@ -159,7 +159,8 @@ def symbolic_run(count: int) -> None:
 
     parts = ["x", "y", "1", "9", "99", "+", "-", "^", "^{", "{", "}", "(", ")", "\\frac{", "\\sqrt{", "\\log", "!", "=",
              ",", "\\pi", "\\infty", "\\sum_{n=1}^{9}", "\\int", "\\cup", "[", "]", "\\{", "\\}", "\\cdot", "|", "\\le",
-             "\\binom{9}{4}", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "_", "\\text{a}", "\x00", "'", "\ud800"]
+             "\\binom{9}{4}", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "_", "\\text{a}", "\x00", "'",
+             "\ud800"]
 
     @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.sampled_from(parts), min_size=2, max_size=14).map("".join),
@@ -175,11 +176,13 @@ if __name__ == "__main__":
     began = time.time()
     if name == "symbolic":
         symbolic_run(count)
-        print(f"{count} answers in {time.time() - began:.0f} s, math_verify stopped {rewards.math_verify.stopped} times")
+        stopped = rewards.math_verify.stopped
+        print(f"{count} answers in {time.time() - began:.0f} s, math_verify stopped {stopped} times")
     else:
         without_math_verify()
         if name == "hypothesis":
-            print(f"{hypothesis_run(count)} inputs, each also repeated to 64 kB, in {time.time() - began:.0f} s; slowest:")
+            tried = hypothesis_run(count)
+            print(f"{tried} inputs, each also repeated to 64 kB, in {time.time() - began:.0f} s; slowest:")
             for target, (seconds, text) in slowest.items():
                 print(f"  {target:<13} {1000 * seconds:6.1f} ms  {text!r}")
         elif name == "atheris":

@@ -31,9 +31,10 @@ def folders(tmp_path_factory, smol_tokenizer):
     from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     home = tmp_path_factory.mktemp("home")
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(smol_tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                                 num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=1024,
-                                 tie_word_embeddings=True)).save_pretrained(home / "model")
+    size = len(smol_tokenizer)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=size, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=32,
+        num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=True)).save_pretrained(home / "model")
     smol_tokenizer.save_pretrained(home / "model")
 
     def variant(name, drop=(), **settings):
@@ -56,9 +57,10 @@ def folders(tmp_path_factory, smol_tokenizer):
     cut = variant("cut-off") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     (variant("no-header") / "model.safetensors").write_bytes(b"\xff" * 100)
-    for name, model in (("encoder", BertModel(BertConfig(vocab_size=len(smol_tokenizer), hidden_size=32, num_hidden_layers=1,
-                                                         num_attention_heads=2, intermediate_size=32))),
-                        ("gpt2", GPT2LMHeadModel(GPT2Config(vocab_size=len(smol_tokenizer), n_embd=32, n_layer=1, n_head=2)))):
+    encoder = BertModel(BertConfig(vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                   intermediate_size=32))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=32, n_layer=1, n_head=2))
+    for name, model in (("encoder", encoder), ("gpt2", gpt2)):
         model.save_pretrained(home / name)
         smol_tokenizer.save_pretrained(home / name)
     (home / "folder").mkdir()
@@ -95,7 +97,7 @@ def refused(folders, process_group, monkeypatch, capsys):
         monkeypatch.chdir(folders)
         monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
         monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)  # the fixture's is there
-        monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route")))
+        monkeypatch.setattr(datasets, "load_dataset", unreachable)
         for module, name in ((transformers.AutoModelForCausalLM, "from_pretrained"), (data, "start_engine"),
                              (urpo, "load_policy")):
             monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("a model is loaded"))
@@ -110,6 +112,10 @@ def refused(folders, process_group, monkeypatch, capsys):
         return lines[0].removeprefix("error: ")
 
     return call
+
+
+def unreachable(*arguments, **options):
+    raise ConnectionError("no route\nand more lines")
 
 
 def agrees(message, expected):
@@ -445,8 +451,8 @@ def command(folder, *arguments, ranks=0, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in shared}
     environment = inherited | {"MASTER_PORT": free_port()} | environment
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    done = subprocess.run([sys.executable, *(launcher if ranks else []), ROOT / "urpo.py", "--preset", "smol", *arguments],
-                          cwd=folder, text=True, env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, *(launcher if ranks else []), ROOT / "urpo.py", "--preset", "smol",
+                           *arguments], cwd=folder, text=True, env=environment, capture_output=True)
     return done.returncode, done.stderr.splitlines()
 
 

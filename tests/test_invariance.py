@@ -100,7 +100,7 @@ def state_of(policy, optimizer) -> dict[str, torch.Tensor]:
 
 
 def measure(folder: Path) -> None:
-    """What every number of ranks does; rank 0 writes it to `folder`. Two ranks save a checkpoint, the others load it."""
+    """What any number of ranks does; rank 0 writes it to `folder`. Two ranks save a checkpoint, the others load it."""
     world, tokenizer = dist.get_world_size(), SimpleNamespace(save_pretrained=lambda folder: None)
     policy, optimizer, schedule = trainer(str(folder / "model"))
     found = {}

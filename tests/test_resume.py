@@ -225,6 +225,20 @@ def test_resume_without_a_checkpoint_starts_at_0_and_ctrl_c_saves_the_step_and_e
     assert data.last_checkpoint(tmp_path / "runs" / "e2e")[0] == steps
 
 
+def test_a_run_whose_updates_are_not_finite_skips_them_names_the_prompts_and_stops(taught_model, tmp_path):
+    """The first update, at this learning rate, is the last finite one."""
+    output = run(tmp_path, taught_model, "--method", "sft", "--steps", "100", "--lr", "1e30", "--max_skipped", "2",
+                 "--rollouts_every", "100", ranks=1, status=2)
+    assert output.splitlines()[-1] == (
+        f"error: step 2: no finite update for 2 steps, the last by prompts {list(range(12))} of rollouts.jsonl: "
+        "look at them, or lower --lr")
+    log = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in the log"))
+           for line in (tmp_path / "runs" / "e2e" / "log.jsonl").read_text().splitlines()]
+    assert [(line["updates"], line["nonfinite_updates"]) for line in log] == [(1, 0), (0, 1), (0, 1)]
+    recorded = [(line["step"], line["index"]) for line in lines(tmp_path / "runs" / "e2e" / "rollouts.jsonl")]
+    assert recorded == [(step, index) for step in range(3) for index in range(12)]
+
+
 def test_faults_on_two_ranks_lose_nothing_that_was_saved(taught_model, tmp_path):
     """The short form of bench/faults.py. `checkpoint bit flipped` stops the run by SIGTERM to torchrun."""
     table, good = faults.campaign(tmp_path / "campaign", taught_model, ["kill -9 one rank", "checkpoint bit flipped"],

@@ -240,7 +240,8 @@ def main():
         (Path(folder) / "model").mkdir()
         model = make_taught_model(Path(folder) / "model", data.load_tokenizer(data.model_folder("raw")))
         table, good = campaign(Path(folder) / "campaign", model, plan, options.method, options.seed)
-    print(f"\nsave_every {SAVE_EVERY}, timeout {TIMEOUT} min, {options.method}, 2 ranks, seed {options.seed}\n\n{table}")
+    print(f"\n2 ranks, --method {options.method}, --save_every {SAVE_EVERY}, --timeout {TIMEOUT}, seed {options.seed}\n")
+    print(table)
     sys.exit(0 if good else 1)
 
 
