@@ -728,7 +728,7 @@ def builtin_reasoning(rng: random.Random, split: str, level: int | None = None) 
         else:
             c = rng.randint(1, a + b)
             question = f"{who} has {a} {what}, finds {b} more and gives {c} away. How many {what} are left?"
-            sum_text, answer = f"{a} + {b} = {a + b}, {a + b} - {c}", a + b - c
+            sum_text, answer = f"{a} + {b} - {c}", a + b - c
         item = f"{level}/{what if level > 4 else ''}/{sorted((a, b)) if level != 3 else listed}"
         if (zlib.crc32(item.encode()) % 5 == 0) == (split == "heldout"):
             return Prompt("reasoning", question, answer=str(answer), worked=f"{sum_text} = \\boxed{{{answer}}}")
