@@ -1049,7 +1049,7 @@ def health_table(health: dict, log: list[dict]) -> list[tuple[str, list[dict]]]:
                          for judge in JUDGES[1:])]} for name in names]))
     rows = [{"title": title, "reading": reading, "values": [*at_start_and_end(probe_curve(log, name)), one, line]}
             for name, (title, one, line, reading) in PROBE.items()]
-    return [*parts, ("a fixed probe set (no run records one yet)", rows)]
+    return [*parts, ("a fixed probe set (--probe_every)", rows)]
 
 
 def probe_curve(log: list[dict], name: str) -> dict[int, float]:
