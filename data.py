@@ -92,6 +92,18 @@ def shuffle_candidates(prompt: Prompt, rng: random.Random) -> Prompt:
                    truth=tuple(prompt.truth[i] for i in order))
 
 
+def swapped(prompt: Prompt) -> Prompt:
+    """The same candidates the other way round."""
+    return replace(prompt, responses=prompt.responses[::-1], truth=prompt.truth[::-1])
+
+
+def better_first(row: Prompt) -> Prompt | None:
+    """A pair with its better response first; None for a row that is no pair of unequal responses."""
+    if len(row.truth) != 2 or row.truth[0] == row.truth[1]:
+        return None
+    return row if row.truth[0] > row.truth[1] else swapped(row)
+
+
 # ---------------------------------------------------------------------------- 2. the referee's template
 
 # The one statement of the template (D1; the paper's own is unknown). Structure stands only at the start of
@@ -287,9 +299,7 @@ def draw(sources: dict[str, list[Prompt]], mix: str, batch: int, warmup_steps: i
             epoch, position = divmod(i // twice, len(sources[kind]))
             prompt = sources[kind][epoch_order(seed, kind, epoch, len(sources[kind]))[position]]
             prompt = shuffle_candidates(prompt, random.Random(f"{seed}/{kind}/{i // twice}"))
-            if i % twice:
-                prompt = replace(prompt, responses=prompt.responses[::-1], truth=prompt.truth[::-1])
-            rows[kind].append(prompt)
+            rows[kind].append(swapped(prompt) if i % twice else prompt)
     return interleave(rows)
 
 
@@ -1191,9 +1201,7 @@ PROBES = ("first_position", "self_preference", "empty", "ten_of_ten", "repetitio
 def probe_rows(count: int = 8) -> list[Prompt]:
     """Held-out pairs, the better response first, each of an instruction whose answers code can check (ours)."""
     rows = (builtin_preference(random.Random(f"probe/{i}"), "heldout", 2) for i in itertools.count())
-    pairs = itertools.islice((row for row in rows if row.check), count)
-    return [replace(row, responses=tuple(text for _, text in sorted(zip(row.truth, row.responses), reverse=True)),
-                    truth=tuple(sorted(row.truth, reverse=True))) for row in pairs]
+    return list(itertools.islice((better_first(row) for row in rows if row.check), count))
 
 
 def greedy(engine, tokenizer, prompts: list[list[int]], limit: int) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import data
 import eval as evaluation
 import urpo
+from conftest import Tokenizer
 from eval import averaged, expected_scores, interval, main, pair_figures, read_log, referee_figures, table
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
@@ -182,30 +183,6 @@ def test_compare_errors(tmp_path, capsys):
     assert "not JSON" in fails(["compare", tmp_path / "bad", tmp_path / "good"], capsys)
     (tmp_path / "bad").write_text("[1]")
     assert "no result" in fails(["compare", tmp_path / "bad", tmp_path / "good"], capsys)
-
-
-class Tokenizer:
-    """As much of a tokenizer as measuring a prompt's length needs: one token a word."""
-    chat_template, all_special_tokens, name_or_path, is_fast = "some", [], "none", True
-
-    def __call__(self, text, **options):
-        return {"input_ids": [], "offset_mapping": []}
-
-    def get_added_vocab(self):
-        return {}
-
-    def apply_chat_template(self, turns, **_):
-        return " ".join(turn["content"] for turn in turns).split()
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """A tokenizer and no weights: whatever fails here fails before an engine is started."""
-    import transformers
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
-    monkeypatch.setattr(evaluation.data, "model_folder", lambda model: model)
-    monkeypatch.setattr(evaluation.data, "start_engine", lambda *_: pytest.fail("an engine was started"))
 
 
 def test_heldout_errors(tmp_path, capsys, no_model):
