@@ -137,7 +137,7 @@ def test_the_probe_set_changes_no_other_number_and_a_resumed_run_repeats_its_fig
     runs = {}
     for name, probes in (("plain", ()), ("probed", ("--probe_every", "1"))):
         (tmp_path / name).mkdir()
-        arguments = "--group 2 --preferences builtin:2 --steps 4 --save_every 2".split()
+        arguments = "--group 2 --preferences builtin:2 --steps 6 --save_every 4".split()
         run(tmp_path / name, model, *arguments, *probes)
         runs[name] = tmp_path / name / "runs" / "e2e"
     logs = {name: same_in_every_run(lines(folder / "log.jsonl")) for name, folder in runs.items()}
@@ -148,7 +148,7 @@ def test_the_probe_set_changes_no_other_number_and_a_resumed_run_repeats_its_fig
     measured = {name for figures in probed for name, value in figures.items() if value is not None}
     assert {"first_position", "self_preference", "empty", "copy"} <= measured, probed
 
-    shutil.rmtree(runs["probed"] / "checkpoints" / "step_4")  # steps 2 and 3 once more, from the checkpoint at 2
+    shutil.rmtree(runs["probed"] / "checkpoints" / "step_6")  # steps 4 and 5 once more, from the checkpoint at 4
     run(tmp_path / "probed", model, *arguments, *probes, "--resume")
     assert [line["probe"] for line in lines(runs["probed"] / "log.jsonl")] == probed
 
