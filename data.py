@@ -1183,11 +1183,11 @@ def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], se
 
     if not prompts:
         return []
-    vocabulary = len(engine.get_tokenizer())
-    padded = engine.model_config.get_vocab_size() > vocabulary  # padded ids exist in the head but mean nothing
-    allowed = list(range(vocabulary)) if padded else None
+    # Padded ids exist in the head but mean nothing. A list of the allowed ids would say the same, and vLLM goes through
+    # it for every answer: 1.7 times as long for 49152 ids, a tiny model and 24 tokens an answer.
+    padded = range(len(engine.get_tokenizer()), engine.model_config.get_vocab_size())
     params = [SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
-                             logprobs=0, allowed_token_ids=allowed)
+                             logprobs=0, logit_bias=dict.fromkeys(padded, -math.inf) or None)
               for limit, seed in zip(max_tokens, seeds)]
     return engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress)
 
