@@ -289,9 +289,12 @@ def open_engine(folder: str, args):
     return data.start_engine(folder, needed)
 
 
+encoded = lru_cache(maxsize=2**16)(data.encode_prompt)  # `fitting` measures what `ask` then sends
+
+
 def fitting(rows, tokenizer, args, source: str, what: str = "row") -> list[bool]:
     """Which rows fit, in either order of their responses. The others are left out, never cut, and this is said."""
-    fits = [args.max_prompt_tokens >= max(len(data.encode_prompt(tokenizer, shown, args.referee_shots))
+    fits = [args.max_prompt_tokens >= max(len(encoded(tokenizer, shown, args.referee_shots))
                                           for shown in {row, swapped(row)}) for row in rows]
     dropped = f"{len(rows) - sum(fits)} of {len(rows)} longer than {args.max_prompt_tokens} tokens"
     if not any(fits):
@@ -312,7 +315,7 @@ def ask(engine, tokenizer, prompts: list[Prompt], n: int, temperature: float, ar
     print(f"{n} x {len(prompts)} answers at T = {temperature:g}", file=sys.stderr)
     limits = [args.max_referee_tokens if prompt.kind == "preference" else args.max_answer_tokens for prompt in prompts]
     seeds = [data.request_seed(args.seed, 0, i, "heldout") for i in range(len(prompts))]
-    ids = [data.encode_prompt(tokenizer, prompt, args.referee_shots) for prompt in prompts]
+    ids = [encoded(tokenizer, prompt, args.referee_shots) for prompt in prompts]
     outputs = data.generate(engine, ids, n, limits, seeds, temperature, progress=True)
     return [[Answer(tokenizer.decode(sample.token_ids, skip_special_tokens=True), len(sample.token_ids),
                     sample.finish_reason == "stop") for sample in output.outputs] for output in outputs]
