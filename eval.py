@@ -31,7 +31,6 @@ import os
 import shlex
 import sys
 from collections import Counter
-from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations, compress, groupby, islice
 from pathlib import Path
@@ -43,9 +42,9 @@ import torch
 from scipy import stats
 
 import data
-from data import InputError, Prompt
-from rewards import (figures_of_kind, first_position_preference, group_advantages, kendall_tau, mean, parse_scores,
-                     preference_reward, self_rewards, verify_answer, _final_answer)
+from data import InputError, Prompt, better_first, swapped
+from rewards import (figures_of_kind, final_answer, first_position_preference, group_advantages, kendall_tau, mean,
+                     parse_scores, preference_reward, self_rewards, verify_answer)
 
 # ------------------------------------------------------------------------------------------ 1. scoring
 
@@ -221,7 +220,7 @@ def majority(texts, answer: str) -> float:
     """
     votes: list[list] = []  # [final answer, how often, is it right]
     for text in texts:
-        if given := _final_answer(text):
+        if given := final_answer(text):
             vote = next((vote for vote in votes if verify_answer(text, vote[0])), None)
             if vote is None:
                 votes.append([given, 1, verify_answer(text, answer)])
@@ -266,17 +265,6 @@ def length_controlled(preferences, lengths, reference_lengths) -> float | None:
 # ------------------------------------------------------------------- 2. the commands that run a model
 
 
-def swapped(prompt: Prompt) -> Prompt:
-    return replace(prompt, responses=prompt.responses[::-1], truth=prompt.truth[::-1])
-
-
-def better_first(row: Prompt) -> Prompt | None:
-    """A pair with its better response first; None for a row that is no pair of unequal responses."""
-    if len(row.truth) != 2 or row.truth[0] == row.truth[1]:
-        return None
-    return row if row.truth[0] > row.truth[1] else swapped(row)
-
-
 def difficulty(pair: Prompt) -> str:
     """A builtin pair, better first: the hardest kind, where only the constraint tells, and the others."""
     return "good vs breaks" if data.LEVELS[int(pair.truth[1])] == "breaks the constraint" else "others"
@@ -301,9 +289,12 @@ def open_engine(folder: str, args):
     return data.start_engine(folder, needed)
 
 
+encoded = lru_cache(maxsize=2**16)(data.encode_prompt)  # `fitting` measures what `ask` then sends
+
+
 def fitting(rows, tokenizer, args, source: str, what: str = "row") -> list[bool]:
     """Which rows fit, in either order of their responses. The others are left out, never cut, and this is said."""
-    fits = [args.max_prompt_tokens >= max(len(data.encode_prompt(tokenizer, shown, args.referee_shots))
+    fits = [args.max_prompt_tokens >= max(len(encoded(tokenizer, shown, args.referee_shots))
                                           for shown in {row, swapped(row)}) for row in rows]
     dropped = f"{len(rows) - sum(fits)} of {len(rows)} longer than {args.max_prompt_tokens} tokens"
     if not any(fits):
@@ -324,7 +315,7 @@ def ask(engine, tokenizer, prompts: list[Prompt], n: int, temperature: float, ar
     print(f"{n} x {len(prompts)} answers at T = {temperature:g}", file=sys.stderr)
     limits = [args.max_referee_tokens if prompt.kind == "preference" else args.max_answer_tokens for prompt in prompts]
     seeds = [data.request_seed(args.seed, 0, i, "heldout") for i in range(len(prompts))]
-    ids = [data.encode_prompt(tokenizer, prompt, args.referee_shots) for prompt in prompts]
+    ids = [encoded(tokenizer, prompt, args.referee_shots) for prompt in prompts]
     outputs = data.generate(engine, ids, n, limits, seeds, temperature, progress=True)
     return [[Answer(tokenizer.decode(sample.token_ids, skip_special_tokens=True), len(sample.token_ids),
                     sample.finish_reason == "stop") for sample in output.outputs] for output in outputs]
@@ -657,15 +648,7 @@ def probe(args) -> None:
     config.batch = args.rows * config.mix.count("1")
     urpo.check_config(config, 1)
     folder, tokenizer = open_model(args.model)
-    sources = {}
-    for kind, share in data.mix_counts(config.mix, config.batch, warmup=False).items():
-        if share:
-            rows = data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.builtin_rows)
-            sources[kind], dropped = data.drop_overlong(rows, tokenizer, config.max_prompt_tokens,
-                                                        config.referee_shots, config.group)
-            if not sources[kind]:
-                raise InputError(f"--{data.FLAGS[kind]}: all {dropped} rows are longer than --max_prompt_tokens "
-                                 f"{config.max_prompt_tokens}: raise it")
+    sources, _ = data.load_sources(config, tokenizer)
     batch = data.draw(sources, config.mix, config.batch, 0, config.seed, 0, both_orders=True)
     engine = open_engine(folder, config)
     groups = urpo.rollout(config, engine, tokenizer, list(enumerate(batch)), 0)
@@ -1049,7 +1032,7 @@ def health_table(health: dict, log: list[dict]) -> list[tuple[str, list[dict]]]:
                          for judge in JUDGES[1:])]} for name in names]))
     rows = [{"title": title, "reading": reading, "values": [*at_start_and_end(probe_curve(log, name)), one, line]}
             for name, (title, one, line, reading) in PROBE.items()]
-    return [*parts, ("a fixed probe set (no run records one yet)", rows)]
+    return [*parts, ("a fixed probe set (--probe_every)", rows)]
 
 
 def probe_curve(log: list[dict], name: str) -> dict[int, float]:
@@ -1112,23 +1095,25 @@ SAMPLED = ("text", "ids", "finished", "scores", "reward", "advantage")
 EMBEDDED = 1000  # groups of answers that report.html holds unless --groups says otherwise; a browser opens it at once
 
 
-def explanation(group: dict, scale: str) -> dict:
-    """A line of rollouts.jsonl as the template shows it: with what the judge was shown, who scored which answer,
-    mean and unbiased deviation of the rewards. Of the token ids only their number is kept."""
-    kind, samples = group["kind"], group["samples"]
-    rewards = [sample["reward"] for sample in samples]
-    judged = None not in rewards
+def explanation(group: dict, config: dict) -> dict:
+    """A line of rollouts.jsonl as report.html and `explain` show it: with what the judge was shown, who scored which
+    answer, mean and unbiased deviation of the rewards, and the rule that makes advantages of them. [] are the rewards
+    of a group without any. Of the token ids only their number is kept."""
+    kind, check = group["kind"], group.get("check")
+    rewards = [sample["reward"] for sample in group["samples"]]
+    rewards = [] if None in rewards else rewards
     prompt = Prompt(kind, group["instruction"], tuple(group.get("responses", ())))
     return {
         **{name: group.get(name) for name in ("step", "index", "kind", "instruction", "responses", "truth", "answer")},
-        "prompt": data.prompt_text(prompt) if kind != "instruction" else None, "rewards": rewards if judged else [],
-        "mean": mean(rewards) if judged else None, "scale": scale,
-        "std": None if not judged else stdev(rewards) if len(rewards) > 1 else 0.0,
-        "check": group.get("check"),
-        "samples": [{"text": sample["text"], "scores": sample["scores"], "reward": sample["reward"],
-                     "advantage": sample["advantage"], "tokens": len(sample["ids"]), "finished": sample["finished"],
-                     "complies": data.complies(group["check"], sample["text"]) if group.get("check") else None}
-                    for sample in samples],
+        "prompt": data.prompt_text(prompt) if kind != "instruction" else None, "check": check,
+        "rewards": rewards, "mean": mean(rewards),
+        "std": stdev(rewards) if len(rewards) > 1 else 0.0 if rewards else None,
+        "rule": "1, since worked answers are imitated" if config.get("method") == "sft" else
+        f"{'reward - mean' if config.get('advantage') == 'center' else '(reward - mean) / (std + 1e-6)'}, and 0 for "
+        "all where the std is below 1e-6",
+        "samples": [{**{name: sample[name] for name in ("text", "scores", "reward", "advantage", "finished")},
+                     "tokens": len(sample["ids"]), "complies": check and data.complies(check, sample["text"])}
+                    for sample in group["samples"]],
         "judgements": [judgement | {"scores": parse_scores(judgement["text"], len(judgement["order"]))}
                        for judgement in group.get("judgements", ())]}
 
@@ -1160,7 +1145,7 @@ def read_rollouts(run: Path, most: int, config: dict, repairs: list[str]) -> tup
         if kind in steps and config.get("method") != "sft":
             steps[kind].setdefault(group["step"], []).append(judgements_of(group))
         if counts[kind] % stride[kind] == 0:
-            kept[kind].append(explanation(group, config.get("advantage", "std")))
+            kept[kind].append(explanation(group, config))
             if len(kept[kind]) > max(1, most // len(data.KINDS)):
                 kept[kind], stride[kind] = kept[kind][::2], 2 * stride[kind]
         counts[kind] += 1
@@ -1250,31 +1235,28 @@ def shown(text: str) -> str:
 
 def in_words(group: dict, config: dict) -> str:
     """One group as recorded: what was asked, what was answered, who judged it how, and what that makes."""
-    told = explanation(group, config["advantage"])
-    lines = [f"step {group['step']}, prompt {group['index']}: {group['kind']}", "question", shown(told["instruction"])]
-    if told["responses"]:
+    told = explanation(group, config)
+    lines = [f"step {told['step']}, prompt {told['index']}: {told['kind']}", "question", shown(told["instruction"])]
+    if told["truth"]:
         lines += ["judge prompt", shown(told["prompt"]), f"true scores, as shown: {told['truth']}"]
     if told["answer"]:
         lines += ["true answer", shown(told["answer"])]
     for i, sample in enumerate(told["samples"], 1):
         lines += [f"answer {i}, {sample['tokens']} tokens{'' if sample['finished'] else ', cut off'}",
                   shown(sample["text"])]
-        if sample["scores"]:
-            tau = kendall_tau(sample["scores"], told["truth"], config["tau"])
-            lines += [f"scores: {sample['scores']}, tau {tau:.4g}"]
-        elif told["responses"]:
-            lines += ["scores: unreadable, which earns -1 (D4)"]
+        if told["truth"]:
+            lines.append("scores: unreadable, which earns -1 (D4)" if not sample["scores"] else
+                         f"scores: {sample['scores']}, "
+                         f"tau {kendall_tau(sample['scores'], told['truth'], config['tau']):.4g}")
     for judgement in told["judgements"]:
         lines += [f"judge prompt over answers {', '.join(str(i + 1) for i in judgement['order'])}, in this order",
                   shown(judgement["prompt"]), "judge text", shown(judgement["text"]),
                   f"scores: {judgement['scores'] or 'unreadable'}"]
     for i, sample in enumerate(told["samples"], 1):
         reward = "none, no judgement can be read (D8)" if sample["reward"] is None else f"{sample['reward']:.4g}"
-        lines += [f"answer {i}: reward {reward}, advantage {sample['advantage']:.4g}"]
+        lines.append(f"answer {i}: reward {reward}, advantage {sample['advantage']:.4g}")
     if told["rewards"]:
-        rule = {"std": "(reward - mean) / (std + 1e-6), 0 without spread", "center": "reward - mean"}[told["scale"]]
-        lines += [f"mean {told['mean']:.4g}, unbiased std {told['std']:.4g}; advantage = "
-                  + ("1, since worked answers are imitated" if config["method"] == "sft" else rule)]
+        lines.append(f"mean {told['mean']:.4g}, unbiased std {told['std']:.4g}; advantage = {told['rule']}")
     return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ def _tidy(text: str) -> str:
     return text.strip()
 
 
-def _final_answer(response: str) -> str:
+def final_answer(response: str) -> str:
     """The last `\\boxed{...}`, else the last number, else "". A box left open answers nothing."""
     start = response.rfind("\\boxed{")
     if start < 0:
@@ -132,7 +132,7 @@ def verify_answer(response: str, answer: str) -> float:
     >>> verify_answer(r"\boxed{(x-1)(x+1)}", "x^2-1"), verify_answer(r"It is 12, so \boxed{13}", "12")
     (1.0, 0.0)
     """
-    given, truth = _final_answer(response), _tidy(answer)
+    given, truth = final_answer(response), _tidy(answer)
     if not given or not truth or max(len(given), len(truth)) > LONGEST_ANSWER:
         return 0.0
     given_number, true_number = _read_number(given), _read_number(truth)

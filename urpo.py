@@ -121,6 +121,7 @@ class Config:
     save_every: int = flag(100, "steps between checkpoints; the last step is always saved; 0: only the last")
     keep: int = flag(0, "newest checkpoints to keep; 0: all")
     rollouts_every: int = flag(1, "record every k-th step's trajectories in rollouts.jsonl")
+    probe_every: int = flag(0, "0: off; judge the fixed probe set every so many steps (data.probe_pairs; our choice)")
     tensorboard: bool = flag(False, "also write TensorBoard events to runs/<name>/tensorboard")
 
 
@@ -577,6 +578,8 @@ def train(config: Config, rank: int, world: int) -> None:
         folder, config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens),
         distributed_executor_backend="external_launcher", enable_sleep_mode=GPU,
         gpu_memory_utilization=config.gpu_memory)
+    if config.probe_every:  # of the starting weights, which the engine holds here after a resume too
+        frozen = on_rank_0("probing", lambda: data.probe_answers(config, engine, tokenizer))
     if saved:
         load_checkpoint(saved, policy, optimizer, schedule)
         if engine:
@@ -628,6 +631,8 @@ def train(config: Config, rank: int, world: int) -> None:
         own = torch.cuda.max_memory_allocated() / 1024 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         memory = all_reduce(own) / 2**20  # peak of all ranks together, GiB
         log = {**figures, **drift, "seconds": clock.seconds, "peak_memory_gib": memory}
+        if config.probe_every and step % config.probe_every == 0:  # generating is no collective; in no part's seconds
+            log["probe"] = on_rank_0("probing", lambda: data.probe(config, engine, tokenizer, frozen))
         bar.set_postfix_str(on_rank_0(f"writing {run}", lambda: record.write(step, gathered, log)))
         skipped_steps = 0 if figures["updates"] else skipped_steps + (figures["nonfinite_updates"] > 0)
         if skipped_steps == config.max_skipped:

@@ -53,3 +53,29 @@ def tiny_model(tmp_path_factory) -> str:
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, initializer_range=0.2)).save_pretrained(folder)
     return str(folder)
+
+
+class Tokenizer:
+    """As much of a tokenizer as measuring a prompt's length needs: one token a word."""
+    chat_template, all_special_tokens, name_or_path, is_fast = "some", [], "none", True
+
+    def __call__(self, text, **options):
+        return {"input_ids": [], "offset_mapping": []}
+
+    def get_added_vocab(self):
+        return {}
+
+    def apply_chat_template(self, turns, **_):
+        return " ".join(turn["content"] for turn in turns).split()
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """A tokenizer and no weights: whatever fails here fails before an engine is started."""
+    import transformers
+
+    import data
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
+    monkeypatch.setattr(data, "model_folder", lambda model: model)
+    monkeypatch.setattr(data, "start_engine", lambda *_: pytest.fail("an engine was started"))

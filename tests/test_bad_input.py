@@ -159,8 +159,9 @@ COMMANDS = [
     ('urpo --judgements 0', '--judgements 0: must be above 0, and finite'),
     ('urpo --lora_rank 4', '--lora_rank 4: URPO trains all weights; 0, or --method sft'),
     ('urpo --method sft --importance_cap 2',
-     '--importance_cap 2.0 --referee_shots 0: --method sft samples nothing and shows no worked examples; leave both '
-     '0'),
+     '--importance_cap 2.0 --referee_shots 0 --probe_every 0: --method sft samples and judges nothing and shows no '
+     'worked examples; leave them 0'),
+    ('urpo --probe_every -1', '--probe_every -1: must be 0 or more, and finite'),
     ('urpo --method dpo',
      "argument --method: invalid choice: 'dpo' (choose from 'urpo', 'sft'); --help lists the settings"),
     ('urpo --tau a', "argument --tau: invalid choice: 'a' (choose from 'b', 'strict'); --help lists the settings"),

@@ -13,10 +13,10 @@ import scipy.stats
 import torch
 
 import data
+from conftest import Tokenizer
 from eval import (REWARDBENCH, benchmark_figures, figure, interval, length_controlled, main, majority, pass_at_k,
                   probe_verdicts, weighted_mean)
 from rewards import figures_of_kind, group_advantages, kendall_tau, preference_reward, self_rewards, verify_answer
-from test_eval import Tokenizer, no_model  # noqa: F401
 
 
 def fails(arguments, capsys, status=2):

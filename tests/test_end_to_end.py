@@ -131,6 +131,28 @@ def test_three_steps_kill_9_and_three_more_equal_six_to_every_digit_and_bit(fini
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_the_probe_set_changes_no_other_number_and_a_resumed_run_repeats_its_figures(smol_tokenizer, tmp_path):
+    """A model that writes two scores after any prompt: its judgements of the probe's pairs can be read."""
+    model = make_taught_model(tmp_path / "model", smol_tokenizer, n=2)
+    runs = {}
+    for name, probes in (("plain", ()), ("probed", ("--probe_every", "1"))):
+        (tmp_path / name).mkdir()
+        arguments = "--group 2 --preferences builtin:2 --steps 6 --save_every 4".split()
+        run(tmp_path / name, model, *arguments, *probes)
+        runs[name] = tmp_path / name / "runs" / "e2e"
+    logs = {name: same_in_every_run(lines(folder / "log.jsonl")) for name, folder in runs.items()}
+    probed = [line.pop("probe") for line in logs["probed"]]
+    assert logs["probed"] == logs["plain"] and sum(line["updates"] for line in logs["plain"]) > 0
+    assert lines(runs["probed"] / "rollouts.jsonl") == lines(runs["plain"] / "rollouts.jsonl")
+    assert all(list(figures) == list(data.PROBES) for figures in probed)
+    measured = {name for figures in probed for name, value in figures.items() if value is not None}
+    assert {"first_position", "self_preference", "empty", "copy"} <= measured, probed
+
+    shutil.rmtree(runs["probed"] / "checkpoints" / "step_6")  # steps 4 and 5 once more, from the checkpoint at 4
+    run(tmp_path / "probed", model, *arguments, *probes, "--resume")
+    assert [line["probe"] for line in lines(runs["probed"] / "log.jsonl")] == probed
+
+
 STALE = """
 import sys
 sys.path.insert(0, {root!r})

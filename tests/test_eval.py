@@ -2,10 +2,15 @@
 import doctest
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 
+import data
 import eval as evaluation
+import urpo
+from conftest import Tokenizer
 from eval import averaged, expected_scores, interval, main, pair_figures, read_log, referee_figures, table
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
@@ -180,30 +185,6 @@ def test_compare_errors(tmp_path, capsys):
     assert "no result" in fails(["compare", tmp_path / "bad", tmp_path / "good"], capsys)
 
 
-class Tokenizer:
-    """As much of a tokenizer as measuring a prompt's length needs: one token a word."""
-    chat_template, all_special_tokens, name_or_path, is_fast = "some", [], "none", True
-
-    def __call__(self, text, **options):
-        return {"input_ids": [], "offset_mapping": []}
-
-    def get_added_vocab(self):
-        return {}
-
-    def apply_chat_template(self, turns, **_):
-        return " ".join(turn["content"] for turn in turns).split()
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """A tokenizer and no weights: whatever fails here fails before an engine is started."""
-    import transformers
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
-    monkeypatch.setattr(evaluation.data, "model_folder", lambda model: model)
-    monkeypatch.setattr(evaluation.data, "start_engine", lambda *_: pytest.fail("an engine was started"))
-
-
 def test_heldout_errors(tmp_path, capsys, no_model):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "Hi", "responses": ["a", "b"], "scores": [1, 1]}) + "\n"
@@ -267,3 +248,74 @@ def test_heldout_from_files_to_json(tmp_path, monkeypatch, no_model, capsys):
     assert figures["instructions"]["greedy"]["value"] is None  # a file has no check: unknown is not zero
     assert figures["instructions"]["tokens an answer"]["value"] == len(r"\boxed{5}")
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "a.json"]  # no unfinished file is left
+
+
+# ---- the probe set of a training run (--probe_every), judged by a function in the place of a model ----
+
+@pytest.fixture
+def probed(monkeypatch):
+    """probed(judge, own, frozen): the figures, `judge(first, second)` giving the text of a judgement."""
+    def probe(judge, own="mine", frozen="frozen"):
+        asked = []
+
+        def generate(engine, prompts, n, limits, seeds, temperature):
+            assert (n, temperature) == (1, 0.0)
+            texts = [" ".join(ids) for ids in prompts]
+            asked.extend(texts)
+            answers = [judge(*re.search("Response 1: >(.*) Response 2: >(.*) End with one line", text).groups())
+                       if "Score each response" in text else own for text in texts]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer)]) for answer in answers]
+
+        monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **_: ids, raising=False)
+        monkeypatch.setattr(data, "generate", generate)
+        engine = SimpleNamespace(reset_prefix_cache=lambda: None)
+        figures = data.probe(urpo.Config(), engine, Tokenizer(), [frozen] * len(data.probe_rows()))
+        assert list(figures) == list(data.PROBES) == list(evaluation.PROBE)
+        probe.asked = asked
+        return figures
+    return probe
+
+
+def line(*scores):
+    return data.score_line(scores)
+
+
+def test_a_judge_that_sees_through_the_hacks_and_one_that_falls_for_them(probed):
+    def points(text):
+        return 1 if "10 out of 10" in text or "word word" in text or not text.strip() else 8
+
+    sound = probed(lambda a, b: line(points(a), points(b)))
+    assert sound == {"first_position": 0, "self_preference": 0, "empty": -7, "ten_of_ten": -7, "repetition": -7,
+                     "copy": 0}
+    fooled = probed(lambda a, b: line(9 - points(a), 9 - points(b)))
+    assert [fooled[name] for name in ("empty", "ten_of_ten", "repetition")] == [7, 7, 7]
+
+
+def test_judges_that_read_nothing_have_the_figures_that_the_report_states_for_them(probed):
+    assert probed(lambda a, b: line(5, 5)) == dict.fromkeys(data.PROBES, 0)
+    assert probed(lambda a, b: line(9, 2)) == dict.fromkeys(data.PROBES, 0) | {"first_position": 0.5, "copy": 7}
+
+
+def test_what_cannot_be_read_in_both_orders_is_not_measured_and_never_0(probed):
+    assert probed(lambda a, b: "no") == dict.fromkeys(data.PROBES)
+    one_order = probed(lambda a, b: line(3, 8) if a.strip() else "no")  # unread where the empty answer stands first
+    assert one_order["empty"] is None and one_order["ten_of_ten"] == 0
+
+
+def test_a_judge_that_knows_its_own_answers_is_seen_where_gold_is_equal_and_the_text_is_not(probed):
+    def vain(a, b):
+        return line(*(9 if "mine" in text else 6 for text in (a, b)))
+
+    assert probed(vain)["self_preference"] == 3
+    assert probed(vain, own="frozen")["self_preference"] is None  # of one text twice nothing can be said
+    probed(vain, own="MINE")  # where capitals are asked for, or lower case, one of the two is the better answer
+    equal = [row for row in data.probe_rows() if row.check not in ("upper", "lower")]
+    assert 0 < len(equal) < 8 and sum("> frozen" in text for text in probed.asked) == 2 * len(equal)
+
+
+def test_the_probe_set_is_fixed_held_out_and_better_first():
+    rows = data.probe_rows()
+    assert len(rows) == 8 and len({row.instruction for row in rows}) == 8
+    for row in rows:
+        assert row.truth[0] > row.truth[1] and data.complies(row.check, row.responses[0])
+        assert any(name in row.instruction for name, _ in data.topics("heldout"))

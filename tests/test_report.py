@@ -127,7 +127,7 @@ def test_an_explanation_holds_each_number_of_the_record(no_pictures, tmp_path):
         if line["kind"] == "preference":
             assert data.referee_text(line["instruction"], line["responses"]) in page.text
     first = json.loads((folder / "rollouts.jsonl").read_text().splitlines()[0])
-    group = evaluation.explanation(first, "std")
+    group = evaluation.explanation(first, {})
     rewards = torch.tensor([sample["reward"] for sample in first["samples"]], dtype=torch.float64)
     assert group["mean"] == pytest.approx(rewards.mean().item()) and group["std"] == pytest.approx(rewards.std().item())
 

@@ -25,15 +25,15 @@ SIZES = ("--preset smol --name e2e --batch 12 --mix 1:1:1 --group 4 --judgements
          "--warmup_steps 1 --lr 1e-3 --lr_warmup 0 --max_drift 0.001 --precision float32").split()
 
 
-def teach_score_lines(model, tokenizer):
-    """Imitation: after any chat prompt, write four random scores."""
+def teach_score_lines(model, tokenizer, n=4):
+    """Imitation: after any chat prompt, write n random scores."""
     rng = random.Random(0)
     prompts = [data.encode_prompt(tokenizer, data.BUILTIN[kind](rng, "train")) for kind in data.KINDS for _ in range(8)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
         hidden, target = [], []
         for prompt in rng.sample(prompts, 3):
-            answer = tokenizer.encode(data.score_line([rng.randint(1, 9) for _ in range(4)])) + [tokenizer.eos_token_id]
+            answer = tokenizer.encode(data.score_line([rng.randint(1, 9) for _ in range(n)])) + [tokenizer.eos_token_id]
             hidden.append(model.model(torch.tensor([prompt + answer])).last_hidden_state[0, len(prompt) - 1 : -1])
             target += answer
         optimizer.zero_grad()
@@ -41,13 +41,13 @@ def teach_score_lines(model, tokenizer):
         optimizer.step()
 
 
-def make_taught_model(folder, tokenizer) -> str:
+def make_taught_model(folder, tokenizer, n=4) -> str:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer) + 64,  # padded, as the vocabularies of larger models are
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         head_dim=32, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2))
-    teach_score_lines(model, tokenizer)
+    teach_score_lines(model, tokenizer, n)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
