@@ -114,15 +114,15 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
     tokenizer = data.load_tokenizer(folder)
     policy = urpo.load_policy(config, folder, len(tokenizer), dist.init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    # data.generate asks vLLM for answers that end where they end; here all must have the same length.
+    engine = engine and data.start_engine(folder, case["prompt_tokens"] + case["answer_tokens"] + 64,
+                                          distributed_executor_backend="external_launcher")
     bare = vllm.SamplingParams
-    vllm.SamplingParams = functools.partial(bare, ignore_eos=True)
+    if engine:  # data.generate lets answers end where they end; here all must have the same length
+        vllm.SamplingParams = functools.partial(bare, ignore_eos=True)
     return SimpleNamespace(
         torch=torch, dist=dist, data=data, urpo=urpo, config=config, policy=policy, optimizer=optimizer, folder=folder,
-        tokenizer=tokenizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0), SamplingParams=bare,
-        rank=dist.get_rank(), world=dist.get_world_size(), device=torch.device("cpu"),
-        engine=data.start_engine(folder, case["prompt_tokens"] + case["answer_tokens"] + 64,
-                                 distributed_executor_backend="external_launcher") if engine else None)
+        tokenizer=tokenizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0), engine=engine,
+        SamplingParams=bare, rank=dist.get_rank(), world=dist.get_world_size(), device=torch.device("cpu"))
 
 
 def configured(o, case: dict):
@@ -201,7 +201,8 @@ def padded_update(o, groups) -> None:
     for group in groups:
         ids_BT = torch.tensor([group.prompt_ids + answer for answer in group.answers])
         start = len(group.prompt_ids)
-        logits_BNV = o.plain(ids_BT, use_cache=False, logits_to_keep=torch.arange(start - 1, ids_BT.shape[1] - 1)).logits
+        sources_N = torch.arange(start - 1, ids_BT.shape[1] - 1)
+        logits_BNV = o.plain(ids_BT, use_cache=False, logits_to_keep=sources_N).logits
         logprob_BN = torch.log_softmax(logits_BNV, -1).gather(2, ids_BT[:, start:, None])[:, :, 0]
         ratio_BN = (logprob_BN - group.old_N.view_as(logprob_BN)).exp()
         advantage_B1 = torch.tensor(group.advantages)[:, None]
@@ -446,7 +447,7 @@ def part_2(cases) -> dict:
                                  for mode in ("shared", "padded")})
         worker.close()
     table("2. The update alone: shared-prefix rows against padded rows with answer-only logits",
-          "case | shared s | padded s | times faster | useful GFLOP/s | matmul GFLOP/s | share | at layer shape GFLOP/s",
+          "case | shared s | padded s | times faster | useful GFLOP/s | matmul GFLOP/s | share | matmul at layer's shape",
           [(name, s["seconds"], p["seconds"], p["seconds"] / s["seconds"], s["flops"] / s["seconds"] / 1e9,
             s["matmul"] / 1e9, s["flops"] / s["seconds"] / s["matmul"], s["matmul_of_layer"] / 1e9)
            for name, pair in found.items() for s, p in [(pair["shared"], pair["padded"])]])
