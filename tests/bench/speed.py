@@ -62,6 +62,20 @@ def timed(work) -> float:
     return time.perf_counter() - start
 
 
+def weights_folder() -> str:
+    """SmolLM2-135M as it is; for --quick its first two layers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import data
+
+    raw, folder = data.model_folder("raw"), ROOT / "runs/speed-quick-model"
+    if options.quick and not folder.exists():
+        AutoTokenizer.from_pretrained(raw).save_pretrained(f"{folder}.unfinished")
+        AutoModelForCausalLM.from_pretrained(raw, num_hidden_layers=2).save_pretrained(f"{folder}.unfinished")
+        Path(f"{folder}.unfinished").rename(folder)
+    return str(folder) if options.quick else raw
+
+
 def make_prompts(tokenizer, case: dict) -> list:
     """Questions of the wanted length, chat template included; the same in every process."""
     import data
@@ -108,9 +122,9 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
     dist.init_process_group("gloo")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
-    config = urpo.parse_config(["--preset", "smol", "--model", "raw", "--minibatches", "1", "--warmup_steps", "0",
+    folder = weights_folder()
+    config = urpo.parse_config(["--preset", "smol", "--model", folder, "--minibatches", "1", "--warmup_steps", "0",
                                 "--max_drift", "1e9", "--lr", "1e-6", *flags])
-    folder = data.model_folder("raw")
     tokenizer = data.load_tokenizer(folder)
     policy = urpo.load_policy(config, folder, len(tokenizer), dist.init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -330,7 +344,7 @@ def serve_trl(case: dict) -> None:
     import data
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    folder, rows, state = data.model_folder("raw"), case["prompts"] * case["group"], {}
+    folder, rows, state = weights_folder(), case["prompts"] * case["group"], {}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chats = [[{"role": "user", "content": data.prompt_text(prompt)}] for prompt in make_prompts(tokenizer, case)]
     tokens = sum(len(tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False)) for c in chats)
@@ -377,7 +391,8 @@ class Worker:
         if kind == "trl":
             python = str(ROOT / ".venv-trl/bin/python")
         launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master-port=0"]
-        command = [python, *launcher, __file__, "--worker", kind, "--case", json.dumps(case), *flags]
+        command = [python, *launcher, __file__, "--worker", kind, "--case", json.dumps(case), *flags,
+                   *["--quick"] * options.quick]
         self.kind, self.process = kind, subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)})
