@@ -597,6 +597,7 @@ def draw(found: dict, path: Path) -> None:
     if "1" in found:
         steps.set_xticks(range(len(found["1"])), [f"({name})" for name in found["1"]])
         steps.legend()
+    steps.margins(y=0.15)
     steps.set(title="a whole step", ylabel="seconds")
     names = list(found.get("5", {}))
     growth.barh(names[::-1], [found["5"][name]["seconds"] for name in names[::-1]])
