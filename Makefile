@@ -6,7 +6,7 @@ RANKS ?= 2
 python = .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 .venv/ready: requirements-cpu.txt
 	$(PYTHON) -m venv .venv
@@ -28,5 +28,17 @@ demo: .venv/ready
 test: .venv/ready
 	$(python) -m pytest -q --ignore=tests/bench tests
 
+# TRL in a venv of its own, that sees the packages of .venv: the same torch and transformers on both sides.
+.venv-trl/ready: .venv/ready
+	$(PYTHON) -m venv .venv-trl
+	$(python) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(.venv-trl/bin/python -c \
+		"import sysconfig; print(sysconfig.get_path('purelib'))")/urpo.pth
+	.venv-trl/bin/python -m pip install --quiet --no-deps trl==1.16.0
+	touch $@
+
+# `make bench ARGS="--parts 1,2 --quick"`; on a quiet machine, all parts take hours.
+bench: .venv-trl/ready
+	$(python) tests/bench/speed.py $(ARGS)
+
 clean:
-	rm -rf .venv .cache runs
+	rm -rf .venv .venv-trl .cache runs
