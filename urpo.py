@@ -569,7 +569,7 @@ def train(config: Config, rank: int, world: int) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if GPU else torch.device("cpu")
     mesh = dist.init_device_mesh(device.type, (world,))
     policy = load_policy(config, folder, len(tokenizer), mesh)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.lr,
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.lr, fused=True,
                                   weight_decay=config.weight_decay, betas=(0.9, 0.999))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / max(1, config.lr_warmup)))
     supervised = config.method == "sft"

@@ -1,6 +1,8 @@
 """Shared by all tests: the repository on sys.path, no network, one small thread pool, SmolLM2's tokenizer,
 a tiny random model, and a process group of one."""
+import contextlib
 import os
+import random
 import socket
 import sys
 from pathlib import Path
@@ -15,9 +17,12 @@ import pytest  # noqa: E402
 
 
 def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+    """Below the ports that Linux gives to connections: one of those may be taken again before a rank listens on it."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return str(port)
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def trainer(model: str, **changes):
     config = urpo.Config(**CONFIG | changes)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     policy = urpo.load_policy(config, model, VOCABULARY, mesh)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, fused=True)
     return policy, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0)
 
 

@@ -128,7 +128,7 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
                                 "--max_drift", "1e9", "--lr", "1e-6", *flags])
     tokenizer = data.load_tokenizer(folder)
     policy = urpo.load_policy(config, folder, len(tokenizer), dist.init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     engine = engine and data.start_engine(folder, case["prompt_tokens"] + case["answer_tokens"] + 64,
                                           distributed_executor_backend="external_launcher")
     bare = vllm.SamplingParams
