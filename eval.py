@@ -898,7 +898,7 @@ def draw_curves(names: list[str], logs: list[list[dict]], about: dict, results: 
         text = drawing.add_subplot(grid[3, 2:], title="held out: value [95 % interval]")
         text.axis("off")
         text.text(0, 1, table(results), family="monospace", fontsize=7, va="top")
-    return png(drawing, 110)
+    return png(drawing, 100)
 
 
 # ---- the referee's health: from rollouts.jsonl, beside what two judges that read nothing would show ----
