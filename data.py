@@ -807,6 +807,7 @@ class Row:
     answer_T: torch.Tensor  # 0 in a prompt, 1 ... G in an answer
     source_N: torch.Tensor  # where in the row stands the token that predicts answer token n
     target_N: torch.Tensor  # answer token n
+    lengths: list[list[int]]  # tokens of [prompt, answer 1, ..., answer G], for each group
 
 
 def build_row(groups: list, device) -> Row:
@@ -818,6 +819,8 @@ def build_row(groups: list, device) -> Row:
     ([5, 6, 7, 8, 9], [0, 1, 2, 3, 2], [0, 0, 1, 1, 2])
     >>> row.source_N.tolist(), row.target_N.tolist()
     ([1, 2, 1], [7, 8, 9])
+    >>> row.lengths
+    [[2, 2, 1]]
     """
     ids, position, group_of, answer_of, source, target = [], [], [], [], [], []
     for g, group in enumerate(groups):
@@ -831,23 +834,48 @@ def build_row(groups: list, device) -> Row:
             position += range(first, first + len(part))
             group_of += [g] * len(part)
             answer_of += [a] * len(part)
-    return Row(*(torch.tensor(x, device=device) for x in (ids, position, group_of, answer_of, source, target)))
+    lengths = [[len(part) for part in (group.prompt_ids, *group.answers)] for group in groups]
+    return Row(*(torch.tensor(x, device=device) for x in (ids, position, group_of, answer_of, source, target)), lengths)
 
 
-def attention_mask(row: Row):
-    """Token q sees token k when k stands before it in the same group, in the prompt or in the same answer."""
+def visible(row: Row):
+    """Token q sees token k when k stands before it in the same group, in the prompt or in the same answer.
+
+    As FlexAttention wants it: a function of (batch, head, q, k), whose indices may be tensors.
+    """
 
     def sees(b, h, q, k):
         same = (row.group_T[q] == row.group_T[k]) & ((row.answer_T[k] == 0) | (row.answer_T[q] == row.answer_T[k]))
         return same & (k <= q)
 
-    length = len(row.ids_T)
-    if row.ids_T.is_cuda:  # FlexAttention skips the empty blocks. Not yet run
-        from torch.nn.attention.flex_attention import create_block_mask
+    return sees
 
-        return create_block_mask(sees, None, None, length, length, device=row.ids_T.device)
-    index = torch.arange(length)
-    return sees(0, 0, index[:, None], index[None, :])[None, None]
+
+def block_mask(row: Row):
+    """`visible` for FlexAttention on a GPU, which skips the empty blocks. Not yet run there; tests build it on a CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length = len(row.ids_T)
+    return create_block_mask(visible(row), None, None, length, length, device=row.ids_T.device)
+
+
+def row_attention(module, query_1KTD, key_1KTD, value_1KTD, attention_mask, scaling=None, row=None, **_):
+    """`visible` on a CPU, where FlexAttention has no gradient: every prompt sees itself, every answer its prompt and
+    itself, each in a call of its own. A mask over the whole row would compute mostly what it then hides: 8 times as
+    much for 8 answers of 96 tokens to a prompt of 60. Registered with transformers, whose signature this is; K heads."""
+    lengths, attended = [n for group in row.lengths for n in group], []
+    parts = zip(*(x_1KTD.split(lengths, dim=2) for x_1KTD in (query_1KTD, key_1KTD, value_1KTD)))
+    for a in (a for group in row.lengths for a in range(len(group))):
+        query, key, value = next(parts)
+        if a == 0:
+            prompt_key, prompt_value, mask = key, value, None
+        else:
+            key, value = torch.cat([prompt_key, key], dim=2), torch.cat([prompt_value, value], dim=2)
+            tokens, seen = query.shape[2], key.shape[2]
+            mask = torch.ones(tokens, seen, dtype=torch.bool).tril(seen - tokens)
+        attended.append(torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=a == 0, scale=scaling, enable_gqa=True))
+    return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
 def pack(groups: list, budget: int) -> list[list]:
@@ -978,8 +1006,8 @@ def check_versions() -> None:
 def check_config(config, world: int) -> None:
     """Everything that can be wrong in the settings (urpo.Config). Raises InputError with the remedy."""
     above_0 = ("batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens "
-               "logit_chunk rollouts_every builtin_rows temperature lr grad_clip gpu_memory max_drift max_skipped "
-               "timeout").split()
+               "logit_chunk rollouts_every builtin_rows temperature lr grad_clip gpu_memory cpu_cache max_drift "
+               "max_skipped timeout").split()
     for name in above_0 + ("steps warmup_steps save_every keep lr_warmup importance_cap referee_shots lora_rank "
                            "weight_decay probe_every").split():
         value = getattr(config, name)
@@ -1151,10 +1179,12 @@ def check_memory(size: int, world: int) -> None:
                          "or a smaller model where that is 0")
 
 
-def start_engine(folder: str, max_tokens: int, **options):
-    """A vLLM engine in this process. What differs between CPU and GPU stands here, and nowhere else for vLLM."""
+def start_engine(folder: str, max_tokens: int, cache: float = 1.0, **options):
+    """A vLLM engine in this process. What differs between CPU and GPU stands here, and nowhere else for vLLM.
+
+    `max_tokens`: of one sequence. `cache`: GiB for keys and values on a CPU; while it is full, requests wait.
+    """
     if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB a rank
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two ranks share one core
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -1168,7 +1198,8 @@ def start_engine(folder: str, max_tokens: int, **options):
     # A prefill cut in two crashes a seeded request on a CPU ("CPU Generator does not use offset"), so none is.
     # Answers to one prompt share its prefill in whole blocks: 32 is the CPU's smallest.
     machine = (dict(dtype="bfloat16") if torch.cuda.is_available() else
-               dict(dtype="float32", enforce_eager=True, block_size=32, enable_chunked_prefill=False))
+               dict(dtype="float32", enforce_eager=True, block_size=32, enable_chunked_prefill=False,
+                    kv_cache_memory_bytes=int(cache * 2**30)))
     return LLM(folder, max_model_len=max_tokens, max_num_batched_tokens=max(8192, max_tokens), disable_log_stats=True,
                load_format="safetensors", logprobs_mode="processed_logprobs", **machine, **options)
 

@@ -7,8 +7,8 @@ and names stand in README.md, in the log's timings and in the tests:
     2. rollout       G answers a prompt, sampled by vLLM from the current weights
     3. self_score    the same weights judge each group of open-ended answers
     4. reward        P: Kendall's tau, R: verify the answer, I: self-score; then group-relative advantages
-    5. old_logprobs  the trainer's log-probs at rollout weights; drift against the sampler's own
-    6. update        minibatches: clipped loss, gradient clip, AdamW
+    5. old_logprobs  the trainer's log-probs at rollout weights, for minibatches that part 6 meets after a step
+    6. update        minibatches: clipped loss, drift against the sampler's own log-probs, gradient clip, AdamW
     7. sync          the new weights into the sampler; log; checkpoint
 
 One policy; no critic, no reward model, no KL and no reference model (beta = 0); one optimiser, one run.
@@ -57,6 +57,7 @@ from rewards import (clipped_objective, figures_of_kind, group_advantages, parse
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 GPU = torch.cuda.is_available()
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors: a CPU's update takes 1/8 less
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -114,6 +115,7 @@ class Config:
     logit_chunk: int = flag(1024, "answer tokens whose logits are alive at once")
     recompute: bool = flag(True, "recompute each layer in the backward pass, to save memory")
     gpu_memory: float = flag(0.6, "share of the GPU that vLLM may take while it is awake")
+    cpu_cache: float = flag(1.0, "GiB that vLLM takes for keys and values on each rank of a CPU")
     # stop, record
     max_drift: float = flag(0.1, "stop when mean |trainer - sampler| log-prob exceeds this: the sampler is stale")
     max_skipped: int = flag(3, "stop after so many steps in a row whose updates were all skipped as not finite")
@@ -132,8 +134,8 @@ PRESETS = {
     "smol": dict(model="seed", preferences="builtin:2", reasoning="builtin", instructions="builtin", steps=18,
                  warmup_steps=8, mix="2:1:1", batch=24, group=4, max_prompt_tokens=800, max_answer_tokens=48,
                  max_referee_tokens=40, both_orders=True, judgements=2, lr=1e-5,
-                 precision="bfloat16" if GPU else "float32", row_tokens=768, recompute=False, save_every=0,
-                 max_drift=0.1 if GPU else 1e-3),
+                 precision="bfloat16" if GPU else "float32", row_tokens=768, recompute=False, cpu_cache=0.5,
+                 save_every=0, max_drift=0.1 if GPU else 1e-3),
 }
 
 
@@ -175,28 +177,32 @@ class Policy(nn.Module):
     def forward(self, row: data.Row) -> Tensor:
         """Row -> log pi(token) [N], nats, fp32."""
         hidden_1TH = self.lm.model(
-            input_ids=row.ids_T[None], position_ids=row.position_T[None], attention_mask=data.attention_mask(row),
-            use_cache=False).last_hidden_state
+            input_ids=row.ids_T[None], position_ids=row.position_T[None], row=row, use_cache=False,
+            attention_mask=data.block_mask(row) if GPU else None).last_hidden_state
         hidden_NH = hidden_1TH[0, row.source_N]
         chunks = zip(hidden_NH.split(self.config.logit_chunk), row.target_N.split(self.config.logit_chunk))
+        if not self.config.recompute:
+            return torch.cat([self.token_logprobs(*chunk) for chunk in chunks])
         # The backward pass recomputes each chunk's logits: N x V of them would be the largest tensor of all.
-        return torch.cat([checkpoint(self.token_logprobs, h, t, use_reentrant=False) for h, t in chunks])
+        return torch.cat([checkpoint(self.token_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
 
     def token_logprobs(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
         # Padded vocabulary rows exist in the head but are never sampled, so they are no part of the softmax.
-        logits_NV = self.lm.lm_head(hidden_NH)[:, : self.vocabulary].float() / self.config.temperature
-        return torch.log_softmax(logits_NV, dim=-1).gather(1, target_N[:, None])[:, 0]
+        # The head is linear, so the temperature may divide its input, which is smaller than the logits.
+        logits_NV = self.lm.lm_head(hidden_NH / self.config.temperature)[:, : self.vocabulary].float()
+        return -nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
 
 
 def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
     """The policy, sharded: fp32 master weights, compute in --precision."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
 
+    AttentionInterface.register("row_attention", data.row_attention)
     continued = config.lora_rank and config.model == "seed"  # train the shipped adapter on, instead of merging it
     lm = AutoModelForCausalLM.from_pretrained(data.model_folder("raw") if continued else folder, dtype=torch.float32,
                                               use_safetensors=True, trust_remote_code=False,
-                                              attn_implementation="flex_attention" if GPU else "sdpa")
+                                              attn_implementation="flex_attention" if GPU else "row_attention")
     lm.train()
     adapter = None
     if config.lora_rank:
@@ -209,8 +215,8 @@ def load_policy(config: Config, folder: str, vocabulary: int, mesh) -> Policy:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, config, vocabulary)
     precision = MixedPrecisionPolicy(param_dtype=policy.compute, reduce_dtype=torch.float32)
-    for layer in lm.model.layers:  # gloo is slower than memory is dear: a CPU gathers a layer once an update
-        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=GPU)
+    for layer in lm.model.layers:  # gloo is slower than memory is dear: CPU ranks gather a layer once an update
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=GPU or mesh.size() == 1)
     # The root frees its weights after a forward pass like every layer: else the pass without gradient of part 5
     # leaves the head unsharded, and optimiser and sync would see a plain tensor in its place.
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
@@ -350,16 +356,23 @@ def by_group(row: list[Group], values_N: Tensor):
 
 
 @torch.no_grad()
-def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) -> dict[str, float]:
-    """Part 5: log pi_old by the trainer at rollout weights, and drift against the sampler (D16).
+def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) -> None:
+    """Part 5: log pi_old by the trainer at rollout weights (D16), of the groups whose minibatch is not the first.
 
-    Only for groups with a signal: the others do not enter the loss.
+    Part 6 meets the first minibatch at those same weights, so there they are its own forward pass. Only for groups
+    with a signal: the others do not enter the loss.
     """
-    groups = [group for group in groups if any(group.advantages)]
-    for row in pack_evenly(groups, config):
+    for row in pack_evenly([group for group in groups if any(group.advantages)], config):
         for group, old_N in by_group(row, policy(data.build_row(row, device))):
             group.old_N = old_N
-    pairs = [pair for group in groups
+
+
+def check_drift(config: Config, groups: list[Group]) -> dict[str, float]:
+    """Distance between the trainer's log-probs at rollout weights and the sampler's own, in nats a token (D16).
+
+    Before the first optimiser step, of every group with a signal. Raises FloatingPointError above --max_drift.
+    """
+    pairs = [pair for group in groups if group.old_N is not None
              for pair in zip(group.old_N.tolist(), (p for answer in group.sampler_logprobs for p in answer))]
     difference = [old - new for old, new in pairs if math.isfinite(old)]  # else part 6 skips the update
     tokens = all_reduce(len(difference))
@@ -403,19 +416,16 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
         set_token_weights(config, everything, world)
         rows = pack_evenly(active, config)
         part, found = Counter(tokens=sum(group.answer_tokens for group in active)), set()
-        if not rows:  # decided from an all-reduced count: all ranks skip together
-            total["skipped"] += 1
-            continue
         for i, row in enumerate(rows):
             # Likewise it reduces gradients once an update; whole gradients would fill a GPU.
             policy.set_requires_gradient_sync(GPU or i == len(rows) - 1)
-            policy.set_reshard_after_backward(GPU or i == len(rows) - 1)
+            policy.set_reshard_after_backward(GPU or world == 1 or i == len(rows) - 1)
             logprob_N = policy(data.build_row(row, device))
             advantage_N, weight_N, sampler_N = (torch.tensor(values, device=device) for values in (
                 [a for group in row for a, answer in zip(group.advantages, group.answers) for _ in answer],
                 [w for group in row for w in group.weights],
                 [p for group in row for answer in group.sampler_logprobs for p in answer]))
-            if row[0].old_N is None:  # worked answers have no rollout weights: the old log-probs are the present ones
+            if row[0].old_N is None:  # the first minibatch, or worked answers: the present weights are the old ones
                 for group, old_N in by_group(row, logprob_N.detach()):
                     group.old_N = old_N
             old_N = torch.cat([group.old_N for group in row])
@@ -429,6 +439,11 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
             part["low"] += ((ratio_N < config.clip_low) & (advantage_N < 0)).sum().item()
             part["high"] += ((ratio_N > config.clip_high) & (advantage_N > 0)).sum().item()
             found |= {group.index for group, own_N in by_group(row, loss_N) if not own_N.isfinite().all()} - {IDLE}
+        if m == 0:
+            drift = check_drift(config, groups)
+        if not rows:  # decided from an all-reduced count: all ranks skip together
+            total["skipped"] += 1
+            continue
         norm = nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip).full_tensor().item()  # over all ranks
         part = {name: all_reduce(value) for name, value in sorted(part.items())}
         if math.isfinite(norm + part["loss"]):  # the same numbers on all ranks: all update, or none
@@ -446,7 +461,7 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
     return {"loss": total["loss"] / world / updates, "grad_norm": total["grad_norm"] / updates,
             "clipped_low": total["low"] / tokens, "clipped_high": total["high"] / tokens, "updates": total["updates"],
             "skipped_updates": total["skipped"], "nonfinite_updates": total["nonfinite"],
-            "nonfinite_prompts": sorted(suspects), "lr": lr}
+            "nonfinite_prompts": sorted(suspects), "lr": lr, **drift}
 
 
 # ------------------------------------------------------------------------------------- log, checkpoint
@@ -576,7 +591,7 @@ def train(config: Config, rank: int, world: int) -> None:
     # vLLM inside each rank, one engine a rank; `data.generate` samples from it.
     engine = None if supervised else data.start_engine(
         folder, config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens),
-        distributed_executor_backend="external_launcher", enable_sleep_mode=GPU,
+        config.cpu_cache, distributed_executor_backend="external_launcher", enable_sleep_mode=GPU,
         gpu_memory_utilization=config.gpu_memory)
     if config.probe_every:  # of the starting weights, which the engine holds here after a resume too
         frozen = on_rank_0("probing", lambda: data.probe_answers(config, engine, tokenizer))
@@ -589,7 +604,7 @@ def train(config: Config, rank: int, world: int) -> None:
         signal.signal(name, lambda number, frame: signals.append(number))
     bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank != 0, unit="step")
     for step in bar:
-        clock, drift = Clock(), {}
+        clock = Clock()
 
         # 1. draw: a mixed batch at P:R:I, a pure function of (seed, step), the same on every rank
         batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step,
@@ -614,11 +629,11 @@ def train(config: Config, rank: int, world: int) -> None:
             reward(config, groups)
             clock("reward")
 
-            # 5. old log-probs of the trainer; drift against the sampler
-            drift = old_logprobs(config, policy, groups, device)
+            # 5. old log-probs of the trainer, where part 6 will not meet the old weights
+            old_logprobs(config, policy, groups[len(groups) // config.minibatches :], device)
             clock("old_logprobs")
 
-        # 6. update: minibatches, clipped loss, gradient clip, AdamW
+        # 6. update: minibatches, clipped loss, drift against the sampler, gradient clip, AdamW
         figures = update(config, policy, optimizer, schedule, groups, device, world)
         clock("update")
 
@@ -630,7 +645,7 @@ def train(config: Config, rank: int, world: int) -> None:
         clock("sync")
         own = torch.cuda.max_memory_allocated() / 1024 if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         memory = all_reduce(own) / 2**20  # peak of all ranks together, GiB
-        log = {**figures, **drift, "seconds": clock.seconds, "peak_memory_gib": memory}
+        log = {**figures, "seconds": clock.seconds, "peak_memory_gib": memory}
         if config.probe_every and step % config.probe_every == 0:  # generating is no collective; in no part's seconds
             log["probe"] = on_rank_0("probing", lambda: data.probe(config, engine, tokenizer, frozen))
         bar.set_postfix_str(on_rank_0(f"writing {run}", lambda: record.write(step, gathered, log)))

@@ -264,14 +264,52 @@ def size_of(row):
     return sum(len(part) for group in row for part in (group.prompt_ids, *group.answers))
 
 
-def test_the_mask_lets_an_answer_see_its_prompt_and_itself_alone():
+def dense(row):
+    index_T = torch.arange(len(row.ids_T))
+    return data.visible(row)(0, 0, index_T[:, None], index_T[None, :])
+
+
+def test_an_answer_sees_its_prompt_and_itself_alone():
     owner = ["0p", "0p", "01", "01", "02", "1p", "11", "12", "12"]
-    mask = data.attention_mask(data.build_row([group_of([1, 2], [3, 4], [5]), group_of([6], [7], [8, 9])], "cpu"))
-    assert mask.shape == (1, 1, 9, 9) and mask.dtype == torch.bool
+    mask_TT = dense(data.build_row([group_of([1, 2], [3, 4], [5]), group_of([6], [7], [8, 9])], "cpu"))
     for q in range(9):
         for k in range(9):
-            sees = k <= q and (owner[k] == owner[q] or owner[k] == owner[q][0] + "p")
-            assert mask[0, 0, q, k] == sees, (q, k)
+            assert mask_TT[q, k] == (k <= q and (owner[k] == owner[q] or owner[k] == owner[q][0] + "p")), (q, k)
+
+
+ragged = st.lists(st.tuples(st.integers(1, 150), st.lists(st.integers(1, 40), min_size=1, max_size=5)),
+                  min_size=1, max_size=3)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=20, deadline=None)
+@given(sizes=ragged, seed=st.integers(0, 99))
+def test_attention_part_by_part_and_through_the_block_mask_equals_attention_under_the_dense_mask(sizes, seed):
+    """Four query heads on two key heads; outputs of all three, and the gradients of the one that a CPU trains with."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.functional import scaled_dot_product_attention
+
+    row = data.build_row([group_of([0] * p, *[[0] * n for n in answers]) for p, answers in sizes], "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(1, heads, len(row.ids_T), 8, generator=generator, requires_grad=True)
+                         for heads in (4, 2, 2))
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=dense(row), enable_gqa=True, scale=0.3)
+    found = data.row_attention(None, query, key, value, None, scaling=0.3, row=row)[0].transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(expected.shape, generator=generator)
+    for own, plain in zip(*(torch.autograd.grad((out * weight).sum(), (query, key, value)) for out in (found, expected))):
+        assert (own - plain).norm() <= 1e-5 * plain.norm() + 1e-6
+    inputs = (x.detach() for x in (query, key, value))  # no gradient on a CPU, but the mask is the GPU's
+    flex = flex_attention(*inputs, block_mask=data.block_mask(row), enable_gqa=True, scale=0.3)
+    torch.testing.assert_close(flex, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_block_mask_names_no_block_in_which_nothing_is_seen():
+    """What makes shared rows cheap on a GPU: of 17 x 17 blocks only those are computed that hold a visible pair."""
+    row = data.build_row([group_of([0] * 640, *[[0] * 128] * 8), group_of([0] * 512)], "cpu")
+    mask = data.block_mask(row)
+    blocks = dense(row).unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).any(dim=(1, 3))
+    assert torch.equal(mask.to_dense()[0, 0].bool(), blocks) and blocks.sum() == 15 + 8 * 6 + 10
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=20), budget=st.integers(1, 60))

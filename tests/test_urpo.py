@@ -94,7 +94,8 @@ def test_a_packed_row_equals_separate_sequences(make_policy, plain_model, count)
     assert_same_gradients(gradients(policy, "lm."), gradients(plain_model))
 
 
-@pytest.mark.parametrize("changes", [{"logit_chunk": 1}, {"logit_chunk": 7}, {"recompute": True}])
+@pytest.mark.parametrize("changes", [{"logit_chunk": 1}, {"logit_chunk": 7}, {"recompute": True},
+                                     {"recompute": True, "logit_chunk": 7}], ids=str)
 def test_chunks_and_recomputation_change_nothing(make_policy, changes):
     results = []
     for config in (tiny_config(), tiny_config(**changes)):
@@ -194,7 +195,12 @@ def test_rewards_of_preference_and_reasoning():
     assert ranked.advantages == pytest.approx([4 / 3, -2 / 3, -2 / 3])
 
 
-# ---- 5. old_logprobs ----
+# ---- 5. old_logprobs, and the drift that part 6 checks ----
+
+def measured_drift(config, policy, groups):
+    urpo.old_logprobs(config, policy, groups, "cpu")
+    return urpo.check_drift(config, groups)
+
 
 def with_old_logprobs(make_policy, groups, shift=0.0, **changes):
     config = tiny_config(**changes)
@@ -211,7 +217,7 @@ def with_old_logprobs(make_policy, groups, shift=0.0, **changes):
 def test_old_logprobs_are_those_of_each_group_and_drift_is_their_distance_to_the_sampler(make_policy, plain_model):
     groups = random_groups(5)
     config, policy = with_old_logprobs(make_policy, groups, shift=5e-4)
-    drift = urpo.old_logprobs(config, policy, groups, "cpu")
+    drift = measured_drift(config, policy, groups)
     assert drift["drift_mean"] == pytest.approx(5e-4, rel=0.05) and drift["drift_max"] == pytest.approx(5e-4, rel=0.2)
     for group in groups:
         parts = [plain_logprobs(plain_model, group.prompt_ids, answer, config.temperature) for answer in group.answers]
@@ -223,9 +229,9 @@ def test_groups_without_signal_get_no_old_logprobs_and_a_step_of_them_alone_meas
     groups = random_groups(3)
     config, policy = with_old_logprobs(make_policy, groups)
     groups[1].advantages = [0.0] * 3
-    assert urpo.old_logprobs(config, policy, groups, "cpu")["drift_mean"] < 1e-5
+    assert measured_drift(config, policy, groups)["drift_mean"] < 1e-5
     assert [group.old_N is None for group in groups] == [False, True, False]
-    assert urpo.old_logprobs(config, policy, groups[1:2], "cpu") == {"drift_mean": None, "drift_max": None}
+    assert measured_drift(config, policy, groups[1:2]) == {"drift_mean": None, "drift_max": None}
 
 
 def test_the_entropy_of_a_group_is_minus_the_samplers_mean_logprob():
@@ -233,21 +239,48 @@ def test_the_entropy_of_a_group_is_minus_the_samplers_mean_logprob():
     assert Group(0, None, [1], [[1]]).entropy is None
 
 
-def test_a_stale_sampler_stops_the_run(make_policy):
-    groups = random_groups(5)
-    config, policy = with_old_logprobs(make_policy, groups)
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_stale_sampler_stops_the_run_before_any_weight_moves(make_policy, minibatches):
+    groups = random_groups(6)
+    config, policy = with_old_logprobs(make_policy, groups, minibatches=minibatches)
     with torch.no_grad():
         for p in policy.parameters():
             p.mul_(1.05)
+    optimizer = RecordingOptimizer(policy)
+    urpo.old_logprobs(config, policy, groups[len(groups) // minibatches :], "cpu")
     with pytest.raises(FloatingPointError, match="above --max_drift 0.001: the sampler does not hold the trainer's"):
-        urpo.old_logprobs(config, policy, groups, "cpu")
+        urpo.update(config, policy, optimizer, SCHEDULE, groups, "cpu", world=1)
+    assert optimizer.steps == []
 
 
 def test_drift_that_is_not_a_number_stops_the_run(make_policy):
     groups = random_groups(2)
     config, policy = with_old_logprobs(make_policy, groups, shift=math.nan)
     with pytest.raises(FloatingPointError, match="drift"):
-        urpo.old_logprobs(config, policy, groups, "cpu")
+        measured_drift(config, policy, groups)
+
+
+@pytest.mark.parametrize("changes", [{"minibatches": 1}, {"minibatches": 2}, {"minibatches": 2, "importance_cap": 1.1}],
+                         ids=str)
+def test_the_first_minibatch_needs_no_old_logprobs_of_its_own(make_policy, changes):
+    """Gradients and figures are those of a step whose part 5 computed all of them, and the drift is of all groups."""
+    results = []
+    for all_of_them in (True, False):
+        groups = random_groups(6)
+        config, policy = with_old_logprobs(make_policy, groups, shift=5e-4, **changes)
+        for group in groups:
+            group.advantages = [1.0, -0.5, 0.0] if group.index % 3 else [0.0] * 3
+        optimizer = RecordingOptimizer(policy)
+        urpo.old_logprobs(config, policy, groups if all_of_them else groups[6 // config.minibatches :], "cpu")
+        results.append((urpo.update(config, policy, optimizer, SCHEDULE, groups, "cpu", world=1), optimizer.steps,
+                        [group.old_N for group in groups]))
+    (expected, plain, old), (found, steps, own) = results
+    assert found.pop("nonfinite_prompts") == expected.pop("nonfinite_prompts") == []
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6) and found["drift_mean"] == pytest.approx(5e-4, rel=0.05)
+    for gradient, other in zip(steps, plain, strict=True):
+        assert_same_gradients(gradient, other)
+    for one, other in zip(own, old):
+        assert one is other is None or torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 # ---- 6. update ----
@@ -271,7 +304,7 @@ SCHEDULE = SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])
 def scored_groups(make_policy, count=6, seed=0, **changes):
     """Groups with random advantages, and old log-probs so far off that ratios lie on both sides of the clip range."""
     groups, generator = random_groups(count, seed), torch.Generator().manual_seed(seed)
-    config, policy = with_old_logprobs(make_policy, groups, shift=0.3, **changes)
+    config, policy = with_old_logprobs(make_policy, groups, shift=0.3, **{"max_drift": 9.0} | changes)
     for group in groups:
         logprob_N = torch.cat([torch.tensor(part) for part in group.sampler_logprobs]) - 0.3
         group.old_N = logprob_N + 0.5 * torch.randn(len(logprob_N), generator=generator)
@@ -374,7 +407,7 @@ def test_a_log_prob_of_the_trainer_that_is_not_finite_is_left_to_the_update_and_
     groups[2].prompt_ids[0] = VOCABULARY
     with torch.no_grad():
         policy.lm.model.embed_tokens.weight.to_local()[VOCABULARY] = math.nan
-    drift = urpo.old_logprobs(config, policy, groups, "cpu")
+    drift = measured_drift(config, policy, groups)
     assert drift["drift_max"] < 1e-4
     assert [data.describe(group, 0)["logprob"] is None for group in groups] == [False, False, True, False]
 
@@ -392,12 +425,12 @@ def test_a_real_update_makes_good_answers_likelier(make_policy):
     for group in groups:
         group.advantages = [1.0, -1.0, 0.0]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0.0)
-    old = urpo.old_logprobs(tiny_config(max_drift=9.0), policy, groups, "cpu")
+    urpo.old_logprobs(config, policy, groups, "cpu")
     before = [part.sum() for part in groups[0].old_N.split([len(answer) for answer in groups[0].answers])]
     urpo.update(config, policy, optimizer, SCHEDULE, groups, "cpu", world=1)
-    urpo.old_logprobs(tiny_config(max_drift=9.0), policy, groups, "cpu")
+    urpo.old_logprobs(config, policy, groups, "cpu")
     after = [part.sum() for part in groups[0].old_N.split([len(answer) for answer in groups[0].answers])]
-    assert old["drift_mean"] < 1 and after[0] > before[0] and after[1] < before[1]
+    assert after[0] > before[0] and after[1] < before[1]
 
 
 def test_worked_answers_imitate_by_the_same_update(make_policy, plain_model, smol_tokenizer):

@@ -130,7 +130,7 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
     policy = urpo.load_policy(config, folder, len(tokenizer), dist.init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     engine = engine and data.start_engine(folder, case["prompt_tokens"] + case["answer_tokens"] + 64,
-                                          distributed_executor_backend="external_launcher")
+                                          config.cpu_cache, distributed_executor_backend="external_launcher")
     bare = vllm.SamplingParams
     if engine:  # data.generate lets answers end where they end; here all must have the same length
         vllm.SamplingParams = functools.partial(bare, ignore_eos=True)
@@ -161,15 +161,15 @@ def our_step(o, case: dict) -> dict:
         group.rewards = o.torch.rand(config.group)
         group.advantages = group_advantages(group.rewards, config.advantage).tolist()
     clock("reward")
-    drift = urpo.old_logprobs(config, o.policy, groups, o.device)
+    urpo.old_logprobs(config, o.policy, groups[len(groups) // config.minibatches :], o.device)
     clock("old_logprobs")
-    urpo.update(config, o.policy, o.optimizer, o.schedule, groups, o.device, o.world)
+    figures = urpo.update(config, o.policy, o.optimizer, o.schedule, groups, o.device, o.world)
     clock("update")
     urpo.sync(o.engine, o.policy)
     clock("sync")
     assert {len(answer) for group in groups for answer in group.answers} == {case["answer_tokens"]}
-    assert drift["drift_mean"] < 1e-3, f"{drift}: the sampler does not hold the trainer's weights"
-    return {"seconds": sum(clock.seconds.values()), "parts": clock.seconds, "drift": drift["drift_mean"],
+    assert figures["drift_mean"] < 1e-3, f"{figures}: the sampler does not hold the trainer's weights"
+    return {"seconds": sum(clock.seconds.values()), "parts": clock.seconds, "drift": figures["drift_mean"],
             "memory": urpo.all_reduce(peak_memory()),
             "prompt_tokens": int(urpo.all_reduce(sum(len(group.prompt_ids) for group in groups)))}
 
