@@ -256,7 +256,6 @@ def run_rates(o, case: dict) -> dict:
     """The six figures that predict_step needs, measured at this one setting."""
     def update(setting):
         groups, config = make_groups(o, setting), configured(o, setting)
-        o.urpo.old_logprobs(config, o.policy, groups, o.device)
         return timed(lambda: o.urpo.update(config, o.policy, o.optimizer, o.schedule, groups, o.device, 1))
 
     sizes, answers = model_sizes(o.policy.lm), case["prompts"] * case["group"]
@@ -287,7 +286,7 @@ def run_loop(o, case: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         o.urpo.train(replace(o.config, name="bench", steps=case["steps"], batch=case["prompts"], save_every=0,
-                             model=o.config.model if options.quick else "seed"), 0, 1)
+                             minibatches=o.urpo.Config.minibatches, model=o.config.model if options.quick else "seed"), 0, 1)
         os.chdir(ROOT)
     # The first step pays for what is made once; the last has no successor, and saves a checkpoint.
     return {"steps": [{"seconds": after.start - clock.start, "parts": clock.seconds}
@@ -295,16 +294,19 @@ def run_loop(o, case: dict) -> dict:
 
 
 def run_logits(o, case: dict) -> dict:
-    """Peak memory of log-probs and their gradient: in chunks, or with all logits of the row at once."""
+    """Peak memory of log-probs and their gradient: logits of answer tokens in chunks, recomputed or kept for the
+    backward pass, or of the whole row at once. The layers' own activations are kept in all three."""
     groups = make_groups(o, case)
     row, start = o.data.build_row(groups, o.device), peak_memory()
-    o.policy.config = replace(o.config, logit_chunk=case["chunk"])
-    if case["mode"] == "chunks":
+    o.policy.config = replace(o.config, logit_chunk=case["chunk"], recompute=case["mode"] == "recomputed")
+    if case["mode"] != "full":
         seconds = timed(lambda: o.policy(row).sum().backward())
     else:
         def full():
+            index_T = o.torch.arange(len(row.ids_T))
+            mask_TT = o.data.visible(row)(0, 0, index_T[:, None], index_T[None, :])
             logits_TV = o.plain(row.ids_T[None], position_ids=row.position_T[None], use_cache=False,
-                                attention_mask=o.data.attention_mask(row)).logits[0]
+                                attention_mask=mask_TT[None, None]).logits[0]
             logprob_TV = o.torch.log_softmax(logits_TV, -1)
             logprob_TV[row.source_N, row.target_N].sum().backward()
         seconds = timed(full)
@@ -336,8 +338,8 @@ def serve(kind: str, case: dict, flags: list[str]) -> None:
 def serve_trl(case: dict) -> None:
     """TRL's GRPOTrainer on the same prompts and lengths: one step a line of stdin, from its begin to its end.
 
-    Micro-batches of 8 rows, TRL's default and one group of ours. TRL computes no old log-probs here, since with one
-    iteration they are the present ones; ours are computed and timed, since they check the sampler.
+    Micro-batches of 8 rows, TRL's default and one group of ours. With one iteration the old log-probs are the present
+    ones, and neither side computes them apart.
     """
     sys.modules["vllm"] = None  # else TRL imports it, unused, and pays with memory
     import torch
@@ -447,10 +449,12 @@ def table(title: str, header: str, rows: list) -> None:
 def part_1(cases) -> dict:
     found = {}
     for name, case in cases.items():
-        sides = {side: Worker(kind, case) for side, kind in (("ours", "step"), ("trl", "trl"))}
-        found[name] = alternate({side: functools.partial(worker.ask, case) for side, worker in sides.items()})
-        for worker in sides.values():
-            worker.close()
+        found[name] = {}
+        for kinds in [{"ours": "step"}, {"trl": "trl"}] if options.apart else [{"ours": "step", "trl": "trl"}]:
+            sides = {side: Worker(kind, case) for side, kind in kinds.items()}
+            found[name] |= alternate({side: functools.partial(worker.ask, case) for side, worker in sides.items()})
+            for worker in sides.values():
+                worker.close()
         assert found[name]["ours"]["prompt_tokens"] == found[name]["trl"]["prompt_tokens"], found[name]
     table("1. A whole step: ours against TRL (generate of transformers, micro-batches of 8 rows)",
           "case | ours s | TRL s | times faster | ours GiB | TRL GiB | memory ratio | rollout, ours / TRL s",
@@ -531,7 +535,7 @@ def part_5(cases) -> dict:
 def part_6(cases) -> dict:
     found, rows = {}, []
     chunk, settings = (16, case(2, 60, 4, 8)) if options.quick else (256, case(4, 60, 8, 96))
-    for mode in ("chunks", "full"):
+    for mode in ("recomputed", "kept", "full"):
         setting = settings | {"mode": mode, "chunk": chunk}
         worker = Worker("logits", setting, warm=False)
         found[mode] = worker.ask(setting)
@@ -550,17 +554,17 @@ def predict_step(case: dict, rates: dict) -> dict[str, float]:
     """Seconds of a step, from measured rates and nothing fitted:
 
         rollout        prompts x prompt tokens / prefill + prompts x G x answer tokens / decode
-        old log-probs  F / 3 / (share x matmul)
+        old log-probs  F / 3 / (share x matmul) x (minibatches - 1) / minibatches
         update         F     / (share x matmul) + optimizer
         sync           sync
 
+    With one minibatch, as here, there are no old log-probs to compute.
     F: useful_flops; matmul: FLOP/s of fp32 products; share: what an update reaches of it at the calibration setting;
     prefill, decode: tokens/s of the sampler; optimizer, sync: seconds that depend on the model's size alone.
     """
     answers, trainer = case["prompts"] * case["group"] * case["answer_tokens"], rates["share"] * rates["matmul"]
-    flops = useful_flops(rates["sizes"], case)
     return {"rollout": case["prompts"] * case["prompt_tokens"] / rates["prefill"] + answers / rates["decode"],
-            "old_logprobs": flops / 3 / trainer, "update": flops / trainer + rates["optimizer"], "sync": rates["sync"]}
+            "update": useful_flops(rates["sizes"], case) / trainer + rates["optimizer"], "sync": rates["sync"]}
 
 
 def part_7(cases) -> dict:
@@ -638,6 +642,8 @@ if __name__ == "__main__":
     parser.add_argument("--cases", default="a,b,c", help="of parts 1, 3 and 7")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side after its warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of a side, over all its ranks")
+    parser.add_argument("--apart", action="store_true", help="part 1: one side after the other, where memory cannot "
+                        "hold both: TRL alone takes more than 14 GiB in case b")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a smoke run: its times say nothing")
     parser.add_argument("--out", help="default docs/speed; with --quick runs/speed-quick")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
