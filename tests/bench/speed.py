@@ -624,12 +624,15 @@ def main() -> None:
     cases = QUICK if options.quick else CASES
     out = Path(options.out or (ROOT / ("runs/speed-quick" if options.quick else "docs/speed")))
     out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"machine": machine(), "quick": options.quick, "repeats": options.repeats, "flags": flags, "cases": cases}
-    print(json.dumps(found["machine"]))
-    for number in map(int, options.parts.split(",")):
-        print(f"{number}. {PARTS[number]}", file=sys.stderr, flush=True)
-        chosen = {name: cases[name] for name in options.cases.split(",")} if number in (1, 3, 7) else cases
-        found[str(number)] = globals()[f"part_{number}"](chosen)
+    # Parts and cases that are not asked for keep the figures of the run that measured them: all together take an hour.
+    found = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").exists() else {"runs": {}}
+    about = {"machine": machine(), "repeats": options.repeats, "flags": flags, "apart": options.apart}
+    print(json.dumps(about))
+    for number in options.parts.split(","):
+        print(f"{number}. {PARTS[int(number)]}", file=sys.stderr, flush=True)
+        chosen = {name: cases[name] for name in options.cases.split(",")} if number in "137" else cases
+        found[number] = found.get(number, {}) | globals()[f"part_{number}"](chosen)
+        found["runs"][f"{number} ({', '.join(chosen)})"] = about | {"cases": chosen}
         out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, out.with_suffix(".png"))
     print(f"\n{out}.json, {out}.png")
