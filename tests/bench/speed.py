@@ -289,8 +289,13 @@ def run_loop(o, case: dict) -> dict:
                              minibatches=o.urpo.Config.minibatches, model=o.config.model if options.quick else "seed"), 0, 1)
         os.chdir(ROOT)
     # The first step pays for what is made once; the last has no successor, and saves a checkpoint.
-    return {"steps": [{"seconds": after.start - clock.start, "parts": clock.seconds}
-                      for clock, after in zip(clocks[1:-1], clocks[2:])]}
+    steps = []
+    for clock, after in zip(clocks[1:-1], clocks[2:]):
+        seconds = after.start - clock.start
+        inside = sum(clock.seconds[part] for part in ("rollout", "self_score", "old_logprobs", "update"))
+        steps.append({"seconds": seconds, "parts": clock.seconds, "between": seconds - sum(clock.seconds.values()),
+                      "overhead": seconds - inside, "overhead_share": 1 - inside / seconds})
+    return {"steps": steps}
 
 
 def run_logits(o, case: dict) -> dict:
@@ -466,10 +471,9 @@ def part_1(cases) -> dict:
 
 def part_2(cases) -> dict:
     found = {}
-    for name in ("a", "b"):
-        case = cases[name] | {"mode": "shared"}
-        worker = Worker("update", case)
-        worker.ask(cases["a"] | {"mode": "padded"})
+    for name, case in cases.items():
+        worker = Worker("update", case | {"mode": "shared"})
+        worker.ask(case | {"mode": "padded"})
         found[name] = alternate({mode: functools.partial(worker.ask, case | {"mode": mode})
                                  for mode in ("shared", "padded")})
         worker.close()
@@ -499,13 +503,10 @@ def part_4(cases) -> dict:
     worker = Worker("loop", case, warm=False)
     found = median(worker.ask(case)["steps"])
     worker.close()
-    inside = sum(found["parts"][name] for name in ("rollout", "self_score", "old_logprobs", "update"))
-    found["parts"]["between"] = found["seconds"] - sum(found["parts"].values())
-    found["overhead"] = found["seconds"] - inside
-    table("4. Shares of a real step (smol preset, mixed batch, urpo.train itself)", "part | s | share",
-          [(name, seconds, seconds / found["seconds"]) for name, seconds in found["parts"].items()]
-          + [("loop overhead: all but rollout, judging, old log-probs, update", found["overhead"],
-              found["overhead"] / found["seconds"])])
+    table("4. A real step (smol preset, mixed batch, urpo.train itself), medians", "part | s",
+          [*found["parts"].items(), ("between two steps", found["between"]), ("a step", found["seconds"])])
+    print(f"\nloop overhead (all but rollout, judging, old log-probs, update): {found['overhead']:.2f} s, "
+          f"{found['overhead_share']:.1%} of a step")
     return found
 
 
@@ -630,7 +631,7 @@ def main() -> None:
     print(json.dumps(about))
     for number in options.parts.split(","):
         print(f"{number}. {PARTS[int(number)]}", file=sys.stderr, flush=True)
-        chosen = {name: cases[name] for name in options.cases.split(",")} if number in "137" else cases
+        chosen = {name: cases[name] for name in options.cases.split(",")} if number in "1237" else cases
         found[number] = found.get(number, {}) | globals()[f"part_{number}"](chosen)
         found["runs"][f"{number} ({', '.join(chosen)})"] = about | {"cases": chosen}
         out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
@@ -642,7 +643,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--parts", default="1,2,3,4,5,6,7", help="; ".join(f"{n}: {what}" for n, what in PARTS.items()))
-    parser.add_argument("--cases", default="a,b,c", help="of parts 1, 3 and 7")
+    parser.add_argument("--cases", default="a,b,c", help="of parts 1, 2, 3 and 7")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side after its warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of a side, over all its ranks")
     parser.add_argument("--apart", action="store_true", help="part 1: one side after the other, where memory cannot "
