@@ -774,9 +774,30 @@ class Group:
         return sum(map(len, self.answers))
 
     @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + self.answer_tokens
+
+    @property
+    def has_signal(self) -> bool:
+        return any(self.advantages)  # else its gradient is exactly 0, and parts 5 and 6 leave it out
+
+    @property
     def entropy(self) -> float | None:
         """Nats a token: minus the sampler's mean log-prob, an unbiased estimate that costs nothing."""
         return mean(-p for answer in self.sampler_logprobs for p in answer)
+
+
+def worked_groups(tokenizer, share) -> list[Group]:
+    """Parts 2 to 5 of the supervised warm start: worked answers with advantage 1. At ratio 1 the gradient of the
+    clipped objective is that of the log-likelihood."""
+    groups = []
+    for index, prompt in share:
+        text = worked_answer(prompt)
+        answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+        scores = parse_scores(text, len(prompt.truth)) if prompt.truth else None
+        groups.append(Group(index, prompt, encode_prompt(tokenizer, prompt), [answer], texts=[text],
+                            finished=[True], scores=[scores], rewards=[1.0], advantages=[1.0]))
+    return groups
 
 
 def describe(group: Group, step: int) -> dict:
@@ -878,12 +899,29 @@ def row_attention(module, query_1KTD, key_1KTD, value_1KTD, attention_mask, scal
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
-def pack(groups: list, budget: int) -> list[list]:
+def deal(groups: list[Group], world: int) -> list[list[Group]]:
+    """Groups to `world` ranks, equally many to each, the work about even: the longest first, each to the idlest rank.
+
+    >>> groups = [Group(index, None, [0] * tokens, [], advantages=[advantage])
+    ...           for index, (tokens, advantage) in enumerate([(9, 1.0), (7, 1.0), (6, 1.0), (9, 0.0)])]
+    >>> [[group.index for group in hand] for hand in deal(groups, 2)]
+    [[0, 3], [1, 2]]
+    """
+    def work(group):
+        return group.tokens * group.has_signal
+
+    hands: list[list[Group]] = [[] for _ in range(world)]
+    for group in sorted(groups, key=work, reverse=True):
+        free = [hand for hand in hands if len(hand) < len(groups) // world]
+        min(free, key=lambda hand: sum(map(work, hand))).append(group)
+    return hands
+
+
+def pack(groups: list[Group], budget: int) -> list[list[Group]]:
     """Groups into rows of at most `budget` tokens, first fit by falling length; a longer group gets its own row."""
-    rows: list[list] = []
-    size = {id(group): len(group.prompt_ids) + sum(map(len, group.answers)) for group in groups}
-    for group in sorted(groups, key=lambda group: -size[id(group)]):
-        row = next((row for row in rows if sum(size[id(g)] for g in [*row, group]) <= budget), None)
+    rows: list[list[Group]] = []
+    for group in sorted(groups, key=lambda group: -group.tokens):
+        row = next((row for row in rows if sum(g.tokens for g in row) + group.tokens <= budget), None)
         if row is None:
             rows.append([group])
         else:

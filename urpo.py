@@ -288,19 +288,6 @@ def rollout(config: Config, engine, tokenizer, share, step: int) -> list[Group]:
             for (index, prompt), ids, output in zip(share, prompts, outputs)]
 
 
-def worked_groups(tokenizer, share) -> list[Group]:
-    """Parts 2 to 5 of the supervised warm start: worked answers with advantage 1. At ratio 1 the gradient of the
-    clipped objective is that of the log-likelihood."""
-    groups = []
-    for index, prompt in share:
-        text = data.worked_answer(prompt)
-        answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-        scores = parse_scores(text, len(prompt.truth)) if prompt.truth else None
-        groups.append(Group(index, prompt, data.encode_prompt(tokenizer, prompt), [answer], texts=[text],
-                            finished=[True], scores=[scores], rewards=[1.0], advantages=[1.0]))
-    return groups
-
-
 def self_score(config: Config, engine, tokenizer, groups: list[Group], step: int) -> None:
     """Part 3: K listwise judgements of each open-ended group, by the current weights, in shuffled orders (D6, D7).
 
@@ -339,6 +326,15 @@ def reward(config: Config, groups: list[Group]) -> None:
                             group_advantages(torch.tensor(group.rewards), config.advantage).tolist())
 
 
+def deal_anew(config: Config, groups: list[Group], rank: int, world: int) -> list[Group]:
+    """Each minibatch dealt anew to the ranks, as many groups to each as before. Only now is it known which groups have
+    a signal, and so cost anything in parts 5 and 6; who computes a group changes no number."""
+    everyone, share = [None] * world, len(groups) // config.minibatches
+    dist.all_gather_object(everyone, groups)
+    return [group for m in range(config.minibatches) for group in data.deal(
+        [group for part in everyone for group in part[m * share : (m + 1) * share]], world)[rank]]
+
+
 IDLE = -1  # the index of a group that stands in on a rank that has no row left while others do; it weighs 0
 
 
@@ -362,7 +358,7 @@ def old_logprobs(config: Config, policy: Policy, groups: list[Group], device) ->
     Part 6 meets the first minibatch at those same weights, so there they are its own forward pass. Only for groups
     with a signal: the others do not enter the loss.
     """
-    for row in pack_evenly([group for group in groups if any(group.advantages)], config):
+    for row in pack_evenly([group for group in groups if group.has_signal], config):
         for group, old_N in by_group(row, policy(data.build_row(row, device))):
             group.old_N = old_N
 
@@ -412,7 +408,7 @@ def update(config: Config, policy: Policy, optimizer, schedule, groups: list[Gro
     share = len(groups) // config.minibatches
     for m in range(config.minibatches):
         everything = groups[m * share : (m + 1) * share]
-        active = [group for group in everything if any(group.advantages)]
+        active = [group for group in everything if group.has_signal]
         set_token_weights(config, everything, world)
         rows = pack_evenly(active, config)
         part, found = Counter(tokens=sum(group.answer_tokens for group in active)), set()
@@ -613,7 +609,7 @@ def train(config: Config, rank: int, world: int) -> None:
         clock("draw")
 
         if supervised:  # the answers are given, parts 2 to 5 have nothing to do
-            groups = worked_groups(tokenizer, share)
+            groups = data.worked_groups(tokenizer, share)
         else:
             # 2. rollout: G answers a prompt through vLLM
             groups = rollout(config, engine, tokenizer, share, step)
@@ -625,8 +621,9 @@ def train(config: Config, rank: int, world: int) -> None:
                 engine.sleep(level=2)  # the trainer takes the memory; sync brings the weights back. Not yet run
             clock("self_score")
 
-            # 4. reward: tau, verification or self-score, then group advantages
+            # 4. reward: tau, verification or self-score, then group advantages; equal work to every rank
             reward(config, groups)
+            groups = deal_anew(config, groups, rank, world)
             clock("reward")
 
             # 5. old log-probs of the trainer, where part 6 will not meet the old weights

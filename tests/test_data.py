@@ -2,7 +2,6 @@
 import doctest
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,7 +256,7 @@ def test_request_seeds_differ_by_role_prompt_step_and_seed():
 # ---- packed rows ----
 
 def group_of(prompt_ids, *answers):
-    return SimpleNamespace(prompt_ids=prompt_ids, answers=list(answers))
+    return data.Group(0, None, prompt_ids, list(answers))
 
 
 def size_of(row):
@@ -318,6 +317,19 @@ def test_pack_loses_nothing_and_keeps_the_budget(sizes, budget):
     rows = data.pack(groups, budget)
     assert sorted(id(group) for row in rows for group in row) == sorted(map(id, groups))
     assert all(size_of(row) <= budget or len(row) == 1 for row in rows)
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=4, max_size=40), st.sampled_from([1, 2, 4]))
+def test_deal_loses_no_group_gives_all_ranks_as_many_and_about_the_same_work(sizes, world):
+    groups = [group_of([0] * prompt, [0]) for prompt, _ in sizes[: len(sizes) // world * world]]
+    for group, (_, signal) in zip(groups, sizes):
+        group.advantages = [1.0 * signal]
+    hands = data.deal(groups, world)
+    assert sorted(id(group) for hand in hands for group in hand) == sorted(map(id, groups))
+    assert {len(hand) for hand in hands} == {len(groups) // world}
+    work = [size_of(group for group in hand if group.has_signal) for hand in hands]
+    if sum(group.has_signal for group in groups) <= len(groups) // world:  # else a full hand may force another's
+        assert max(work) <= sum(work) / world + max(size_of([group]) for group in groups)
 
 
 def test_pack_fills_rows():

@@ -436,7 +436,7 @@ def test_a_real_update_makes_good_answers_likelier(make_policy):
 def test_worked_answers_imitate_by_the_same_update(make_policy, plain_model, smol_tokenizer):
     """At ratio 1 and A = 1 the gradient is that of the mean log-likelihood."""
     row = Prompt("preference", "Say hi.", ("hi", "no"), (9.0, 2.0))
-    groups = urpo.worked_groups(smol_tokenizer, [(0, row), (1, Prompt("reasoning", "1 + 1?", answer="2", worked="2"))])
+    groups = data.worked_groups(smol_tokenizer, [(0, row), (1, Prompt("reasoning", "1 + 1?", answer="2", worked="2"))])
     assert [group.texts for group in groups] == [["<scores>9, 2</scores>"], ["2"]]
     assert all(group.answers[0][-1] == smol_tokenizer.eos_token_id for group in groups)
     for group in groups:  # into the tiny model's vocabulary

@@ -160,6 +160,7 @@ def our_step(o, case: dict) -> dict:
     for group in groups:
         group.rewards = o.torch.rand(config.group)
         group.advantages = group_advantages(group.rewards, config.advantage).tolist()
+    groups = urpo.deal_anew(config, groups, o.rank, o.world)
     clock("reward")
     urpo.old_logprobs(config, o.policy, groups[len(groups) // config.minibatches :], o.device)
     clock("old_logprobs")
