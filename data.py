@@ -1210,7 +1210,7 @@ def check_memory(size: int, world: int) -> None:
     """Refuse more ranks of a model with `size` parameters than a CPU machine can hold (a GPU says so itself)."""
     free = psutil.virtual_memory().available / 2**30
     trainer = 16 * size / 2**30  # fp32 weights, gradients and two moments, shared by all ranks
-    rank = 4 * size / 2**30 + 4.5  # the sampler's weights, 1 GiB of KV cache, activations, the process itself
+    rank = 4 * size / 2**30 + 4.5  # the sampler's weights and KV cache, activations, the process itself
     if not torch.cuda.is_available() and trainer + world * rank > free:
         raise InputError(f"{world} ranks of a {size / 1e6:.0f}M model need about {trainer + world * rank:.1f} GiB and "
                          f"{free:.1f} GiB are free: use --nproc_per_node={max(0, int((free - trainer) / rank))}, "

@@ -134,7 +134,7 @@ PRESETS = {
     "smol": dict(model="seed", preferences="builtin:2", reasoning="builtin", instructions="builtin", steps=18,
                  warmup_steps=8, mix="2:1:1", batch=24, group=4, max_prompt_tokens=800, max_answer_tokens=48,
                  max_referee_tokens=40, both_orders=True, judgements=2, lr=1e-5,
-                 precision="bfloat16" if GPU else "float32", row_tokens=768, recompute=False, cpu_cache=0.5,
+                 precision="bfloat16" if GPU else "float32", row_tokens=1024, recompute=False, cpu_cache=0.5,
                  save_every=0, max_drift=0.1 if GPU else 1e-3),
 }
 
