@@ -57,7 +57,8 @@ from rewards import (clipped_objective, figures_of_kind, group_advantages, parse
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 GPU = torch.cuda.is_available()
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors: a CPU's update takes 1/8 less
+# Large pages for large tensors: a CPU's update takes 1/8 less. Torch reads this when it makes its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -112,8 +113,8 @@ class Config:
     # machine
     precision: Literal["bfloat16", "float32"] = flag("bfloat16", "of the trainer's compute; master weights are fp32")
     row_tokens: int = flag(16384, "tokens in one packed row, the micro-batch of log-probs and update")
-    logit_chunk: int = flag(1024, "answer tokens whose logits are alive at once")
-    recompute: bool = flag(True, "recompute each layer in the backward pass, to save memory")
+    logit_chunk: int = flag(1024, "answer tokens whose logits are made at once (with --recompute: alive at once)")
+    recompute: bool = flag(True, "recompute layers and logits in the backward pass, to save memory")
     gpu_memory: float = flag(0.6, "share of the GPU that vLLM may take while it is awake")
     cpu_cache: float = flag(1.0, "GiB that vLLM takes for keys and values on each rank of a CPU")
     # stop, record
@@ -188,8 +189,9 @@ class Policy(nn.Module):
 
     def token_logprobs(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
         # Padded vocabulary rows exist in the head but are never sampled, so they are no part of the softmax.
-        # The head is linear, so the temperature may divide its input, which is smaller than the logits.
-        logits_NV = self.lm.lm_head(hidden_NH / self.config.temperature)[:, : self.vocabulary].float()
+        logits_NV = self.lm.lm_head(hidden_NH)[:, : self.vocabulary].float()
+        if self.config.temperature != 1:
+            logits_NV = logits_NV / self.config.temperature
         return -nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
 
 
@@ -328,7 +330,8 @@ def reward(config: Config, groups: list[Group]) -> None:
 
 def deal_anew(config: Config, groups: list[Group], rank: int, world: int) -> list[Group]:
     """Each minibatch dealt anew to the ranks, as many groups to each as before. Only now is it known which groups have
-    a signal, and so cost anything in parts 5 and 6; who computes a group changes no number."""
+    a signal, and so cost anything in parts 5 and 6; who computes a group changes nothing but rounding. Here the ranks
+    wait for the one that sampled longest."""
     everyone, share = [None] * world, len(groups) // config.minibatches
     dist.all_gather_object(everyone, groups)
     return [group for m in range(config.minibatches) for group in data.deal(
@@ -571,7 +574,7 @@ def train(config: Config, rank: int, world: int) -> None:
     sources, dropped = data.load_sources(config, tokenizer)
     longest = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
     on_rank_0("measuring memory",
-              lambda: data.check_memory(data.check_model(folder, len(tokenizer), longest), world))
+              lambda: data.check_memory(data.check_model(folder, len(tokenizer), longest), world, config.cpu_cache))
 
     run, record, skipped_steps, signals = Path("runs") / config.name, Record(), 0, []
     first_step, saved = on_rank_0(f"reading {run}", lambda: data.last_checkpoint(run) if config.resume else (0, None))

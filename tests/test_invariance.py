@@ -71,11 +71,12 @@ CONSTANT = SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])  # in p
 
 
 def one_update(policy, groups, optimizer, schedule, **changes) -> dict:
-    """Parts 4 to 6 of a step on this rank's share of `groups`; the old log-probs are moved so that the clip bites."""
+    """Parts 4 to 6 as train() calls them; the old log-probs of the second minibatch are moved, so that the clip bites."""
     config = urpo.Config(**CONFIG | changes)
     share = [group for _, group in data.shard(groups, config.minibatches, dist.get_rank(), dist.get_world_size())]
     urpo.reward(config, share)
-    urpo.old_logprobs(config, policy, share, "cpu")
+    share = urpo.deal_anew(config, share, dist.get_rank(), dist.get_world_size())
+    urpo.old_logprobs(config, policy, share[len(share) // config.minibatches :], "cpu")
     for group in share:
         if group.old_N is not None:
             noise = torch.randn(len(group.old_N), generator=torch.Generator().manual_seed(group.index))

@@ -4,15 +4,17 @@
     python tests/bench/speed.py --quick              # every part at tiny sizes: does it run? Its times say nothing
     python tests/bench/speed.py --parts 1,2 --repeats 5 --row_tokens 1536     # flags unknown here go to urpo.py
 
-Same weights (SmolLM2-135M, fp32), same prompts and lengths, medians of alternating repeats (A B A B). Every side is a
-process of its own, so that its peak memory is its own; it is warmed up once and then waits, idle, for its turns. All
-answers have exactly the length asked for: ours ignore the end token, TRL's may not end before it. TRL samples with
-transformers' generate, the sampler that it has on a CPU.
+Same weights (SmolLM2-135M, fp32), same prompts and lengths, one update a batch, medians of alternating repeats (A B A
+B; with --apart one side after the other). Every side is a process of its own, so that its peak memory is its own; it is
+warmed up once and then waits, idle, for its turns. All answers have exactly the length asked for: ours ignore the end
+token, TRL's may not end before it. TRL samples with transformers' generate, the sampler that it has on a CPU, and runs
+as it comes: large pages are a lever of ours.
 
 This file is the parent and the workers both. The parent never imports torch: Linux hands the peak memory of a parent
 on to what it starts.
 """
 import argparse
+import datetime
 import functools
 import json
 import os
@@ -124,8 +126,8 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     folder = weights_folder()
-    config = urpo.parse_config(["--preset", "smol", "--model", folder, "--minibatches", "1", "--warmup_steps", "0",
-                                "--max_drift", "1e9", "--lr", "1e-6", *flags])
+    config = urpo.parse_config(["--preset", "smol", "--model", folder, "--warmup_steps", "0", "--max_drift", "1e9",
+                                "--lr", "1e-6", *flags])
     tokenizer = data.load_tokenizer(folder)
     policy = urpo.load_policy(config, folder, len(tokenizer), dist.init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -141,7 +143,8 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
 
 
 def configured(o, case: dict):
-    return replace(o.config, group=case["group"], batch=case["prompts"], max_answer_tokens=case["answer_tokens"])
+    return replace(o.config, group=case["group"], batch=case["prompts"], max_answer_tokens=case["answer_tokens"],
+                   minibatches=case.get("minibatches", 1))
 
 
 def our_step(o, case: dict) -> dict:
@@ -287,7 +290,7 @@ def run_loop(o, case: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         o.urpo.train(replace(o.config, name="bench", steps=case["steps"], batch=case["prompts"], save_every=0,
-                             minibatches=o.urpo.Config.minibatches, model=o.config.model if options.quick else "seed"), 0, 1)
+                             model=o.config.model if options.quick else "seed"), 0, 1)
         os.chdir(ROOT)
     # The first step pays for what is made once; the last has no successor, and saves a checkpoint.
     steps = []
@@ -462,7 +465,8 @@ def part_1(cases) -> dict:
             for worker in sides.values():
                 worker.close()
         assert found[name]["ours"]["prompt_tokens"] == found[name]["trl"]["prompt_tokens"], found[name]
-    table("1. A whole step: ours against TRL (generate of transformers, micro-batches of 8 rows)",
+    table("1. A whole step: ours against TRL (generate of transformers, micro-batches of 8 rows)"
+          + ", one side after the other" * options.apart,
           "case | ours s | TRL s | times faster | ours GiB | TRL GiB | memory ratio | rollout, ours / TRL s",
           [(name, o["seconds"], t["seconds"], t["seconds"] / o["seconds"], o["memory"], t["memory"],
             o["memory"] / t["memory"], f"{o['parts']['rollout']:.1f} / {t['parts']['rollout']:.1f}")
@@ -557,16 +561,17 @@ def predict_step(case: dict, rates: dict) -> dict[str, float]:
 
         rollout        prompts x prompt tokens / prefill + prompts x G x answer tokens / decode
         old log-probs  F / 3 / (share x matmul) x (minibatches - 1) / minibatches
-        update         F     / (share x matmul) + optimizer
+        update         F     / (share x matmul) + minibatches x optimizer
         sync           sync
 
-    With one minibatch, as here, there are no old log-probs to compute.
     F: useful_flops; matmul: FLOP/s of fp32 products; share: what an update reaches of it at the calibration setting;
     prefill, decode: tokens/s of the sampler; optimizer, sync: seconds that depend on the model's size alone.
     """
     answers, trainer = case["prompts"] * case["group"] * case["answer_tokens"], rates["share"] * rates["matmul"]
+    minibatches, passes = case.get("minibatches", 1), useful_flops(rates["sizes"], case) / trainer
     return {"rollout": case["prompts"] * case["prompt_tokens"] / rates["prefill"] + answers / rates["decode"],
-            "update": useful_flops(rates["sizes"], case) / trainer + rates["optimizer"], "sync": rates["sync"]}
+            "old_logprobs": passes / 3 * (minibatches - 1) / minibatches,
+            "update": passes + minibatches * rates["optimizer"], "sync": rates["sync"]}
 
 
 def part_7(cases) -> dict:
@@ -574,7 +579,8 @@ def part_7(cases) -> dict:
     calibrator, found = Worker("rates", calibration), {}
     rates = median([calibrator.ask(calibration) for _ in range(options.repeats)])
     calibrator.close()
-    for name, setting in cases.items():
+    first = next(iter(cases))
+    for name, setting in (cases | {f"{first}, 2 minibatches": cases[first] | {"minibatches": 2}}).items():
         worker = Worker("step", setting)
         measured = alternate({name: functools.partial(worker.ask, setting)})[name]
         worker.close()
@@ -626,15 +632,18 @@ def main() -> None:
     cases = QUICK if options.quick else CASES
     out = Path(options.out or (ROOT / ("runs/speed-quick" if options.quick else "docs/speed")))
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Parts and cases that are not asked for keep the figures of the run that measured them: all together take an hour.
+    # Parts, and in 1 to 3 cases, that are not asked for keep the figures of the run that measured them, and its name.
     found = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").exists() else {"runs": {}}
-    about = {"machine": machine(), "repeats": options.repeats, "flags": flags, "apart": options.apart}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    about = {"commit": commit.stdout.strip() or None, "started": datetime.datetime.now().isoformat("T", "minutes"),
+             "machine": machine(), "repeats": options.repeats, "flags": flags, "apart": options.apart}
     print(json.dumps(about))
     for number in options.parts.split(","):
         print(f"{number}. {PARTS[int(number)]}", file=sys.stderr, flush=True)
         chosen = {name: cases[name] for name in options.cases.split(",")} if number in "1237" else cases
-        found[number] = found.get(number, {}) | globals()[f"part_{number}"](chosen)
-        found["runs"][f"{number} ({', '.join(chosen)})"] = about | {"cases": chosen}
+        kept, names = (found.get(number, {}), chosen) if number in "123" else ({}, [None])
+        found[number] = kept | globals()[f"part_{number}"](chosen)
+        found["runs"] |= {f"{number} {name}" if name else number: about for name in names}
         out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, out.with_suffix(".png"))
     print(f"\n{out}.json, {out}.png")
