@@ -36,7 +36,7 @@ test: .venv/ready
 	.venv-trl/bin/python -m pip install --quiet --no-deps trl==1.16.0
 	touch $@
 
-# All parts take about an hour; `make bench ARGS="--parts 2,3 --cases a"` measures some and keeps the other figures.
+# All parts take an hour and a half; `make bench ARGS="--parts 2,3 --cases a"` measures some and keeps the other figures.
 bench: .venv-trl/ready
 	$(python) tests/bench/speed.py $(ARGS)
 
