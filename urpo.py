@@ -694,6 +694,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # A thread of gloo that still lets go of a Python object aborts a Python that is being torn down (pytorch issue
-    # 190489), one run in some hundred. All is written, so end without tearing down.
+    # A thread of gloo that still lets go of a Python object aborts a Python that is being torn down (rarely; pytorch
+    # issue 190489). All is written, so end without tearing down.
     os._exit(0)
