@@ -67,18 +67,20 @@ class Recorder:
         self.policy.zero_grad()
 
 
+UPDATES = [(1, True), (2, True), (2, False)]  # minibatches, and whether old log-probs are moved
 CONSTANT = SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])  # in place of a schedule
 
 
-def one_update(policy, groups, optimizer, schedule, **changes) -> dict:
-    """Parts 4 to 6 as train() calls them; the old log-probs of the second minibatch are moved, so that the clip bites."""
+def one_update(policy, groups, optimizer, schedule, moved=True, **changes) -> dict:
+    """Parts 4 to 6 on this rank's share of `groups`, as train() calls them. `moved`: with old log-probs for every
+    minibatch, moved by noise, so that the clip bites in all."""
     config = urpo.Config(**CONFIG | changes)
     share = [group for _, group in data.shard(groups, config.minibatches, dist.get_rank(), dist.get_world_size())]
     urpo.reward(config, share)
     share = urpo.deal_anew(config, share, dist.get_rank(), dist.get_world_size())
-    urpo.old_logprobs(config, policy, share[len(share) // config.minibatches :], "cpu")
+    urpo.old_logprobs(config, policy, share if moved else share[len(share) // config.minibatches :], "cpu")
     for group in share:
-        if group.old_N is not None:
+        if moved and group.old_N is not None:
             noise = torch.randn(len(group.old_N), generator=torch.Generator().manual_seed(group.index))
             group.old_N = group.old_N + 0.5 * noise
     return urpo.update(config, policy, optimizer, schedule, share, "cpu", dist.get_world_size())
@@ -107,11 +109,11 @@ def measure(folder: Path) -> None:
     found = {}
     for name in BATCHES:
         for budget in BUDGETS:
-            for minibatches in (1, 2):
+            for minibatches, moved in UPDATES:
                 recorder = Recorder(policy)
                 figures = one_update(policy, make_batch(name), recorder, CONSTANT, row_tokens=budget,
-                                     minibatches=minibatches)
-                found[name, budget, minibatches] = {"gradients": recorder.gradients, "figures": figures}
+                                     minibatches=minibatches, moved=moved)
+                found[name, budget, minibatches, moved] = {"gradients": recorder.gradients, "figures": figures}
     checkpoint = folder / "checkpoints" / "step_1"
     if world == 2:
         one_update(policy, make_batch(BATCHES[0]), optimizer, schedule)
@@ -148,14 +150,14 @@ def distance(a, b) -> float:
 
 # ---- ranks and rows ----
 
-@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize(("minibatches", "moved"), UPDATES)
 @pytest.mark.parametrize("name", BATCHES[:2])
-def test_the_gradient_is_the_same_on_any_number_of_ranks_and_in_rows_of_any_size(measured, name, minibatches):
-    expected = measured[1][name, 4096, minibatches]
+def test_the_gradient_is_the_same_on_any_number_of_ranks_and_in_rows_of_any_size(measured, name, minibatches, moved):
+    expected = measured[1][name, 4096, minibatches, moved]
     assert expected["gradients"] and all(gradient.norm() > 0 for gradient in expected["gradients"])
     for world in WORLDS:
         for budget in BUDGETS:
-            found = measured[world][name, budget, minibatches]
+            found = measured[world][name, budget, minibatches, moved]
             assert len(found["gradients"]) == len(expected["gradients"])
             for gradient, whole in zip(found["gradients"], expected["gradients"]):
                 assert distance(gradient, whole) <= 1e-6, (world, budget)
@@ -167,9 +169,10 @@ def test_ranks_without_spread_instructions_or_a_readable_judgement_meet_every_co
     """That `measured` ended is the test; that nothing was left out shows in the number of updates."""
     for world in WORLDS:
         for budget in BUDGETS:
-            updates = {(name, minibatches): measured[world][name, budget, minibatches]["figures"]["updates"]
-                       for name in BATCHES for minibatches in (1, 2)}
-            assert list(updates.values()) == [1, 2, 1, 1, 0, 0], updates  # the second half has no signal, then neither
+            updates = {(name, *case): measured[world][name, budget, *case]["figures"]["updates"]
+                       for name in BATCHES for case in UPDATES}
+            # The second batch has no signal in its second half, the third in neither.
+            assert list(updates.values()) == [1, 2, 2, 1, 1, 1, 0, 0, 0], updates
 
 
 # ---- a checkpoint of two ranks ----

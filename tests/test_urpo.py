@@ -94,6 +94,15 @@ def test_a_packed_row_equals_separate_sequences(make_policy, plain_model, count)
     assert_same_gradients(gradients(policy, "lm."), gradients(plain_model))
 
 
+def test_the_temperature_divides_the_bias_of_a_head_too_and_padded_words_are_no_part_of_the_softmax():
+    lm = torch.nn.Module()
+    lm.lm_head = torch.nn.Linear(4, 7)
+    policy, hidden_NH = urpo.Policy(lm, tiny_config(temperature=0.5), vocabulary=5), torch.randn(3, 4)
+    expected_N5 = torch.log_softmax(lm.lm_head(hidden_NH)[:, :5] / 0.5, -1)
+    found_N = policy.token_logprobs(hidden_NH, torch.tensor([0, 4, 2]))
+    torch.testing.assert_close(found_N, expected_N5[range(3), [0, 4, 2]])
+
+
 @pytest.mark.parametrize("changes", [{"logit_chunk": 1}, {"logit_chunk": 7}, {"recompute": True},
                                      {"recompute": True, "logit_chunk": 7}], ids=str)
 def test_chunks_and_recomputation_change_nothing(make_policy, changes):
