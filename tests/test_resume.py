@@ -15,12 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import ROOT  # first: it sets the path
-
-import data
-import urpo
+import machine
+import runs
+from conftest import ROOT, random_groups
 from data import InputError
-from tiny_run import lines, make_taught_model, run, start, wait_for
+from tiny_run import lines, run, start, wait_for
 
 sys.path.append(str(ROOT / "tests" / "bench"))
 import faults  # noqa: E402
@@ -34,7 +33,7 @@ def write_checkpoint(run_folder: Path, steps: int, keep: int = 0) -> Path:
     (unfinished / "trainer").mkdir(parents=True)
     (unfinished / "trainer" / "state").write_bytes(os.urandom(1000))
     (unfinished / "config.json").write_text('{"seed": 0}')
-    data.finish_checkpoint(unfinished, folder, keep)
+    runs.finish_checkpoint(unfinished, folder, keep)
     return folder
 
 
@@ -49,7 +48,7 @@ def test_the_newest_checkpoint_counts_by_its_number_and_last_points_to_it(tmp_pa
         newest = write_checkpoint(tmp_path, steps)
     (tmp_path / "checkpoints" / "step_11.copy").mkdir()
     (tmp_path / "checkpoints" / "unfinished").mkdir()
-    assert data.last_checkpoint(tmp_path) == (10, newest)
+    assert runs.last_checkpoint(tmp_path) == (10, newest)
     assert (tmp_path / "checkpoints" / "last").resolve() == newest.resolve()
 
 
@@ -65,9 +64,9 @@ def test_a_damaged_checkpoint_of_later_steps_never_displaces_a_whole_one(tmp_pat
         folder = write_checkpoint(tmp_path, steps)
     (folder / "config.json").unlink()
     newest = write_checkpoint(tmp_path, 6, keep=1)
-    assert data.last_checkpoint(tmp_path) == (6, newest)
+    assert runs.last_checkpoint(tmp_path) == (6, newest)
     assert write_checkpoint(tmp_path, 9, keep=1) == folder  # now written anew, in place of the damaged one
-    assert data.last_checkpoint(tmp_path) == (9, folder) and names(tmp_path) == ["last", "step_9"]
+    assert runs.last_checkpoint(tmp_path) == (9, folder) and names(tmp_path) == ["last", "step_9"]
 
 
 class Crash(BaseException):
@@ -83,7 +82,9 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one_whole(tm
         calls = itertools.count()
         with monkeypatch.context() as patch:
             for name in ("fsync", "rename", "replace", "symlink", "unlink", "rmdir"):
-                def crash(*arguments, real=getattr(os, name), **options):
+                real = getattr(os, name)
+
+                def crash(*arguments, real=real, **options):
                     if next(calls) == moment:
                         raise Crash
                     return real(*arguments, **options)
@@ -93,16 +94,16 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one_whole(tm
             try:
                 unfinished.mkdir()
                 (unfinished / "state").write_text("new")
-                data.finish_checkpoint(unfinished, folder / "checkpoints" / "step_3", keep)
+                runs.finish_checkpoint(unfinished, folder / "checkpoints" / "step_3", keep)
             except Crash:
                 crashed = True
-        steps, found = data.last_checkpoint(folder)
+        steps, found = runs.last_checkpoint(folder)
         assert steps in (2, 3) and (found / "manifest.json").exists()
         pointed = (folder / "checkpoints" / "last").resolve()
         assert pointed.name in ("step_2", "step_3") and pointed.exists()
         assert "damaged" not in capsys.readouterr().out
         write_checkpoint(folder, 4)
-        assert data.last_checkpoint(folder)[0] == 4
+        assert runs.last_checkpoint(folder)[0] == 4
         if not crashed:
             break
     assert moment > 5 and steps == 3
@@ -125,7 +126,7 @@ def flip(path: Path, position: int) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_next_older_one_is_taken(tmp_path, capsys, name, harm):
     older, newer = (write_checkpoint(tmp_path, steps) for steps in (3, 6))
     harm(newer / name)
-    assert data.last_checkpoint(tmp_path) == (3, older)
+    assert runs.last_checkpoint(tmp_path) == (3, older)
     assert capsys.readouterr().out == f"{newer} is damaged ({name}): falling back to {older}\n"
 
 
@@ -136,7 +137,7 @@ def test_every_single_flipped_bit_of_a_manifest_is_noticed(tmp_path, capsys):
         for bit in (1, 4, 32):
             (newer / "manifest.json").write_bytes(
                 whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
-            steps, _ = data.last_checkpoint(tmp_path)
+            steps, _ = runs.last_checkpoint(tmp_path)
             same = steps == 6 and json.loads((newer / "manifest.json").read_text()) == json.loads(whole)
             assert steps == 3 or same, (position, bit)  # a blank turned into another blank harms nothing
         (newer / "manifest.json").write_bytes(whole)
@@ -146,74 +147,101 @@ def test_without_any_whole_checkpoint_the_run_stops_rather_than_start_over(tmp_p
     for steps in (3, 6):
         (write_checkpoint(tmp_path, steps) / "config.json").unlink()
     with pytest.raises(InputError, match=r"step_6 is damaged \(config.json\); .*step_3 is damaged .*bring one back"):
-        data.last_checkpoint(tmp_path)
+        runs.last_checkpoint(tmp_path)
 
 
-# ---- a disk that is full, a folder that cannot be written ----
+# ---- what a checkpoint brings back ----
+
+TOKENIZER = SimpleNamespace(save_pretrained=lambda folder: None)
+
 
 @pytest.fixture
-def trainer(tiny_model, process_group):
-    policy = urpo.load_policy(urpo.Config(precision="float32", recompute=False), tiny_model, 500,
-                              torch.distributed.init_device_mesh("cpu", (1,)))
-    optimizer = torch.optim.AdamW(policy.parameters())
-    return policy, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0)
+def new_trainer(make_policy):
+    def new(lr=1e-3, weight_decay=0.01):
+        policy = make_policy()
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay)
+        return policy, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (n + 1))
 
+    return new
+
+
+def advance(policy, optimizer, schedule):
+    """One update of any kind."""
+    policy(machine.build_row(random_groups(1))).sum().backward()
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def test_a_checkpoint_restores_weights_optimizer_and_schedule(new_trainer, tmp_path):
+    first, second = new_trainer(), new_trainer()
+    advance(*first)
+    folder = tmp_path / "checkpoints" / "step_1"
+    runs.save_checkpoint(folder, *first, TOKENIZER, settings={"seed": 7}, keep=0)
+    assert runs.last_checkpoint(tmp_path) == (1, folder)
+    assert json.loads((folder / "config.json").read_text()) == {"seed": 7}
+    runs.load_checkpoint(folder, *second)
+    advance(*first)
+    advance(*second)
+    for (name, a), (_, b) in zip(machine.full_weights(first[0]), machine.full_weights(second[0]), strict=True):
+        assert torch.equal(a, b), name
+    assert first[2].get_last_lr() == second[2].get_last_lr()
+
+
+def test_the_rate_and_the_weight_decay_of_the_resumed_run_are_its_own(new_trainer, tmp_path):
+    first, second = new_trainer(lr=1e-3, weight_decay=0.01), new_trainer(lr=5e-4, weight_decay=0.5)
+    advance(*first)
+    runs.save_checkpoint(tmp_path / "step_1", *first, TOKENIZER, settings={}, keep=0)
+    runs.load_checkpoint(tmp_path / "step_1", *second)
+    for done in (1, 2):  # the schedule goes on from the saved step: 1 / 2, then 1 / 3 of the rate
+        (group,) = second[1].param_groups
+        assert group["lr"] == pytest.approx(5e-4 / (done + 1)) and group["weight_decay"] == 0.5
+        advance(*second)
+
+
+# ---- a disk that is full ----
 
 @pytest.mark.parametrize("limit, part", [(10_000, "trainer"), (500_000, "trainer"), (900_000, "trainer"),
                                          (300_000, "model"), (1_000, "config")])
 def test_a_checkpoint_that_does_not_fit_is_one_plain_error_and_the_one_before_it_stays(
-        trainer, tmp_path, monkeypatch, limit, part):
+        new_trainer, tmp_path, monkeypatch, limit, part):
     """A limit on the size of files stands in for the full disk: the same errors from the same calls."""
-    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-    before = tmp_path / "checkpoints" / "step_1"
-    urpo.save_checkpoint(before, *trainer, tokenizer)
+    trainer, settings = new_trainer(), {}
+    before, after = tmp_path / "checkpoints" / "step_1", tmp_path / "checkpoints" / "step_2"
+    runs.save_checkpoint(before, *trainer, TOKENIZER, settings, keep=0)
     if part != "trainer":  # whose file is the largest
-        monkeypatch.setattr(urpo.dcp, "save", lambda state, checkpoint_id: checkpoint_id.mkdir(parents=True))
+        monkeypatch.setattr(runs.dcp, "save", lambda state, checkpoint_id: checkpoint_id.mkdir(parents=True))
     if part == "config":
         monkeypatch.setattr(trainer[0].lm, "save_pretrained", lambda folder, state_dict: folder.mkdir())
-        monkeypatch.setattr(urpo, "asdict", lambda config: {"long": "x" * 2000})
+        settings = {"long": "x" * 2000}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(InputError) as caught:
-            urpo.save_checkpoint(tmp_path / "checkpoints" / "step_2", *trainer, tokenizer)
+            runs.save_checkpoint(after, *trainer, TOKENIZER, settings, keep=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         monkeypatch.undo()
     message = str(caught.value)
-    assert message.startswith(f"writing {tmp_path / 'checkpoints' / 'step_2'} failed: ") and "\n" not in message
+    assert message.startswith(f"writing {after} failed: ") and "\n" not in message
     assert "File too large" in message or "a file could not be written whole" in message
     assert "make room or mend the permissions, then --resume continues" in message
-    assert data.last_checkpoint(tmp_path) == (1, before)
-    urpo.save_checkpoint(tmp_path / "checkpoints" / "step_2", *trainer, tokenizer)
-    assert data.last_checkpoint(tmp_path)[0] == 2 and "unfinished" not in names(tmp_path)
+    assert runs.last_checkpoint(tmp_path) == (1, before)
+    runs.save_checkpoint(after, *trainer, TOKENIZER, {}, keep=0)
+    assert runs.last_checkpoint(tmp_path)[0] == 2 and "unfinished" not in names(tmp_path)
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_plain_error(process_group, tmp_path):
     (tmp_path / "runs").write_text("a file where a folder should be")
+    log = runs.Log(tmp_path / "runs" / "mine", 1)
     with pytest.raises(InputError, match="writing .*mine failed: .*Not a directory.*; make room or mend the permiss"):
-        urpo.on_rank_0(f"writing {tmp_path}/runs/mine",
-                       lambda: urpo.Record().open(urpo.Config(), tmp_path / "runs" / "mine", 0, {}))
-
-
-def test_other_errors_on_rank_0_are_not_called_a_full_disk(process_group):
-    with pytest.raises(InputError, match="^--model x: no$"):
-        urpo.on_rank_0("reading", lambda: (_ for _ in ()).throw(InputError("--model x: no")))
-    with pytest.raises(ZeroDivisionError):
-        urpo.on_rank_0("reading", lambda: 1 / 0)
-    assert urpo.on_rank_0("reading", lambda: 7) == 7
+        machine.on_rank_0(f"writing {log.run}", lambda: log.open({"resume": False}, {}))
 
 
 # ---- the command ----
 
-@pytest.fixture(scope="module")
-def taught_model(tmp_path_factory, smol_tokenizer):
-    return make_taught_model(tmp_path_factory.mktemp("taught"), smol_tokenizer)
-
-
 def test_resume_without_a_checkpoint_starts_at_0_and_ctrl_c_saves_the_step_and_exits_0(taught_model, tmp_path):
-    process = start(tmp_path, taught_model, "--method", "sft", "--steps", "100000", "--save_every", "0", "--resume",
-                    ranks=1)
+    process = start(tmp_path, taught_model, "--steps", "100000", "--save_every", "0", "--resume", ranks=1)
     log = tmp_path / "runs" / "e2e" / "log.jsonl"
     wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= 2, process)
     process.send_signal(signal.SIGINT)
@@ -222,27 +250,44 @@ def test_resume_without_a_checkpoint_starts_at_0_and_ctrl_c_saves_the_step_and_e
     steps = len(lines(log))
     assert "runs/e2e: no checkpoint to resume from, starting at step 0\n" in output.read_text()
     assert f"stopped by a signal; {steps} steps are saved and --resume continues" in output.read_text()
-    assert data.last_checkpoint(tmp_path / "runs" / "e2e")[0] == steps
+    assert runs.last_checkpoint(tmp_path / "runs" / "e2e")[0] == steps
 
 
-def test_a_run_whose_updates_are_not_finite_skips_them_names_the_prompts_and_stops(taught_model, tmp_path):
-    """The first update, at this learning rate, is the last finite one."""
-    output = run(tmp_path, taught_model, "--method", "sft", "--steps", "100", "--lr", "1e30", "--max_skipped", "2",
-                 "--rollouts_every", "100", ranks=1, status=2)
-    assert output.splitlines()[-1] == (
-        f"error: step 2: no finite update for 2 steps, the last by prompts {list(range(12))} of rollouts.jsonl: "
-        "look at them, or lower --lr")
+BROKEN = """
+import math, sys
+sys.path.insert(0, {root!r})
+import machine, urpo
+
+clip, calls = machine.clip_gradient, []
+
+def broken_after_two(policy, largest):
+    calls.append(clip(policy, largest))
+    return calls[-1] if len(calls) <= 2 else math.nan
+
+if __name__ == "__main__":
+    machine.clip_gradient = broken_after_two
+    urpo.main()
+"""
+
+
+def test_a_run_whose_updates_are_not_finite_skips_them_and_stops(taught_model, tmp_path):
+    """The gradient of every update after the first two is broken. The weights must stay as they were."""
+    (tmp_path / "broken.py").write_text(BROKEN.format(root=str(ROOT)))
+    output = run(tmp_path, taught_model, "--steps", "100", ranks=1, status=2, program=tmp_path / "broken.py")
+    assert output.splitlines()[-1] == ("error: step 3: no finite update for 3 steps: lower --lr, or look at the last "
+                                       "prompts in rollouts.jsonl")
     log = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in the log"))
            for line in (tmp_path / "runs" / "e2e" / "log.jsonl").read_text().splitlines()]
-    assert [(line["updates"], line["nonfinite_updates"]) for line in log] == [(1, 0), (0, 1), (0, 1)]
-    recorded = [(line["step"], line["index"]) for line in lines(tmp_path / "runs" / "e2e" / "rollouts.jsonl")]
-    assert recorded == [(step, index) for step in range(3) for index in range(12)]
+    assert [line["step"] for line in log] == [0, 1, 2, 3]
+    assert [line["updates"] for line in log] == [2, 0, 0, 0]
+    assert all(line["nonfinite_updates"] > 0 and line["drift_mean"] < 1e-3 for line in log[1:])
+    assert not (tmp_path / "runs" / "e2e" / "checkpoints").exists()
 
 
 def test_faults_on_two_ranks_lose_nothing_that_was_saved(taught_model, tmp_path):
     """The short form of bench/faults.py. `checkpoint bit flipped` stops the run by SIGTERM to torchrun."""
-    table, good = faults.campaign(tmp_path / "campaign", taught_model, ["kill -9 one rank", "checkpoint bit flipped"],
-                                  method="sft", seed=0)
+    plan = ["kill -9 one rank", "checkpoint bit flipped"]
+    table, good = faults.campaign(tmp_path / "campaign", taught_model, plan, seed=0)
     print(table)
     assert good, table
 
@@ -252,8 +297,8 @@ import sys
 sys.path.insert(0, {root!r})
 import data, urpo
 
-def load_sources(config, tokenizer):
-    if urpo.dist.get_rank() in {ranks}:
+def load_sources(*arguments):
+    if urpo.dist.get_rank() == 1:
         raise data.InputError("only here")
 
 if __name__ == "__main__":
@@ -262,8 +307,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("ranks", [[1], [0, 1]], ids=["of rank 1", "of both ranks"])
-def test_a_mistake_is_printed_once_whichever_rank_finds_it(taught_model, tmp_path, ranks):
-    (tmp_path / "late.py").write_text(LATE.format(root=str(ROOT), ranks=ranks))
-    output = run(tmp_path, taught_model, "--method", "sft", status=2, program=tmp_path / "late.py")
+def test_a_mistake_that_another_rank_than_0_finds_is_printed_too(taught_model, tmp_path):
+    (tmp_path / "late.py").write_text(LATE.format(root=str(ROOT)))
+    output = run(tmp_path, taught_model, status=2, program=tmp_path / "late.py")
     assert output.count("error: only here") == 1

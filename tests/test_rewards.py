@@ -6,11 +6,24 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rewards
-from rewards import (check_answer, clipped_objective, first_position_preference, group_advantages,
-                     kendall_tau, parse_scores, preference_reward, self_rewards, verify_answer)
+from data import Prompt
+from rewards import (
+    check_answer,
+    clipped_objective,
+    first_position_preference,
+    group_advantages,
+    group_rewards,
+    kendall_tau,
+    mean,
+    parse_scores,
+    preference_reward,
+    self_rewards,
+    verify_answer,
+)
 
 
 def test_worked_examples_in_docstrings():
@@ -248,6 +261,21 @@ def test_self_rewards_unknown_is_not_zero():
             self_rewards(texts, orders)
 
 
+# ---- 4. reward: one dispatch by kind ----
+
+def test_group_rewards_takes_the_reward_of_the_prompts_kind():
+    pair = Prompt("preference", "Say hi.", ("hi", "no", "hm"), (2.0, 0.0, 1.0))
+    texts = ["<scores>9, 1, 1</scores>", "so <scores>1, 9, 5</scores>", "the first one"]
+    assert group_rewards(pair, texts, []) == pytest.approx([0.8165, -1, -1], abs=1e-4)
+    assert group_rewards(pair, texts, [], "strict") == pytest.approx([2 / 3, -1, -1])
+    assert group_rewards(Prompt("reasoning", "What is 6 * 7?", answer="42"), ["\\boxed{42}", "43"], []) == [1, 0]
+    ask = Prompt("instruction", "Say hi.", check="one word")
+    verdicts = [{"order": [1, 0], "text": "<scores>9, 3</scores>"}, {"order": [0, 1], "text": "?"}]
+    assert group_rewards(ask, ["hi", "hello"], verdicts) == [3, 9]
+    assert group_rewards(ask, ["hi", "hello"], verdicts[1:]) is None  # unjudged is not 0
+    assert group_rewards(ask, ["hi", "hello"], []) is None
+
+
 # ---- 4. reward: group advantages ----
 
 def test_group_advantages_vectors():
@@ -314,5 +342,5 @@ def test_first_position_preference(rows, preference):
     assert first_position_preference(rows) == pytest.approx(preference)
 
 
-def test_first_position_preference_of_nothing_is_unknown():
-    assert math.isnan(first_position_preference([]))
+def test_figures_of_nothing_are_unknown():
+    assert math.isnan(first_position_preference([])) and mean([]) is None and mean(x for x in [0, 1]) == 0.5

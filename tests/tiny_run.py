@@ -21,14 +21,17 @@ from conftest import ROOT, free_port
 
 # Every size is given, so that no change of the preset changes what these runs show.
 SIZES = ("--preset smol --name e2e --batch 12 --mix 1:1:1 --group 4 --judgements 1 --max_prompt_tokens 700 "
-         "--max_answer_tokens 24 --max_referee_tokens 24 --preferences builtin:4 --builtin_rows 40 --row_tokens 512 "
+         "--max_answer_tokens 24 --max_referee_tokens 24 --preferences toy:4 --toy_rows 40 --row_tokens 512 "
          "--warmup_steps 1 --lr 1e-3 --lr_warmup 0 --max_drift 0.001 --precision float32").split()
 
 
 def teach_score_lines(model, tokenizer, n=4):
     """Imitation: after any chat prompt, write n random scores."""
     rng = random.Random(0)
-    prompts = [data.encode_prompt(tokenizer, data.BUILTIN[kind](rng, "train")) for kind in data.KINDS for _ in range(8)]
+    prompts = []
+    for kind in data.KINDS:
+        for row in data.load_source(kind, "toy", count=8):
+            prompts.append(data.encode_prompt(tokenizer, row))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
         hidden, target = [], []

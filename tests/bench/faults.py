@@ -1,8 +1,7 @@
 """The fault campaign: one run on two ranks, disturbed again and again, always started with the same command.
 
-    python tests/bench/faults.py                 # every kind, 62 faults, with vLLM (--method urpo)
-    python tests/bench/faults.py --method sft    # the same without sampling: a start takes half as long
-    python tests/bench/faults.py --method sft --kinds "kill -9 one rank" "stalled rank" --each 1
+    python tests/bench/faults.py                                                     # every kind, 62 faults
+    python tests/bench/faults.py --kinds "kill -9 one rank" "stalled rank" --each 1
 
 Each trial starts the run with --resume, waits for new steps (so that the trial before it has been survived), does its
 harm at a random moment, and waits for the end of all processes. A trial is survived when the next start goes on. Lost
@@ -23,12 +22,13 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent.parent)]
-import psutil  # noqa: E402
-from conftest import ROOT  # noqa: E402, F401  first: it sets the path
-from tiny_run import kill_all, lines, make_taught_model, rank_processes, same_in_every_run, start  # noqa: E402
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+import psutil
 
-import data  # noqa: E402
+import machine
+import runs
+from tiny_run import kill_all, lines, make_taught_model, rank_processes, same_in_every_run, start
 
 SAVE_EVERY, TIMEOUT = 3, 0.5  # steps; minutes that ranks wait for a stalled one
 GRACE = 90  # seconds beside TIMEOUT: torchrun's 30 before it kills, and a busy machine
@@ -46,8 +46,8 @@ NEEDS_MOUNT = ("full disk", "full disk in a checkpoint write", "read-only folder
 
 
 class Campaign:
-    def __init__(self, folder: Path, model: str, method: str, seed: int, show=print):
-        self.folder, self.model, self.method, self.show = folder, model, method, show
+    def __init__(self, folder: Path, model: str, seed: int, show=print):
+        self.folder, self.model, self.show = folder, model, show
         self.run, self.rng, self.rows, self.pending = folder / "runs" / "e2e", random.Random(seed), [], []
         self.log = self.run / "log.jsonl"
         (folder / "runs").mkdir(parents=True)
@@ -60,11 +60,11 @@ class Campaign:
 
     def whole_steps(self) -> tuple[int, Path | None]:
         with contextlib.redirect_stdout(io.StringIO()):
-            return data.last_checkpoint(self.run)
+            return runs.last_checkpoint(self.run)
 
     def begin(self, steps=100_000, folder=None):
-        return start(folder or self.folder, self.model, "--method", self.method, "--save_every", str(SAVE_EVERY),
-                     "--keep", "3", "--resume", "--steps", str(steps), "--timeout", str(TIMEOUT))
+        return start(folder or self.folder, self.model, "--save_every", str(SAVE_EVERY), "--keep", "3", "--resume",
+                     "--steps", str(steps), "--timeout", str(TIMEOUT))
 
     def wait(self, condition, process, seconds=600) -> bool:
         """Until `condition()` holds or the run ends; False if it ended."""
@@ -206,9 +206,9 @@ def lines_whole(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"}\n")] if path.exists() else []
 
 
-def campaign(folder: Path, model: str, plan: list[str], method: str, seed: int, show=print) -> tuple[str, bool]:
+def campaign(folder: Path, model: str, plan: list[str], seed: int, show=print) -> tuple[str, bool]:
     """(the table, whether everything held) of the trials in `plan`."""
-    work = Campaign(folder, model, method, seed, show)
+    work = Campaign(folder, model, seed, show)
     try:
         for kind in plan:
             if kind in NEEDS_MOUNT and not work.mounted:
@@ -229,7 +229,6 @@ def campaign(folder: Path, model: str, plan: list[str], method: str, seed: int, 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=["urpo", "sft"], default="urpo")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--each", type=int, help="trials of each kind, in place of the campaign's numbers")
     parser.add_argument("--seed", type=int, default=0)
@@ -238,9 +237,9 @@ def main():
     random.Random(options.seed).shuffle(plan)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model").mkdir()
-        model = make_taught_model(Path(folder) / "model", data.load_tokenizer(data.model_folder("raw")))
-        table, good = campaign(Path(folder) / "campaign", model, plan, options.method, options.seed)
-    print(f"\n2 ranks, --method {options.method}, --save_every {SAVE_EVERY}, --timeout {TIMEOUT}, seed {options.seed}\n")
+        model = make_taught_model(Path(folder) / "model", machine.load_tokenizer(machine.model_folder("raw")))
+        table, good = campaign(Path(folder) / "campaign", model, plan, options.seed)
+    print(f"\n2 ranks, --save_every {SAVE_EVERY}, --timeout {TIMEOUT}, seed {options.seed}\n")
     print(table)
     sys.exit(0 if good else 1)
 

@@ -3,6 +3,7 @@
     python tests/bench/speed.py                      # all parts; docs/speed.json, docs/speed.png, tables on stdout
     python tests/bench/speed.py --quick              # every part at tiny sizes: does it run? Its times say nothing
     python tests/bench/speed.py --parts 1,2 --repeats 5 --row_tokens 1536     # flags unknown here go to urpo.py
+    python tests/bench/speed.py --parts 8 --against ../old --out runs/old     # a step of this code and of older code
 
 Same weights (SmolLM2-135M, fp32), same prompts and lengths, one update a batch, medians of alternating repeats (A B A
 B; with --apart one side after the other). Every side is a process of its own, so that its peak memory is its own; it is
@@ -36,7 +37,7 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_DATASET
                   TRANSFORMERS_VERBOSITY="error")
 WORDS = "the a house river stone green walks under light old music paper train winter bread road horse open".split()
 PARTS = {1: "a whole step against TRL", 2: "the update alone", 3: "the rollout alone", 4: "shares of a real step",
-         5: "growth", 6: "peak memory", 7: "the cost of a step, predicted"}
+         5: "growth", 6: "peak memory", 7: "the cost of a step, predicted", 8: "a whole step against another checkout"}
 
 
 def case(prompts, prompt_tokens, group, answer_tokens):
@@ -69,9 +70,9 @@ def weights_folder() -> str:
     """SmolLM2-135M as it is; for --quick its first two layers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import data
+    import machine
 
-    raw, folder = data.model_folder("raw"), ROOT / "runs/speed-quick-model"
+    raw, folder = machine.model_folder("raw"), ROOT / "runs/speed-quick-model"
     if options.quick and not folder.exists():
         AutoTokenizer.from_pretrained(raw).save_pretrained(f"{folder}.unfinished")
         AutoModelForCausalLM.from_pretrained(raw, num_hidden_layers=2).save_pretrained(f"{folder}.unfinished")
@@ -118,28 +119,28 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
     import vllm
 
     import data
+    import machine
     import urpo
 
-    if "RANK" not in os.environ:  # a single rank is started without torchrun
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo")
+    machine.start_ranks(timeout_minutes=30)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     folder = weights_folder()
     config = urpo.parse_config(["--preset", "smol", "--model", folder, "--warmup_steps", "0", "--max_drift", "1e9",
                                 "--lr", "1e-6", *flags])
-    tokenizer = data.load_tokenizer(folder)
-    policy = urpo.load_policy(config, folder, len(tokenizer), dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+    tokenizer = machine.load_tokenizer(folder)
+    policy = machine.load_policy(folder, len(tokenizer), config.precision, config.temperature, config.logit_chunk,
+                                 config.recompute)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    engine = engine and data.start_engine(folder, case["prompt_tokens"] + case["answer_tokens"] + 64,
-                                          config.cpu_cache, distributed_executor_backend="external_launcher")
+    engine = engine and machine.start_engine(folder, case["prompt_tokens"] + case["answer_tokens"] + 64,
+                                             config.cpu_cache, config.gpu_memory)
     bare = vllm.SamplingParams
-    if engine:  # data.generate lets answers end where they end; here all must have the same length
+    if engine:  # machine.generate lets answers end where they end; here all must have the same length
         vllm.SamplingParams = functools.partial(bare, ignore_eos=True)
     return SimpleNamespace(
-        torch=torch, dist=dist, data=data, urpo=urpo, config=config, policy=policy, optimizer=optimizer, folder=folder,
-        tokenizer=tokenizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0), engine=engine,
-        SamplingParams=bare, rank=dist.get_rank(), world=dist.get_world_size(), device=torch.device("cpu"))
+        torch=torch, dist=dist, data=data, machine=machine, urpo=urpo, config=config, policy=policy, folder=folder,
+        optimizer=optimizer, schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0), engine=engine,
+        tokenizer=tokenizer, SamplingParams=bare, rank=dist.get_rank(), world=dist.get_world_size())
 
 
 def configured(o, case: dict):
@@ -151,10 +152,9 @@ def our_step(o, case: dict) -> dict:
     """Parts 2 to 7 as train() calls them. Only the rewards are thrown: every group must have a signal."""
     from rewards import group_advantages
 
-    config, urpo = configured(o, case), o.urpo
-    prompts = make_prompts(o.tokenizer, case)
-    share = o.data.shard(prompts, 1, o.rank, o.world)
-    clock = urpo.Clock()
+    config, machine, urpo = configured(o, case), o.machine, o.urpo
+    share = o.data.shard(make_prompts(o.tokenizer, case), 1, o.rank, o.world)
+    clock = machine.Clock(urpo.PARTS)
     groups = urpo.rollout(config, o.engine, o.tokenizer, share, 0)
     clock("rollout")
     urpo.self_score(config, o.engine, o.tokenizer, groups, 0)
@@ -163,19 +163,19 @@ def our_step(o, case: dict) -> dict:
     for group in groups:
         group.rewards = o.torch.rand(config.group)
         group.advantages = group_advantages(group.rewards, config.advantage).tolist()
-    groups = urpo.deal_anew(config, groups, o.rank, o.world)
+    groups = machine.rebalance(groups, config.minibatches)
     clock("reward")
-    urpo.old_logprobs(config, o.policy, groups[len(groups) // config.minibatches :], o.device)
+    urpo.old_logprobs(config, o.policy, groups)
     clock("old_logprobs")
-    figures = urpo.update(config, o.policy, o.optimizer, o.schedule, groups, o.device, o.world)
+    figures = urpo.update(config, o.policy, o.optimizer, o.schedule, groups)
     clock("update")
-    urpo.sync(o.engine, o.policy)
+    machine.sync(o.engine, o.policy)
     clock("sync")
     assert {len(answer) for group in groups for answer in group.answers} == {case["answer_tokens"]}
     assert figures["drift_mean"] < 1e-3, f"{figures}: the sampler does not hold the trainer's weights"
     return {"seconds": sum(clock.seconds.values()), "parts": clock.seconds, "drift": figures["drift_mean"],
-            "memory": urpo.all_reduce(peak_memory()),
-            "prompt_tokens": int(urpo.all_reduce(sum(len(group.prompt_ids) for group in groups)))}
+            "memory": machine.all_reduce(peak_memory()),
+            "prompt_tokens": int(machine.all_reduce(sum(len(group.prompt_ids) for group in groups)))}
 
 
 def matmul_rate(torch, m=2048, k=2048, n=2048, seconds=1.0) -> float:
@@ -234,11 +234,13 @@ def padded_update(o, groups) -> None:
 
 def run_update(o, case: dict) -> dict:
     groups, config = make_groups(o, case), configured(o, case)
-    o.urpo.old_logprobs(config, o.policy, groups, o.device)
+    with o.torch.no_grad():  # urpo.old_logprobs leaves out the first minibatch, and here is no other
+        for row in o.machine.build_rows(groups, config.row_tokens):
+            row.keep_old(o.policy(row))
     if case["mode"] == "padded":
         seconds = timed(lambda: padded_update(o, groups))
     else:
-        seconds = timed(lambda: o.urpo.update(config, o.policy, o.optimizer, o.schedule, groups, o.device, o.world))
+        seconds = timed(lambda: o.urpo.update(config, o.policy, o.optimizer, o.schedule, groups))
     sizes = model_sizes(o.policy.lm)
     return {"seconds": seconds, "flops": useful_flops(sizes, case), "matmul": matmul_rate(o.torch),
             "matmul_of_layer": matmul_rate(o.torch, 768, o.plain.config.hidden_size, o.plain.config.intermediate_size)}
@@ -258,9 +260,10 @@ def run_rollout(o, case: dict) -> dict:
 
 def run_rates(o, case: dict) -> dict:
     """The six figures that predict_step needs, measured at this one setting."""
+
     def update(setting):
         groups, config = make_groups(o, setting), configured(o, setting)
-        return timed(lambda: o.urpo.update(config, o.policy, o.optimizer, o.schedule, groups, o.device, 1))
+        return timed(lambda: o.urpo.update(config, o.policy, o.optimizer, o.schedule, groups))
 
     sizes, answers = model_sizes(o.policy.lm), case["prompts"] * case["group"]
     matmul, smallest = matmul_rate(o.torch), update(case | dict(prompts=1, prompt_tokens=1, group=2, answer_tokens=1))
@@ -271,7 +274,7 @@ def run_rates(o, case: dict) -> dict:
     return {"sizes": sizes, "matmul": matmul, "share": trainer / matmul,
             "prefill": case["prompts"] * case["prompt_tokens"] / prefill,
             "decode": answers * (case["answer_tokens"] - 1) / (whole - short), "optimizer": smallest,
-            "sync": timed(lambda: o.urpo.sync(o.engine, o.policy))}
+            "sync": timed(lambda: o.machine.sync(o.engine, o.policy))}
 
 
 def run_loop(o, case: dict) -> dict:
@@ -280,17 +283,17 @@ def run_loop(o, case: dict) -> dict:
     log, the gathering and the live line between two clocks count too."""
     clocks = []
 
-    class RecordedClock(o.urpo.Clock):
-        def __init__(self):
-            super().__init__()
+    class RecordedClock(o.machine.Clock):
+        def __init__(self, parts):
+            super().__init__(parts)
             self.start = self.last
             clocks.append(self)
 
-    o.urpo.Clock = RecordedClock
+    o.machine.Clock = RecordedClock
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         o.urpo.train(replace(o.config, name="bench", steps=case["steps"], batch=case["prompts"], save_every=0,
-                             model=o.config.model if options.quick else "seed"), 0, 1)
+                             model=o.config.model if options.quick else "seed"))
         os.chdir(ROOT)
     # The first step pays for what is made once; the last has no successor, and saves a checkpoint.
     steps = []
@@ -306,14 +309,14 @@ def run_logits(o, case: dict) -> dict:
     """Peak memory of log-probs and their gradient: logits of answer tokens in chunks, recomputed or kept for the
     backward pass, or of the whole row at once. The layers' own activations are kept in all three."""
     groups = make_groups(o, case)
-    row, start = o.data.build_row(groups, o.device), peak_memory()
-    o.policy.config = replace(o.config, logit_chunk=case["chunk"], recompute=case["mode"] == "recomputed")
+    row, start = o.machine.build_row(groups), peak_memory()
+    o.policy.logit_chunk, o.policy.recompute = case["chunk"], case["mode"] == "recomputed"
     if case["mode"] != "full":
         seconds = timed(lambda: o.policy(row).sum().backward())
     else:
         def full():
             index_T = o.torch.arange(len(row.ids_T))
-            mask_TT = o.data.visible(row)(0, 0, index_T[:, None], index_T[None, :])
+            mask_TT = o.machine.visible(row)(0, 0, index_T[:, None], index_T[None, :])
             logits_TV = o.plain(row.ids_T[None], position_ids=row.position_T[None], use_cache=False,
                                 attention_mask=mask_TT[None, None]).logits[0]
             logprob_TV = o.torch.log_softmax(logits_TV, -1)
@@ -401,19 +404,18 @@ def serve_trl(case: dict) -> None:
 class Worker:
     """One side, running. `ask` is one run and its result; a worker that dies ends the benchmark."""
 
-    def __init__(self, kind, case, ranks=1, warm=True):
-        python, threads = str(ROOT / ".venv/bin/python"), max(1, options.threads // ranks)
-        if kind == "trl":
-            python = str(ROOT / ".venv-trl/bin/python")
+    def __init__(self, kind, case, ranks=1, warm=True, root=ROOT):
+        python = str(root / (".venv-trl" if kind == "trl" else ".venv") / "bin/python")
+        threads = max(1, options.threads // ranks)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
         launcher = torchrun if ranks > 1 else []
-        command = [python, *launcher, __file__, "--worker", kind, "--case", json.dumps(case), *flags,
-                   *["--quick"] * options.quick]
+        command = [python, *launcher, str(root / "tests/bench/speed.py"), "--worker", kind, "--case", json.dumps(case),
+                   *flags, *["--quick"] * options.quick]
         self.kind, self.process = kind, subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         if warm:
             self.ask(case)
@@ -442,6 +444,21 @@ def alternate(turns: dict) -> dict[str, dict]:
     return {name: median(found) | {"all_seconds": [r["seconds"] for r in found]} for name, found in results.items()}
 
 
+def in_turn(worker: Worker, settings: dict[str, dict]) -> dict[str, dict]:
+    """One worker, several settings."""
+    found = alternate({name: functools.partial(worker.ask, setting) for name, setting in settings.items()})
+    worker.close()
+    return found
+
+
+def side_by_side(workers: dict[str, Worker], case: dict) -> dict[str, dict]:
+    """Several workers, one setting."""
+    found = alternate({name: functools.partial(worker.ask, case) for name, worker in workers.items()})
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
 def median(results: list):
     if isinstance(results[0], dict):
         return {key: median([r[key] for r in results]) for key in results[0]}
@@ -460,10 +477,7 @@ def part_1(cases) -> dict:
     for name, case in cases.items():
         found[name] = {}
         for kinds in [{"ours": "step"}, {"trl": "trl"}] if options.apart else [{"ours": "step", "trl": "trl"}]:
-            sides = {side: Worker(kind, case) for side, kind in kinds.items()}
-            found[name] |= alternate({side: functools.partial(worker.ask, case) for side, worker in sides.items()})
-            for worker in sides.values():
-                worker.close()
+            found[name] |= side_by_side({side: Worker(kind, case) for side, kind in kinds.items()}, case)
         assert found[name]["ours"]["prompt_tokens"] == found[name]["trl"]["prompt_tokens"], found[name]
     table("1. A whole step: ours against TRL (generate of transformers, micro-batches of 8 rows)"
           + ", one side after the other" * options.apart,
@@ -479,9 +493,7 @@ def part_2(cases) -> dict:
     for name, case in cases.items():
         worker = Worker("update", case | {"mode": "shared"})
         worker.ask(case | {"mode": "padded"})
-        found[name] = alternate({mode: functools.partial(worker.ask, case | {"mode": mode})
-                                 for mode in ("shared", "padded")})
-        worker.close()
+        found[name] = in_turn(worker, {mode: case | {"mode": mode} for mode in ("shared", "padded")})
     table("2. The update alone: shared-prefix rows against padded rows with answer-only logits",
           "case | shared s | padded s | times faster | useful GFLOP/s | matmul GFLOP/s | share | matmul, layer's shape",
           [(name, s["seconds"], p["seconds"], p["seconds"] / s["seconds"], s["flops"] / s["seconds"] / 1e9,
@@ -494,9 +506,7 @@ def part_3(cases) -> dict:
     found = {}
     for name, case in cases.items():
         worker = Worker("rollout", case | {"mode": "ours"})
-        found[name] = alternate({mode: functools.partial(worker.ask, case | {"mode": mode})
-                                 for mode in ("ours", "bare")})
-        worker.close()
+        found[name] = in_turn(worker, {mode: case | {"mode": mode} for mode in ("ours", "bare")})
     table("3. The rollout against bare LLM.generate", "case | ours s | bare s | of bare speed",
           [(name, f["ours"]["seconds"], f["bare"]["seconds"], f["bare"]["seconds"] / f["ours"]["seconds"])
            for name, f in found.items()])
@@ -522,12 +532,8 @@ def part_5(cases) -> dict:
     found = {}
     for settings in (by_group, by_prompt):
         worker = Worker("step", settings[max(settings, key=lambda s: settings[s]["prompt_tokens"])])
-        found |= alternate({name: functools.partial(worker.ask, setting) for name, setting in settings.items()})
-        worker.close()
-    workers = {f"{ranks} ranks": Worker("step", cases["a"], ranks) for ranks in (1, 2)}
-    found |= alternate({name: functools.partial(worker.ask, cases["a"]) for name, worker in workers.items()})
-    for worker in workers.values():
-        worker.close()
+        found |= in_turn(worker, settings)
+    found |= side_by_side({f"{ranks} ranks": Worker("step", cases["a"], ranks) for ranks in (1, 2)}, cases["a"])
     table("5. Growth", "setting | s a step | s a group | rollout s | update s",
           [(name, f["seconds"], f["seconds"] / (cases["a"]["prompts"] if "ranks" in name else prompts),
             f["parts"]["rollout"], f["parts"]["update"]) for name, f in found.items()])
@@ -539,7 +545,7 @@ def part_5(cases) -> dict:
 
 
 def part_6(cases) -> dict:
-    found, rows = {}, []
+    found = {}
     chunk, settings = (16, case(2, 60, 4, 8)) if options.quick else (256, case(4, 60, 8, 96))
     for mode in ("recomputed", "kept", "full"):
         setting = settings | {"mode": mode, "chunk": chunk}
@@ -581,9 +587,7 @@ def part_7(cases) -> dict:
     calibrator.close()
     first = next(iter(cases))
     for name, setting in (cases | {f"{first}, 2 minibatches": cases[first] | {"minibatches": 2}}).items():
-        worker = Worker("step", setting)
-        measured = alternate({name: functools.partial(worker.ask, setting)})[name]
-        worker.close()
+        measured = in_turn(Worker("step", setting), {name: setting})[name]
         found[name] = {"measured": measured, "predicted": predict_step(setting, rates)}
     table(f"7. The cost of a step, predicted from rates measured at {calibration}",
           "case | predicted s | measured s | ratio | " + " | ".join(predict_step(calibration, rates)),
@@ -594,6 +598,20 @@ def part_7(cases) -> dict:
     return {"rates": rates, **found}
 
 
+def part_8(cases) -> dict:
+    """The other checkout runs its own copy of this file: both sides speak the same lines."""
+    found = {}
+    for name, case in cases.items():
+        other = Worker("step", case, root=Path(options.against).resolve())
+        found[name] = side_by_side({"this": Worker("step", case), "other": other}, case)
+    table(f"8. A whole step: this code against that in {options.against}",
+          "case | this s | other s | ratio | update, this / other s",
+          [(name, t["seconds"], o["seconds"], t["seconds"] / o["seconds"],
+            f"{t['parts']['update']:.1f} / {o['parts']['update']:.1f}")
+           for name, pair in found.items() for t, o in [(pair["this"], pair["other"])]])
+    return found
+
+
 def draw(found: dict, path: Path) -> None:
     import matplotlib
 
@@ -602,7 +620,7 @@ def draw(found: dict, path: Path) -> None:
 
     figure, (steps, growth) = plt.subplots(1, 2, figsize=(10, 3.6))
     for offset, (side, label) in ((-0.2, ("ours", "URPO")), (0.2, ("trl", "TRL"))):
-        for i, (name, pair) in enumerate(found.get("1", {}).items()):
+        for i, pair in enumerate(found.get("1", {}).values()):
             bar = steps.bar(i + offset, pair[side]["seconds"], 0.4, color="C0" if side == "ours" else "C7",
                             label=label if i == 0 else None)
             steps.bar_label(bar, [f"{pair[side]['seconds']:.0f} s\n{pair[side]['memory']:.1f} GiB"], fontsize=7)
@@ -618,7 +636,7 @@ def draw(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def machine() -> dict:
+def about_machine() -> dict:
     from importlib.metadata import version
 
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), None)
@@ -636,12 +654,12 @@ def main() -> None:
     found = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").exists() else {"runs": {}}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     about = {"commit": commit.stdout.strip() or None, "started": datetime.datetime.now().isoformat("T", "minutes"),
-             "machine": machine(), "repeats": options.repeats, "flags": flags, "apart": options.apart}
+             "machine": about_machine(), "repeats": options.repeats, "flags": flags, "apart": options.apart}
     print(json.dumps(about))
     for number in options.parts.split(","):
         print(f"{number}. {PARTS[int(number)]}", file=sys.stderr, flush=True)
-        chosen = {name: cases[name] for name in options.cases.split(",")} if number in "1237" else cases
-        kept, names = (found.get(number, {}), chosen) if number in "123" else ({}, [None])
+        chosen = {name: cases[name] for name in options.cases.split(",")} if number in "12378" else cases
+        kept, names = (found.get(number, {}), chosen) if number in "1238" else ({}, [None])
         found[number] = kept | globals()[f"part_{number}"](chosen)
         found["runs"] |= {f"{number} {name}" if name else number: about for name in names}
         out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
@@ -653,16 +671,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--parts", default="1,2,3,4,5,6,7", help="; ".join(f"{n}: {what}" for n, what in PARTS.items()))
-    parser.add_argument("--cases", default="a,b,c", help="of parts 1, 2, 3 and 7")
+    parser.add_argument("--cases", default="a,b,c", help="of parts 1, 2, 3, 7 and 8")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side after its warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of a side, over all its ranks")
     parser.add_argument("--apart", action="store_true", help="part 1: one side after the other, where memory cannot "
                         "hold both: TRL alone takes more than 14 GiB in case b")
+    parser.add_argument("--against", help="part 8: a folder with another checkout of this project, set up with `make`")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a smoke run: its times say nothing")
     parser.add_argument("--out", help="default docs/speed; with --quick runs/speed-quick")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
+    if "8" in options.parts and not options.against:
+        parser.error("part 8 needs --against FOLDER")
     if options.worker == "trl":
         serve_trl(options.case)
     elif options.worker:

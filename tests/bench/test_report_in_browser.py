@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     from eval import main
     from test_report import HOSTILE, made_up_run
 
-    folder = made_up_run(tmp_path_factory.mktemp("runs") / "hostile", answer=HOSTILE, prompts=2, probe_every=2)
+    folder = made_up_run(tmp_path_factory.mktemp("runs") / "hostile", answer=HOSTILE, prompts=2)
     main(["report", str(folder)])
     return folder
 
@@ -50,8 +50,10 @@ def test_filters_unfolds_and_has_nothing_to_complain_of(run):
     groups = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
     with opened(run / "report.html") as (page, complaints, requests):
         def expect(kind, low=-2.0, high=11.0):
-            wanted = sum(group["kind"] in (kind or group["kind"]) and
-                         any(low <= sample["reward"] <= high for sample in group["samples"]) for group in groups)
+            wanted = 0
+            for group in groups:
+                inside = [low <= reward <= high for reward in group["rewards"]]
+                wanted += group["kind"] in (kind or group["kind"]) and any(inside)
             assert page.locator(f"{GROUP}:visible").count() == wanted
             assert page.locator("output").inner_text() == f"{wanted} of {len(groups)} prompts shown"
             return wanted
@@ -87,13 +89,12 @@ def test_filters_unfolds_and_has_nothing_to_complain_of(run):
 
 def test_twenty_thousand_trajectories_open_and_filter_within_a_minute(tmp_path):
     from eval import main
-    from test_report import made_up_run
+    from test_report import made_up_run, records_of, write_lines
 
     folder = made_up_run(tmp_path / "long", steps=3, warmup=0)
-    lines = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    with (folder / "rollouts.jsonl").open("w") as out:
-        for step in range(20_000 // 36):
-            out.writelines(json.dumps(line | {"step": step}) + "\n" for line in lines)
+    records = records_of(folder)
+    write_lines(folder / "rollouts.jsonl",
+                (record | {"step": step} for step in range(20_000 // 36) for record in records))
     main(["report", str(folder)])
     with opened(folder / "report.html") as (page, complaints, _):
         seconds = page.evaluate("performance.getEntriesByType('navigation')[0].duration / 1000")
@@ -105,11 +106,11 @@ def test_twenty_thousand_trajectories_open_and_filter_within_a_minute(tmp_path):
 
 
 def screenshot(path, out):
-    """The health of the judge of its own answers, the probes, and trajectories with one unfolded."""
+    """The figures that expose a constant judge, and trajectories with one unfolded."""
     with opened(path, 1200, 1280) as (page, complaints, requests):
         page.select_option("[name=kind]", "instruction")
         page.locator(f"{GROUP}:visible").first.locator("summary.row").click()
-        page.evaluate("document.querySelectorAll('h3')[1].scrollIntoView()")
+        page.evaluate("document.querySelectorAll('h2')[1].scrollIntoView()")
         page.screenshot(path=out)
         print(f"{out}: {Path(out).stat().st_size} bytes; complaints: {complaints}; network: {requests}")
 

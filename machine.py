@@ -1,0 +1,635 @@
+"""The machine under the algorithm: packed rows, FSDP2, vLLM, ranks. A reader of the paper need not enter this room,
+but for the first section, the packed row.
+
+EVERY line that differs between CPU and GPU stands in this file, behind `if GPU`, and so does all of vLLM. Functions
+take values, not the settings object. What runs on a CPU is tested; what runs on a GPU alone has not been run yet.
+
+From top to bottom: the packed row and its attention; the policy, sharded; the sampler; ranks; checks before a start.
+
+Tensor names carry their shape: T tokens of a row, N answer tokens, V vocabulary, H hidden size, K attention heads.
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import logging
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data import Group, InputError
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PRESET = "paper" if GPU else "smol"  # what --preset auto means here
+SMOL_PRECISION = "bfloat16" if GPU else "float32"  # a CPU computes in fp32, with its sampler 1e-5 nats away
+SMOL_DRIFT = 0.1 if GPU else 1e-3
+# Large pages for large tensors: a CPU's update takes 1/8 less time. Torch reads this at its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# ------------------------------------------------------------------------------- the packed row
+
+
+@dataclass
+class Row:
+    """Several groups in one row of tokens, each [prompt, answer 1, ..., answer G], the prompt stored once.
+
+    Positions restart after the prompt for each answer, and an answer sees its prompt and itself alone. So G answers
+    cost one prompt, while log-probs and gradients equal those of G separate sequences (tests/test_machine.py).
+    """
+
+    groups: list[Group]
+    ids_T: Tensor
+    position_T: Tensor
+    group_T: Tensor  # which group a token belongs to
+    answer_T: Tensor  # 0 in a prompt, 1 ... G in an answer
+    source_N: Tensor  # where in the row stands the token that predicts answer token n
+    target_N: Tensor  # answer token n
+    lengths: list[list[int]]  # tokens of [prompt, answer 1, ..., answer G], for each group
+    # For the loss, a value for each answer token:
+    advantage_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    weight_N: Tensor = field(default_factory=lambda: torch.empty(0))
+    sampler_N: Tensor = field(default_factory=lambda: torch.empty(0))  # log-prob by the sampler, nats
+    old_N: Tensor | None = None  # log-prob by the trainer at rollout weights, nats; None: not computed yet
+
+    def keep_old(self, old_N: Tensor) -> None:
+        """The trainer's log-probs at rollout weights, kept here and in the groups."""
+        self.old_N = old_N
+        sizes = [group.answer_tokens for group in self.groups]
+        for group, part_N in zip(self.groups, old_N.split(sizes)):
+            group.old_N = part_N
+
+
+def build_row(groups: list[Group]) -> Row:
+    """Groups as one row of tensors.
+
+    >>> row = build_row([Group(0, None, prompt_ids=[5, 6], answers=[[7, 8], [9]])])
+    >>> row.ids_T.tolist(), row.position_T.tolist(), row.answer_T.tolist()
+    ([5, 6, 7, 8, 9], [0, 1, 2, 3, 2], [0, 0, 1, 1, 2])
+    >>> row.source_N.tolist(), row.target_N.tolist()
+    ([1, 2, 1], [7, 8, 9])
+    >>> row.lengths
+    [[2, 2, 1]]
+    """
+    ids, position, group_of, answer_of, source, target, lengths = [], [], [], [], [], [], []
+    for g, group in enumerate(groups):
+        prompt_length = len(group.prompt_ids)
+        prompt_end = len(ids) + prompt_length - 1
+        lengths.append([])
+        for a, part in enumerate([group.prompt_ids, *group.answers]):
+            if a > 0:  # the last token of the prompt predicts the first token of every answer
+                source.append(prompt_end)
+                source.extend(range(len(ids), len(ids) + len(part) - 1))
+                target.extend(part)
+            first = prompt_length if a > 0 else 0
+            ids.extend(part)
+            position.extend(range(first, first + len(part)))
+            group_of.extend([g] * len(part))
+            answer_of.extend([a] * len(part))
+            lengths[g].append(len(part))
+    tensors = [torch.tensor(values, device=DEVICE) for values in (ids, position, group_of, answer_of, source, target)]
+    row = Row(groups, *tensors, lengths)
+    add_loss_values(row)
+    return row
+
+
+def add_loss_values(row: Row) -> None:
+    """Advantage, weight, sampler's and trainer's log-prob of each answer token, as far as the groups have them."""
+    advantages, weights, sampler = [], [], []
+    for group in row.groups:
+        for advantage, answer in zip(group.advantages, group.answers):
+            advantages.extend([advantage] * len(answer))
+        for logprobs in group.sampler_logprobs:
+            sampler.extend(logprobs)
+        weights.extend(group.weights)
+    row.advantage_N = torch.tensor(advantages, device=DEVICE)
+    row.weight_N = torch.tensor(weights, device=DEVICE)
+    row.sampler_N = torch.tensor(sampler, device=DEVICE)
+    if row.groups[0].old_N is not None:
+        row.old_N = torch.cat([group.old_N for group in row.groups])
+
+
+def visible(row: Row):
+    """Token q sees token k when k stands before it in the same group, in the prompt or in the same answer.
+
+    In the form that FlexAttention wants: a function of (batch, head, q, k), whose indices may be tensors.
+    """
+
+    def sees(b, h, q, k):
+        same_group = row.group_T[q] == row.group_T[k]
+        same_answer = (row.answer_T[k] == 0) | (row.answer_T[q] == row.answer_T[k])
+        return same_group & same_answer & (k <= q)
+
+    return sees
+
+
+# ------------------------------------------------------------------------------- rows of a batch, and their attention
+
+
+def pack(groups: list[Group], row_tokens: int) -> list[list[Group]]:
+    """Groups into rows of at most `row_tokens` tokens, the longest first, each into the first row with room.
+
+    A group that is longer gets a row of its own.
+    """
+    rows: list[list[Group]] = []
+    for group in sorted(groups, key=lambda group: -group.tokens):
+        for row in rows:
+            if sum(other.tokens for other in row) + group.tokens <= row_tokens:
+                row.append(group)
+                break
+        else:
+            rows.append([group])
+    return rows
+
+
+def build_rows(groups: list[Group], row_tokens: int) -> list[Row]:
+    """Packed rows, as many on every rank: under FSDP every forward pass is a collective.
+
+    A rank that has fewer rows than another gets idle ones, of one token whose weight in the loss is 0.
+    """
+    packed = pack(groups, row_tokens)
+    most = int(all_reduce(len(packed), dist.ReduceOp.MAX))
+    while len(packed) < most:
+        packed.append([Group(-1, None, [0], [[0]], advantages=[0.0], sampler_logprobs=[[0.0]], weights=[0.0])])
+    return [build_row(groups) for groups in packed]
+
+
+def block_mask(row: Row):
+    """`visible` for FlexAttention on a GPU, which skips the empty blocks. Not yet run there; tests build it here."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length = len(row.ids_T)
+    return create_block_mask(visible(row), None, None, length, length, device=row.ids_T.device)
+
+
+def row_attention(module, query_1KTD, key_1KTD, value_1KTD, attention_mask, scaling=None, row=None, **_):
+    """`visible` on a CPU, where FlexAttention has no gradient. The signature is that of transformers' attention.
+
+    Every prompt sees itself, and every answer its prompt and itself, each in a call of its own. One mask over the
+    whole row would compute mostly what it then hides: 5.6 times as much for 8 answers of 96 tokens and a prompt of 60.
+    """
+    lengths = [length for group in row.lengths for length in group]
+    queries = query_1KTD.split(lengths, dim=2)
+    keys = key_1KTD.split(lengths, dim=2)
+    values = value_1KTD.split(lengths, dim=2)
+    attended = []
+    for group in row.lengths:
+        first = len(attended)  # the group's prompt
+        for part in range(first, first + len(group)):
+            key, value, mask = keys[part], values[part], None
+            if part > first:
+                key = torch.cat([keys[first], key], dim=2)
+                value = torch.cat([values[first], value], dim=2)
+                tokens, seen = queries[part].shape[2], key.shape[2]
+                mask = torch.ones(tokens, seen, dtype=torch.bool).tril(seen - tokens)
+            attended.append(nn.functional.scaled_dot_product_attention(
+                queries[part], key, value, attn_mask=mask, is_causal=part == first, scale=scaling, enable_gqa=True))
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+# ------------------------------------------------------------------------------- the policy, sharded by FSDP2
+
+
+class Policy(nn.Module):
+    """The language model. Its forward pass gives the log-prob of every answer token of one packed row.
+
+    This module is FSDP2's root, so that `forward` gathers and frees the embedding and the head by itself.
+    vocabulary: the tokenizer's size. logit_chunk: answer tokens whose logits are made at once.
+    """
+
+    def __init__(self, lm, vocabulary: int, temperature: float, logit_chunk: int, recompute: bool):
+        super().__init__()
+        self.lm, self.vocabulary, self.temperature = lm, vocabulary, temperature
+        self.logit_chunk, self.recompute = logit_chunk, recompute
+
+    def forward(self, row: Row) -> Tensor:
+        """Row -> log pi(token) [N], nats, fp32."""
+        mask = block_mask(row) if GPU else None
+        output = self.lm.model(input_ids=row.ids_T[None], position_ids=row.position_T[None], attention_mask=mask,
+                               row=row, use_cache=False)
+        hidden_NH = output.last_hidden_state[0, row.source_N]
+        logprobs = []
+        for chunk in zip(hidden_NH.split(self.logit_chunk), row.target_N.split(self.logit_chunk)):
+            if self.recompute:  # all logits together, N x V, would be the largest tensor of all
+                logprobs.append(checkpoint(self.token_logprobs, *chunk, use_reentrant=False))
+            else:
+                logprobs.append(self.token_logprobs(*chunk))
+        return torch.cat(logprobs)
+
+    def token_logprobs(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
+        # Padded vocabulary rows exist in the head but are never sampled, so they are no part of the softmax.
+        logits_NV = self.lm.lm_head(hidden_NH)[:, : self.vocabulary].float()
+        if self.temperature != 1:
+            logits_NV = logits_NV / self.temperature
+        return -nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
+
+
+def load_policy(folder: str, vocabulary: int, precision: str, temperature: float, logit_chunk: int,
+                recompute: bool) -> Policy:
+    """The policy of a model's folder, sharded over all ranks: fp32 master weights, compute in `precision`."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register("row_attention", row_attention)
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
+                                              trust_remote_code=False,
+                                              attn_implementation="flex_attention" if GPU else "row_attention")
+    lm.train()
+    if recompute:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(lm, vocabulary, temperature, logit_chunk, recompute)
+    policy.compute = getattr(torch, precision)
+    mesh = dist.init_device_mesh(DEVICE, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=policy.compute, reduce_dtype=torch.float32)
+    for layer in lm.model.layers:  # gloo is slower than memory is dear: several CPU ranks gather a layer once an update
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=GPU or mesh.size() == 1)
+    # The root frees its weights after a forward pass too. Otherwise a pass without gradient would leave the head
+    # unsharded, and optimiser and sync would see a plain tensor in its place.
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    return policy
+
+
+def accumulate(policy: Policy, rows: list[Row]):
+    """The rows of one update, one after another; gradients are added up and meet those of other ranks at the end.
+
+    A GPU reduces them after every row instead, since whole gradients would fill it.
+    """
+    for i, row in enumerate(rows):
+        last = i == len(rows) - 1
+        policy.set_requires_gradient_sync(GPU or last)
+        policy.set_reshard_after_backward(GPU or dist.get_world_size() == 1 or last)
+        yield row
+
+
+def warmup_schedule(optimizer, updates: int):
+    """A rate that rises linearly over so many updates, then stays."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / max(1, updates)))
+
+
+def clip_gradient(policy: Policy, largest: float) -> float:
+    """Scale the gradient to a norm of at most `largest`; returns its norm before that, over all ranks."""
+    return nn.utils.clip_grad_norm_(policy.parameters(), largest).full_tensor().item()
+
+
+def full_weights(policy: Policy):
+    """(name, whole tensor) one at a time, by the checkpoint's names, in compute precision. All ranks must iterate."""
+    for name, weight in policy.state_dict().items():
+        if name != "lm.lm_head.weight" or not policy.lm.config.tie_word_embeddings:
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            yield name.removeprefix("lm."), whole.detach().to(policy.compute)
+
+
+# ------------------------------------------------------------------------------- the sampler, vLLM
+
+
+def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memory: float | None = None):
+    """A vLLM engine in this process.
+
+    max_tokens: of one sequence. cpu_cache: GiB for keys and values on a CPU; while they are full, requests wait.
+    gpu_memory: in training, the share of the GPU that the engine may take while it is awake. It then joins the group
+    of all ranks, and on a GPU it can sleep while the trainer works.
+    """
+    if not GPU:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two ranks share one core
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # also of what it says before it reads the variable above
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own imports, no concern of a user
+    from vllm import LLM
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # the CPU's is one of its kind
+
+    if "weights_iterator" not in inspect.signature(GPUModelRunner.reload_weights).parameters:
+        raise InputError("this vLLM's reload_weights takes no weights_iterator, so the trainer's weights cannot reach "
+                         "it; install the version that our requirements file names")
+    options = dict(max_model_len=max_tokens, max_num_batched_tokens=max(8192, max_tokens), disable_log_stats=True,
+                   load_format="safetensors", logprobs_mode="processed_logprobs", use_tqdm_on_load=False)
+    if gpu_memory is not None:
+        options.update(distributed_executor_backend="external_launcher", enable_sleep_mode=GPU,
+                       gpu_memory_utilization=gpu_memory)
+    if GPU:
+        options.update(dtype="bfloat16")
+    else:
+        # A prompt read in two parts crashes a seeded request on a CPU ("CPU Generator does not use offset").
+        # The answers to a prompt share its keys and values in whole blocks: 32 is the CPU's smallest.
+        options.update(dtype="float32", enforce_eager=True, block_size=32, enable_chunked_prefill=False,
+                       kv_cache_memory_bytes=int(cpu_cache * 2**30))
+    return LLM(folder, **options)
+
+
+@dataclass
+class Sample:
+    """One answer of the sampler."""
+
+    ids: list[int]  # the end token included
+    text: str  # without the end token
+    finished: bool  # False: cut off at its limit of tokens
+    logprobs: list[float]  # of each token, by the sampler itself, nats
+
+
+def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], seeds: list[int], temperature: float,
+             progress: bool = False) -> list[list[Sample]]:
+    """n answers to each prompt: token ids in, token ids and their log-probs out, nothing truncated.
+
+    One seed a prompt, from which vLLM derives one for each of its n answers: a rerun samples the same tokens.
+    """
+    from vllm import SamplingParams
+
+    if not prompts:
+        return []
+    # Padded ids exist in the head but mean nothing, so they are forbidden. A list of the allowed ids would say the
+    # same, and vLLM goes through it for every answer: 1.7 times as long for 49,152 ids and 24 tokens an answer.
+    tokenizer = engine.get_tokenizer()
+    padded = range(len(tokenizer), engine.model_config.get_vocab_size())
+    params = []
+    for limit, seed in zip(max_tokens, seeds):
+        params.append(SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
+                                     logprobs=0, logit_bias=dict.fromkeys(padded, -math.inf) or None))
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress)
+    answers = []
+    for output in outputs:
+        answers.append([])
+        for sample in output.outputs:
+            ids = list(sample.token_ids)
+            logprobs = [token[i].logprob for token, i in zip(sample.logprobs, ids)]
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            answers[-1].append(Sample(ids, text, sample.finish_reason == "stop", logprobs))
+    return answers
+
+
+def sleep(engine) -> None:
+    """The engine leaves a GPU's memory to the trainer; `sync` brings it back. On a CPU both stay. Not yet run."""
+    if GPU:
+        engine.sleep(level=2)
+
+
+def sync(engine, policy: Policy) -> None:
+    """The trainer's weights into the engine, one tensor at a time. What its prefix cache holds is stale after that."""
+    if GPU:
+        engine.wake_up(tags=["weights"])  # not yet run
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy)})
+    if GPU:
+        engine.wake_up(tags=["kv_cache"])
+    else:  # vLLM multiplies by a packed copy of the head, and reload_weights leaves that of a tied head as it was
+        engine.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
+    engine.reset_prefix_cache()
+
+
+# ------------------------------------------------------------------------------- ranks
+
+STORE = None  # the ranks' common notes; made by start_ranks
+
+
+def start_ranks(timeout_minutes: float) -> tuple[int, int]:
+    """(rank, number of ranks), after all ranks have met. Without torchrun this process is a group of one.
+
+    It comes before the engine, which would start a group of its own. The group is never destroyed, which vLLM would
+    answer with an error.
+    """
+    global STORE
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free port
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if GPU:
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"local rank {local_rank} has no GPU: use --nproc_per_node={torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+    else:  # more threads than cores get in each other's way: an update took 7 times as long
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    STORE, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", store=STORE, rank=rank, world_size=world,
+                            timeout=timeout)
+    return rank, world
+
+
+def stop(error: Exception) -> None:
+    """Exit status 2 with one line on standard error. A RuntimeError that is no lost rank is raised again."""
+    message = str(error)
+    if isinstance(error, RuntimeError):  # gloo raises it for everything; its words tell whether a rank is lost
+        if not re.search(r"Timed out|[Cc]onnection (closed|reset|refused)|Broken pipe", message):
+            raise error
+        message = ("another rank died, or stalled for longer than --timeout; its own message says why; --resume "
+                   f"continues from the newest checkpoint ({message.splitlines()[0]})")
+    # Once: mostly all ranks find the same mistake, but not always.
+    first = STORE.add(message, 1) == 1 if STORE else os.environ.get("RANK", "0") == "0"
+    if first:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def catch_signals() -> list[int]:
+    """A list that SIGTERM and Ctrl-C will be added to, instead of ending the process."""
+    caught: list[int] = []
+    for name in (signal.SIGTERM, signal.SIGINT):  # torchrun passes both on, and kills after its --shutdown-timeout
+        signal.signal(name, lambda number, frame: caught.append(number))
+    return caught
+
+
+def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
+    """One number over all ranks, in float64."""
+    tensor = torch.tensor(float(value), dtype=torch.float64, device=DEVICE)
+    dist.all_reduce(tensor, op)
+    return tensor.item()
+
+
+def on_rank_0(what: str, work):
+    """What `work()` returns on rank 0, for all ranks. So do its errors: the others must not wait for a dead rank."""
+    from safetensors import SafetensorError
+
+    outcome = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [work()]
+        except InputError as error:
+            outcome = [error]
+        except (OSError, SafetensorError) as error:
+            outcome = [write_failed(what, error)]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def write_failed(what: str, error: BaseException) -> InputError:
+    if not isinstance(error, OSError):  # torch and safetensors hide why
+        error = f"a file could not be written whole: {error}"
+    return InputError(f"{what} failed: {error}; make room or mend the permissions, then --resume continues from "
+                      "the newest complete checkpoint")
+
+
+def gather(items: list) -> list | None:
+    """The lists of all ranks as one, on rank 0; None elsewhere."""
+    parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(items, parts)
+    return parts and [item for part in parts for item in part]
+
+
+def share_evenly(groups: list[Group], world: int) -> list[list[Group]]:
+    """Groups to `world` ranks, equally many to each, the work about even: the longest first, each to the idlest rank.
+
+    A group without signal costs nothing.
+
+    >>> groups = [Group(index, None, [0] * tokens, [], advantages=[advantage])
+    ...           for index, (tokens, advantage) in enumerate([(9, 1.0), (7, 1.0), (6, 1.0), (9, 0.0)])]
+    >>> [[group.index for group in hand] for hand in share_evenly(groups, 2)]
+    [[0, 3], [1, 2]]
+    """
+    hands: list[list[Group]] = [[] for _ in range(world)]
+    work = [0] * world
+    for group in sorted(groups, key=lambda group: group.tokens * group.has_signal, reverse=True):
+        free = [rank for rank in range(world) if len(hands[rank]) < len(groups) // world]
+        idlest = min(free, key=lambda rank: work[rank])
+        hands[idlest].append(group)
+        work[idlest] += group.tokens * group.has_signal
+    return hands
+
+
+def rebalance(groups: list[Group], minibatches: int) -> list[Group]:
+    """The groups of each minibatch handed out to the ranks once more, equally many to each, the work about even.
+
+    Only after part 4 it is known which groups have a signal, and only they cost anything in parts 5 and 6. A minibatch
+    keeps its groups, so the update stays the same. Here the ranks wait for the one that sampled longest.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    everyone, size = [None] * world, len(groups) // minibatches
+    dist.all_gather_object(everyone, groups)
+    own = []
+    for m in range(minibatches):
+        minibatch = []
+        for part in everyone:
+            minibatch += part[m * size : (m + 1) * size]
+        own += share_evenly(minibatch, world)[rank]
+    return own
+
+
+class Clock:
+    """Seconds of each part of a step: `clock(name)` closes the part that has just run."""
+
+    def __init__(self, parts: tuple[str, ...]):
+        self.seconds = dict.fromkeys(parts, 0.0)
+        self.last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        if GPU:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = now - self.last
+        self.last = now
+
+
+def peak_memory_gib() -> float:
+    """The highest memory so far, of all ranks together."""
+    own = torch.cuda.max_memory_allocated() if GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return all_reduce(own) / 2**30
+
+
+def about_machine() -> dict:
+    """What a run's config.json says of the machine and its software."""
+    versions = {name: version(name) for name in ("torch", "transformers", "vllm" if GPU else "vllm-cpu")}
+    device = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} CPU cores"
+    return {"ranks": dist.get_world_size(), "device": device, "versions": versions}
+
+
+# ------------------------------------------------------------------------------- models, and checks before a start
+
+
+def model_folder(model: str) -> str:
+    """The folder or hub id that --model stands for: `raw` and `seed` are made by toy/seed.py, others stay as given."""
+    if model in ("raw", "seed"):
+        from toy import seed
+
+        return seed.folder(model)
+    if model.startswith((".", "/")) or os.path.exists(model):
+        if not os.path.isfile(os.path.join(model, "config.json")):
+            raise InputError(f"{model}: no model here (no config.json); give a folder that save_pretrained wrote")
+        if not any(Path(model).glob("*.safetensors")):
+            raise InputError(f"{model}: no *.safetensors here, and no other format is read, since a pickle "
+                             "(pytorch_model.bin) can run code; save it as safetensors where you trust it")
+    return model
+
+
+def load_tokenizer(folder: str):
+    """The tokenizer of a folder or hub id. Raises InputError where neither we nor the hub have such a model."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  a damaged file raises anything; the reason is printed
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--model {folder}: no tokenizer that loads, here or on the hub as far as we can see "
+                         f"({type(error).__name__}: {reason}); check the name, or save model and tokenizer "
+                         "there") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"--model {folder}: its tokenizer has no tokenizer.json, and only such tokenizers tell which "
+                         "letters a token stands for; convert it, or use another model")
+    return tokenizer
+
+
+def check_model(folder: str, vocabulary: int, tokens: int) -> int:
+    """The number of parameters. Refuses a model that trainer or sampler could not use, before weights are loaded.
+
+    vocabulary: the tokenizer's size. tokens: the longest sequence.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # damaged; unknown; wants its own code to be run; no language model
+        raise InputError(f"--model {folder}: its config.json names no language model that transformers knows "
+                         f"({' '.join(str(error).split())[:200]}); use another") from None
+    if not hasattr(lm, "lm_head") or not hasattr(getattr(lm, "model", None), "layers"):
+        raise InputError(f"--model {folder}: {type(lm).__name__} has no model.layers and lm_head; use a model built "
+                         "as Llama and Qwen are")
+    if vocabulary > config.vocab_size:
+        raise InputError(f"--model {folder}: its tokenizer has {vocabulary} tokens and the model {config.vocab_size}: "
+                         "give the tokenizer that belongs to it")
+    longest = getattr(config, "max_position_embeddings", tokens)
+    if tokens > longest:
+        raise InputError(f"--model {folder} reads {longest} tokens, and --max_prompt_tokens with the longer of "
+                         f"--max_answer_tokens and --max_referee_tokens are {tokens}: lower them")
+    for path in Path(folder).glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):  # reads the header, and compares it with the size
+                pass
+        except SafetensorError as error:
+            raise InputError(f"{path}: damaged or cut off ({error}); copy it again") from None
+    return sum(weight.numel() for weight in lm.parameters())
+
+
+def check_start(folder: str, vocabulary: int, tokens: int, cpu_cache: float) -> None:
+    """Refuse what would fail later: a model that cannot be used, more ranks than the memory holds."""
+    parameters = on_rank_0("reading the model", lambda: check_model(folder, vocabulary, tokens))
+    on_rank_0("measuring memory", lambda: check_memory(parameters, dist.get_world_size(), cpu_cache))
+
+
+def check_memory(parameters: int, world: int, cpu_cache: float) -> None:
+    """Refuse more ranks than a CPU machine's memory can hold (a GPU says so itself). cpu_cache: GiB a rank."""
+    import psutil
+
+    free = psutil.virtual_memory().available / 2**30
+    trainer = 16 * parameters / 2**30  # fp32 weights, gradients and two moments, shared by all ranks
+    rank = 4 * parameters / 2**30 + cpu_cache + 3.5  # the sampler's weights and cache, activations, the process itself
+    if not GPU and trainer + world * rank > free:
+        fitting = max(0, int((free - trainer) / rank))
+        raise InputError(f"{world} ranks of a {parameters / 1e6:.0f}M model need about {trainer + world * rank:.1f} "
+                         f"GiB and {free:.1f} GiB are free: use --nproc_per_node={fitting}, or a smaller model where "
+                         "that is 0")

@@ -1,0 +1,334 @@
+"""A run's folder: the log, the trajectories, the checkpoints, and how each is read back. Values in, no settings object.
+
+    runs/<name>/config.json        settings, machine, commit
+    runs/<name>/log.jsonl          one line a step; every key is explained in docs/log.md
+    runs/<name>/rollouts.jsonl     one line a group (data.Group.to_record)
+    runs/<name>/checkpoints/       step_N/model loads in transformers and vLLM; step_N/trainer continues the run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from hashlib import file_digest
+from pathlib import Path
+from statistics import pstdev
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import machine
+from data import KINDS, Group, InputError
+from rewards import SMALLEST_SPREAD, first_position_preference, mean, parse_scores
+
+# ------------------------------------------------------------------------------- figures of a step
+
+
+def figures_of_kind(groups: list[Group]) -> dict:
+    """The figures of one kind of prompt in one step, from the groups of all ranks. Empty for a kind not drawn.
+
+    Readable judgements, a good mean tau and a lively spread of self-scores can all stand over a referee that writes
+    one constant line. What exposes it: `zero_spread`, the share of judged groups without any gradient; `distinct`,
+    the number of different answers in a group; and `first_position`.
+    """
+    if not groups:
+        return {}
+    rewards, spreads, advantages, lengths, finished = [], [], [], [], []
+    for group in groups:
+        if group.rewards is not None:  # else no judgement of the group could be read
+            rewards += group.rewards
+            spreads.append(pstdev(group.rewards))
+        advantages += map(abs, group.advantages)
+        lengths += map(len, group.answers)
+        finished += group.finished
+    figures = {
+        "prompts": len(groups), "unjudged": len(groups) - len(spreads),
+        "reward": mean(rewards), "reward_std": mean(spreads),
+        "zero_spread": mean(spread < SMALLEST_SPREAD for spread in spreads),
+        "advantage_scale": mean(advantages),
+        "length": mean(lengths), "tokens": sum(lengths), "finished": mean(finished),
+        "distinct": mean(len(set(group.texts)) for group in groups),
+        "entropy": mean(group.entropy for group in groups if group.entropy is not None)}
+    if groups[0].prompt.kind != "reasoning":
+        figures |= referee_figures(groups)
+    return figures
+
+
+def referee_figures(groups: list[Group]) -> dict:
+    """What the referee wrote: on P its answers, on I its self-judgements."""
+    preference = groups[0].prompt.kind == "preference"
+    judgements, taus = [], []  # the scores in the order shown, None: unreadable
+    for group in groups:
+        if preference:
+            verdicts = [parse_scores(text, len(group.prompt.truth)) for text in group.texts]
+            taus += [reward for reward, scores in zip(group.rewards, verdicts) if scores]
+        else:
+            verdicts = [parse_scores(judgement["text"], len(judgement["order"])) for judgement in group.judgements]
+        judgements += verdicts
+    read = [scores for scores in judgements if scores]
+    figures = {"tau": mean(taus)} if preference else {"score_std": mean(pstdev(scores) for scores in read)}
+    figures["format"] = len(read) / len(judgements) if judgements else None
+    figures["first_position"] = first_position_preference(read) if read else None
+    return figures
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+def check_folder(name: str, resume: bool) -> None:
+    """Refuse a run's name that is no plain folder name, or whose folder holds a run that is not to be continued."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(f"--name {name!r}: at most 100 letters, digits, '.', '_' and '-'; a folder in runs/")
+    run = Path("runs") / name
+    for folder in (run.parent, run):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
+    if (run / "log.jsonl").exists() and not resume:
+        raise InputError(f"{run} holds a run: give --resume to continue it, or another --name")
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """A file that is either complete or absent."""
+    unfinished = Path(f"{path}.{os.getpid()}")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    unfinished.rename(path)
+
+
+def flush(path: Path) -> None:
+    """What was written to a file or a folder is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def cut_lines(path: Path, first_step: int) -> None:
+    """Drop the lines of `first_step` and later, and a torn one: a resumed run repeats the steps after its checkpoint.
+
+    In place and without a copy, so that neither a full disk nor a crash can lose the lines that stay.
+    """
+    with open(path, "ab+") as lines:
+        lines.seek(0)
+        kept = cut = 0
+        for line in lines:
+            step = re.match(rb'{"step": (\d+).*}\n', line)
+            if cut or not step or int(step[1]) >= first_step:
+                cut += 1
+            else:
+                kept += len(line)
+        lines.truncate(kept)
+    if cut:
+        print(f"{path}: cut {cut} lines from step {first_step} on, which the run repeats", flush=True)
+
+
+class Log:
+    """config.json, log.jsonl and rollouts.jsonl of a run. For rank 0 alone."""
+
+    def __init__(self, run: Path, rollouts_every: int):
+        self.run, self.rollouts_every = run, rollouts_every
+
+    def open(self, settings: dict, about: dict) -> tuple[int, Path | None]:
+        """(first step, checkpoint to load or None) of a new run, or with the setting `resume` of one that goes on."""
+        first_step, saved = last_checkpoint(self.run) if settings["resume"] else (0, None)
+        self.run.mkdir(parents=True, exist_ok=True)
+        for name in ("log.jsonl", "rollouts.jsonl"):
+            cut_lines(self.run / name, first_step)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        about = {"config": settings, **about, "commit": git.stdout.strip() or None, **machine.about_machine()}
+        (self.run / "config.json").write_text(json.dumps(about, indent=1))
+        return first_step, saved
+
+    def write(self, step: int, records: list[dict], log: dict) -> str:
+        """One line of log.jsonl, one record a group in rollouts.jsonl; returns the rewards for the live line.
+
+        The figures of the log are made from the records alone, as `eval.py explain` makes them again.
+        """
+        records = sorted(records, key=lambda record: record["index"])
+        groups = [Group.from_record(record) for record in records]
+        kinds, shown, tokens = {}, [], 0
+        for kind in KINDS:
+            figures = figures_of_kind([group for group in groups if group.prompt.kind == kind])
+            if figures:
+                kinds[kind] = figures
+                tokens += figures["tokens"]
+                if figures["reward"] is not None:
+                    shown.append(f"{kind} {figures['reward']:.2f}")
+        log = {"step": step, **kinds, **log, "tokens_per_second": tokens / sum(log["seconds"].values())}
+        if step % self.rollouts_every == 0:
+            self.append("rollouts.jsonl", records)
+        self.append("log.jsonl", [log])  # last: a step in the log has its trajectories
+        return ", ".join(shown)
+
+    def append(self, name: str, records: list[dict]) -> None:
+        with open(self.run / name, "a") as out:
+            for record in records:
+                out.write(json.dumps(record) + "\n")
+        flush(self.run / name)
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+def trainer_state(policy, optimizer, schedule) -> dict:
+    model, optimizer_state = get_state_dict(policy, optimizer)
+    return {"model": model, "optimizer": optimizer_state, "schedule": schedule.state_dict()}
+
+
+def save_checkpoint(folder: Path, policy, optimizer, schedule, tokenizer, settings: dict, keep: int) -> None:
+    """Written beside its place, flushed to the disk, then renamed: a checkpoint is whole or not there.
+
+    keep: how many of the newest checkpoints stay; 0: all.
+    """
+    unfinished = folder.with_name("unfinished")
+    machine.on_rank_0(f"removing {unfinished}", lambda: unfinished.exists() and shutil.rmtree(unfinished))
+    try:
+        dcp.save(trainer_state(policy, optimizer, schedule), checkpoint_id=unfinished / "trainer")
+    except dcp.CheckpointException as error:  # on all ranks alike
+        raise machine.write_failed(f"writing {folder}", next(iter(error.failures.values()))[0]) from None
+    weights = {}
+    for name, weight in machine.full_weights(policy):  # all ranks gather, rank 0 keeps
+        if dist.get_rank() == 0:
+            weights[name] = weight.cpu()
+
+    def finish():
+        policy.lm.config.dtype = policy.compute
+        policy.lm.save_pretrained(unfinished / "model", state_dict=weights)
+        tokenizer.save_pretrained(unfinished / "model")
+        (unfinished / "config.json").write_text(json.dumps(settings, indent=1))
+        finish_checkpoint(unfinished, folder, keep)
+
+    machine.on_rank_0(f"writing {folder}", finish)
+
+
+def load_checkpoint(folder: Path, policy, optimizer, schedule) -> None:
+    """Weights, moments and the schedule's step. The rate and the weight decay of this run's flags stay."""
+    rates, weight_decay = schedule.base_lrs, optimizer.defaults["weight_decay"]
+    state = trainer_state(policy, optimizer, schedule)
+    dcp.load(state, checkpoint_id=folder / "trainer")
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    schedule.load_state_dict(state["schedule"] | {"base_lrs": rates})
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate * schedule.lr_lambdas[0](schedule.last_epoch)
+        group["weight_decay"] = weight_decay
+
+
+def file_list(folder: Path) -> dict[str, list]:
+    """{name: [bytes, checksum]} of all files below a folder but for the manifest, which holds this list."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / "manifest.json":
+            with open(path, "rb") as file:
+                found[str(path.relative_to(folder))] = [path.stat().st_size, file_digest(file, "sha256").hexdigest()]
+    return found
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(steps done, path) of every checkpoint in a run's folder `checkpoints`, newest first."""
+    found = [(int(path.name[5:]), path) for path in folder.glob("step_*") if path.name[5:].isdigit()]
+    return sorted(found, reverse=True)
+
+
+def finish_checkpoint(unfinished: Path, folder: Path, keep: int) -> None:
+    """Manifest, flush, rename, pointer: `folder` is whole or not there, at whatever moment the power fails.
+
+    Then all but the newest `keep` checkpoints go (0: all stay). Those of later steps, which a run that fell back to
+    an older one left behind, do not count.
+    """
+    (unfinished / "manifest.json").write_text(json.dumps(file_list(unfinished), indent=1))
+    for path in [*unfinished.rglob("*"), unfinished]:
+        flush(path)
+    if folder.exists():  # damaged: the run resumed from an older one
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    pointer = folder.with_name("last.new")
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(folder.name)
+    pointer.replace(folder.with_name("last"))
+    flush(folder.parent)
+    if keep:
+        found = checkpoints(folder.parent)
+        newest = found.index((int(folder.name[5:]), folder))
+        for _, old in found[newest + keep :]:
+            shutil.rmtree(old.rename(unfinished))  # never half a checkpoint under its own name
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """The files of a checkpoint that are not as its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return ["manifest.json"]
+    found = file_list(folder)
+    return [name for name, entry in manifest.items() if found.get(name) != entry]
+
+
+def last_checkpoint(run: Path) -> tuple[int, Path | None]:
+    """(steps done, folder) of the newest checkpoint whose files are as they were written; (0, None) without any."""
+    damaged = []
+    for steps, folder in checkpoints(run / "checkpoints"):
+        wrong = damaged_files(folder)
+        if not wrong:
+            for line in damaged:
+                print(f"{line}: falling back to {folder}", flush=True)
+            return steps, folder
+        damaged.append(f"{folder} is damaged ({', '.join(wrong)})")
+    if damaged:
+        raise InputError(f"{'; '.join(damaged)}: no whole checkpoint is left; bring one back, or remove {run} to start "
+                         "at step 0")
+    print(f"{run}: no checkpoint to resume from, starting at step 0", flush=True)
+    return 0, None
+
+
+# ------------------------------------------------------------------------------- reading a run back
+
+
+def read_lines(path: Path, repairs: list[str]):
+    """(line number, record) of a run's .jsonl. A last line that a crash cut short is left out; `repairs` says so."""
+    cut = None
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, text in enumerate(lines, 1):
+            if cut:
+                raise InputError(f"{path}:{number - 1}: not JSON ({cut}); remove the line")
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                cut = error.msg
+                continue
+            if not isinstance(record, dict) or "step" not in record:
+                raise InputError(f"{path}:{number}: no field 'step'; not a line that urpo.py wrote")
+            yield number, record
+    if cut:
+        repairs.append(f"{path}:{number}: the last line is incomplete and was left out")
+
+
+def read_log(run: Path, repairs: list[str]) -> list[dict]:
+    """The steps of a run."""
+    path = run / "log.jsonl"
+    if not path.is_file():
+        raise InputError(f"{run}: no run here (no log.jsonl); give a folder such as runs/urpo")
+    steps = [record for _, record in read_lines(path, repairs)]
+    if not steps:
+        raise InputError(f"{path}: no step is complete yet")
+    return steps
+
+
+def read_groups(path: Path, repairs: list[str]):
+    """(step, Group) of each line of a rollouts.jsonl."""
+    for number, record in read_lines(path, repairs):
+        try:
+            yield record["step"], Group.from_record(record)
+        except InputError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+
+
+def read_about(run: Path) -> dict:
+    """The run's config.json; {} where there is none."""
+    path = run / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); remove it or restore it") from None

