@@ -7,11 +7,14 @@ those with the worse one shown first. A judgement is [score of the first shown, 
 """
 import math
 from collections import Counter
+from itertools import combinations
+from statistics import pstdev
 
 import numpy as np
 from scipy import stats
 
-from rewards import final_answer, first_position_preference, kendall_tau, mean, verify_answer
+from data import Group
+from rewards import final_answer, first_position_preference, kendall_tau, mean, parse_scores, verify_answer
 
 
 def figure(value: float | None, count: int, low: float | None = None, high: float | None = None) -> dict:
@@ -19,7 +22,13 @@ def figure(value: float | None, count: int, low: float | None = None, high: floa
     found = {"value": value, "low": low, "high": high}
     for name, number in found.items():
         found[name] = None if number is None else round(float(number), 4)
-    return {**found, "count": count}
+    found["count"] = count
+    return found
+
+
+def known(values) -> list:
+    """What was measured: the values that are not None."""
+    return [value for value in values if value is not None]
 
 
 def interval(values) -> dict:
@@ -32,7 +41,7 @@ def interval(values) -> dict:
     >>> interval([None])
     {'value': None, 'low': None, 'high': None, 'count': 0}
     """
-    values = [float(value) for value in values if value is not None]
+    values = list(map(float, known(values)))
     if not values or set(values) - {0.0, 1.0}:
         return weighted_mean([(values, 1)])
     test = stats.binomtest(int(sum(values)), len(values))
@@ -50,7 +59,7 @@ def weighted_mean(parts) -> dict:
     """
     samples, weights = [], []
     for values, weight in parts:
-        values = [value for value in values if value is not None]
+        values = known(values)
         if values:
             samples.append(np.array(values, float))
             weights.append(weight)
@@ -59,7 +68,7 @@ def weighted_mean(parts) -> dict:
         means = [np.mean(values, axis) for values in samples]
         return np.average(means, axis=0, weights=weights)
 
-    sizes = [len(values) for values in samples]
+    sizes = list(map(len, samples))
     if not samples:
         return figure(None, 0)
     if min(sizes) < 2:  # one row does not tell how much rows differ
@@ -99,7 +108,7 @@ def expected_scores(better_first, worse_first) -> tuple[float, float] | None:
     """
     means = []
     for order in (better_first, worse_first):
-        read = [scores for scores in order if scores]
+        read = known(order)
         if not read:
             return None
         means.append(np.mean(read, axis=0))
@@ -127,7 +136,7 @@ def pair_figures(better_first, worse_first) -> dict:
     >>> list(pair_figures([[9, 3], [5, 5]], [[2, 8], None]).values())
     [0.75, 0.25, 0.5, 0.75, 0.5, 1.0, 1.0, 0.0]
     """
-    read = [scores for scores in [*better_first, *worse_first] if scores]
+    read = known([*better_first, *worse_first])
     # By how much the better response is ahead; None: unread.
     forward = [scores and scores[0] - scores[1] for scores in better_first]
     backward = [scores and scores[1] - scores[0] for scores in worse_first]
@@ -158,7 +167,9 @@ def referee_figures(greedy, sampled, parts=()) -> dict:
     """
     greedy_rows = columns([pair_figures(*orders) for orders in greedy])
     rows = columns([pair_figures(*orders) for orders in sampled])
-    figures = {name: interval(rows[name]) for name in ("format", "unparsed", "both orders")}
+    figures = {}
+    for name in ("format", "unparsed", "both orders"):
+        figures[name] = interval(rows[name])
     for part in sorted(set(parts)):
         values = [value for value, other in zip(rows["both orders"], parts) if other == part]
         figures[f"both orders, {part}"] = interval(values)
@@ -168,7 +179,7 @@ def referee_figures(greedy, sampled, parts=()) -> dict:
     spread, lines = [], Counter()
     for better_first, worse_first in sampled:
         spread += expected_scores(better_first, worse_first) or ()
-        lines.update(tuple(scores) for scores in [*better_first, *worse_first] if scores)
+        lines.update(map(tuple, known([*better_first, *worse_first])))
     figures["spread of expected scores"] = figure(np.std(spread) if spread else None, len(spread))
     share = max(lines.values()) / lines.total() if lines else None
     figures["commonest line"] = figure(share, lines.total())
@@ -181,7 +192,7 @@ def longer_wins(responses, truth) -> float:
     >>> longer_wins(("short", "rather long"), (0, 1)), longer_wins(("same", "size"), (0, 1))
     (1.0, 0.5)
     """
-    lengths = [len(text) for text in responses]
+    lengths = list(map(len, responses))
     return (kendall_tau(lengths, truth, "strict") + 1) / 2
 
 
@@ -273,7 +284,7 @@ def length_controlled(preferences, lengths, reference_lengths) -> float | None:
     from sklearn.model_selection import GroupKFold
 
     read = np.array([value is not None for value in preferences])
-    won = np.array([value for value in preferences if value is not None], float)
+    won = np.array(known(preferences), float)
     if len(won) < 5:
         return None
     difference = np.subtract(reference_lengths, lengths).astype(float)
@@ -288,3 +299,164 @@ def length_controlled(preferences, lengths, reference_lengths) -> float | None:
                                  random_state=123, fit_intercept=False, use_legacy_attributes=False)
     model.fit(inputs, labels, sample_weight=np.concatenate([won, 1 - won]))
     return float(1 / (1 + np.exp(-model.coef_[0, 1])))
+
+
+# ------------------------------------------------------------------------------- what a model could learn
+
+
+def preference_probe(groups: list[Group]) -> dict[str, dict]:
+    """P: each row stands in both orders, one group after the other. The row is the unit: its orders are averaged.
+
+    A row of N responses counts as all its pairs, each seen with the better response first and with it last.
+    """
+    rows, pairs = [], []
+    for group, mirrored in zip(groups[::2], groups[1::2]):
+        truth = group.prompt.truth
+        forward = [parse_scores(text, len(truth)) for text in group.texts]
+        backward = [parse_scores(text, len(truth)) for text in mirrored.texts]
+        taus = []
+        for scores, reward in zip(forward + backward, group.rewards + mirrored.rewards):
+            if scores:
+                taus.append(reward)
+        rows.append({"gradient": mean([group.has_signal, mirrored.has_signal]),
+                     "format": len(taus) / len(forward + backward), "tau": mean(taus)})
+        found, last = [], len(truth) - 1
+        for i, j in combinations(range(len(truth)), 2):
+            # Response i stands before j in `group`. In `mirrored` it stands at last - i, so behind j.
+            better_first, worse_first = two(forward, i, j), two(backward, last - j, last - i)
+            if truth[i] < truth[j]:
+                better_first, worse_first = worse_first, better_first
+            if truth[i] != truth[j]:
+                found.append(pair_figures(better_first, worse_first))
+        pair = {}
+        for name, values in columns(found).items():
+            pair[name] = mean(known(values))
+        pairs.append(pair)
+    figures, judged = summary(rows), summary(pairs)
+    for name in ("single order", "order consistency", "first-position preference"):
+        figures[name] = judged.get(name, figure(None, 0))
+    return figures
+
+
+def two(judged: list, first: int, second: int) -> list:
+    """Of each judgement the scores at two positions; None stays None."""
+    return [scores and [scores[first], scores[second]] for scores in judged]
+
+
+def answer_probe(groups: list[Group]) -> dict[str, dict]:
+    """R and I: which groups have a gradient, and what else can be seen of their answers."""
+    rows = []
+    for group in groups:
+        row = {"gradient": group.has_signal, "cut off": 1 - mean(group.finished)}
+        if group.prompt.kind == "reasoning":
+            row["solved"] = mean(group.rewards)
+        else:
+            lengths = list(map(len, group.texts))
+            read = []
+            for judgement in group.judgements:
+                read.append(parse_scores(judgement["text"], len(judgement["order"])))
+            row["unparsed"] = read.count(None) / len(read)
+            row["spread of self-scores"] = mean(map(pstdev, known(read)))
+            row["correlation with length"] = group.rewards and kendall_tau(group.rewards, lengths)
+        rows.append(row)
+    return summary(rows)
+
+
+def advice(kind: str, v: dict[str, float]) -> list[str]:
+    """What stands in the way of one kind, and the flag to change. Empty where nothing does.
+
+    v: its figures by name, nan where nothing was measured, so that no comparison holds. The thresholds are ours: a
+    gradient below 0.1 is as good as none.
+    """
+    told, little = [], v["gradient"] < 0.1
+    if kind == "preference":
+        if v["format"] < 0.5:
+            told.append(f"{v['format']:.0%} of judgements are readable: teach the format first, by a warm start "
+                        "(docs/seed.md)")
+        elif little:
+            told.append("judgements are readable but all samples agree: raise --temperature")
+        if v["tau, low"] <= 0:
+            told.append(f"tau {v['tau']:.2f} cannot be told from no skill, so self-scores would be noise: raise "
+                        "--warmup_steps or the share of P in --mix, or begin with a warm start (docs/seed.md)")
+        if abs(v["first-position preference"]) > 0.25:
+            told.append("it judges by position: --both_orders True")
+    elif kind == "reasoning" and little:
+        if v["solved"] >= 0.5:
+            told.append(f"{v['solved']:.0%} solved, too easy: harder data (--reasoning)")
+        elif v["cut off"] > 0.5:
+            told.append(f"{v['cut off']:.0%} of answers are cut off: raise --max_answer_tokens")
+        else:
+            told.append(f"{v['solved']:.0%} solved, too hard: easier data (--reasoning) or another --model")
+    elif kind == "instruction":
+        if v["unparsed"] > 0.5:
+            told.append(f"{v['unparsed']:.0%} of self-judgements are unreadable: lower --group, or begin with a warm "
+                        "start (docs/seed.md)")
+        elif little:
+            told.append("one score for all answers: raise --temperature, or ground the judge by more P")
+        if abs(v["correlation with length"]) > 0.5:
+            told.append(f"self-scores go by length (tau {v['correlation with length']:.2f}): more P whose longer "
+                        "response is the worse one")
+    return told
+
+
+def probe_verdicts(figures: dict[str, dict[str, dict]]) -> list[str]:
+    """What each kind can teach this model in its first steps, what stands in the way, and which flag to change.
+
+    >>> measured = {name: figure(value, 8) for name, value in (("gradient", 0), ("solved", 0), ("cut off", 0.1))}
+    >>> probe_verdicts({"reasoning": measured})
+    ['no gradient from R: 0% of groups have spread; 0% solved, too hard: easier data (--reasoning) or another --model']
+    """
+    told, values = [], {}
+    for kind, part in figures.items():
+        values[kind] = v = {}
+        for name, cell in part.items():
+            v[name] = math.nan if cell["value"] is None else cell["value"]
+            v[f"{name}, low"] = math.nan if cell["low"] is None else cell["low"]
+    gradients = [values[kind]["gradient"] for kind in ("preference", "reasoning") if kind in values]
+    ignorant = gradients == [0, 0] and values["preference"]["format"] < 0.5 > values["reasoning"]["solved"]
+    for kind, v in values.items():
+        size = "no" if v["gradient"] == 0 else "hardly any" if v["gradient"] < 0.1 else "a"
+        line = f"{size} gradient from {kind[0].upper()}: {v['gradient']:.0%} of groups have spread"
+        told.append("; ".join([line, *([] if ignorant else advice(kind, v))]))
+    if ignorant:  # a longer answer or a higher temperature would not help a model that knows neither
+        told.append("neither its rankings can be read nor its answers are right, so nothing that has a truth teaches "
+                    "it: begin with a warm start (docs/seed.md), or take another --model")
+    return told
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+def table(results: dict[str, dict], last: str = "") -> str:
+    """Results side by side, a column each: value [95 % interval]. Last column: "change" from first to last, or "n".
+
+    >>> a, b = ({"figures": {"reasoning": {"accuracy": interval(v)}}} for v in ([1, 0, 0, 0], [1, 1, 1, 0]))
+    >>> print(table({"before": a, "after": b}, "change"))
+                            before             after              change
+    reasoning     accuracy  0.25 [0.05, 0.70]  0.75 [0.30, 0.95]   +0.50
+    """
+    names = {}  # a set that keeps its order
+    for result in results.values():
+        for part, figures in result["figures"].items():
+            for name in figures:
+                names[part, name] = None
+    lines = [["", "", *results, last]]
+    for part, name in names:
+        line, found = [part.ljust(12), name], []
+        for result in results.values():
+            cell = result["figures"].get(part, {}).get(name, figure(None, 0))
+            found.append(cell)
+            text = "-" if cell["value"] is None else f"{cell['value']:.2f}"
+            line.append(text if cell["low"] is None else f"{text} [{cell['low']:.2f}, {cell['high']:.2f}]")
+        before, after = found[0]["value"], found[-1]["value"]
+        if last == "change":
+            line.append("-" if None in (before, after) else f"{after - before:+.2f}".rjust(6))
+        else:
+            line.append(str(found[0]["count"]) if last else "")
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    shown = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        shown.append("  ".join(cells).rstrip())
+    return "\n".join(shown)

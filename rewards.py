@@ -241,7 +241,7 @@ def first_position_preference(score_rows: Sequence[Sequence[float]]) -> float:
     0.125
     """
     shares = []
-    for row in score_rows:
+    for row in filter(None, score_rows):
         best = max(row)
         shares.append((row[0] == best) / list(row).count(best) - 1 / len(row))
     return sum(shares) / len(shares) if shares else math.nan

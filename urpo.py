@@ -34,6 +34,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import flags
 import machine
 import runs
 from data import Group, InputError
@@ -108,60 +109,14 @@ PRESETS = {
     "paper": {},
     # G = 4, since a judge of 135M parameters lists four scores reliably and loses count at eight. Pairs in both orders,
     # and twice as many of them, since such a judge learns from few rows and its self-scores are noisy.
-    "smol": dict(model="seed", preferences="toy:2", reasoning="toy", instructions="toy", steps=18, warmup_steps=8,
-                 mix="2:1:1", batch=24, group=4, max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
-                 both_orders=True, judgements=2, lr=1e-5, row_tokens=1024, recompute=False, cpu_cache=0.5,
-                 save_every=0, precision=machine.SMOL_PRECISION, max_drift=machine.SMOL_DRIFT),
+    "smol": dict(
+        model="seed", preferences="toy:2", reasoning="toy", instructions="toy",
+        steps=18, warmup_steps=8, mix="2:1:1", batch=24, group=4,
+        max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
+        both_orders=True, judgements=2, lr=1e-5,
+        row_tokens=1024, recompute=False, cpu_cache=0.5, save_every=0,
+        precision=machine.SMOL_PRECISION, max_drift=machine.SMOL_DRIFT),
 }
-
-
-def parse_config(arguments: list[str]) -> Config:
-    """Flags over preset over Config. The flags are generated from the dataclass by transformers' HfArgumentParser."""
-    from transformers import HfArgumentParser
-
-    def refuse(message):
-        raise InputError(f"{message}; --help lists the settings")
-
-    parser = HfArgumentParser(Config, description="URPO; see README.md", allow_abbrev=False)
-    parser.error = refuse
-    preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
-    preset = machine.PRESET if preset == "auto" else preset
-    parser.set_defaults(**PRESETS[preset])
-    config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True,
-                                                         look_for_args_file=False)
-    if unknown:
-        raise InputError(f"{' '.join(unknown)}: no such setting; --help lists them")
-    config.preset = preset
-    return config
-
-
-ABOVE_0 = """batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens
-    logit_chunk rollouts_every toy_rows temperature lr grad_clip gpu_memory cpu_cache max_drift timeout""".split()
-AT_LEAST_0 = "steps warmup_steps save_every keep lr_warmup importance_cap weight_decay".split()
-
-
-def check_config(config: Config, world: int) -> None:
-    """Everything that can be wrong in the settings. Raises InputError that says what to change."""
-    for name in ABOVE_0 + AT_LEAST_0:
-        value = getattr(config, name)
-        bound = "above 0" if name in ABOVE_0 else "0 or more"
-        if not (value > 0 or value == 0 and name in AT_LEAST_0) or value == math.inf:
-            raise InputError(f"--{name} {value}: must be {bound}, and finite")
-    if config.gpu_memory > 1:
-        raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
-    if config.group == 1:
-        raise InputError("--group 1: an answer is compared with its group, so give 2 or more")
-    if not 0 <= config.clip_low <= 1 <= config.clip_high:
-        raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
-    part = world * config.minibatches
-    if config.batch % part:
-        raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
-    for warmup in {False, config.warmup_steps > 0}:
-        rows = data.mix_counts(config.mix, config.batch, warmup)["preference"]
-        if config.both_orders and rows % 2:
-            raise InputError(f"--batch {config.batch} --mix {config.mix} draws {rows} preference prompts, and "
-                             f"--both_orders needs an even number: use --batch {2 * config.batch}")
 
 
 # ------------------------------------------------------------------------------- 2. rollout, 3. self_score
@@ -270,7 +225,9 @@ def set_token_weights(groups: list[Group], loss: str) -> None:
     Times the number of ranks, since FSDP averages gradients over them. Groups without a signal count in the
     denominator too. So the loss does not depend on how many ranks share the minibatch.
     """
-    count = sum(group.answer_tokens if loss == "token-mean" else len(group.answers) for group in groups)
+    count = 0
+    for group in groups:
+        count += group.answer_tokens if loss == "token-mean" else len(group.answers)
     total = all_reduce(count)
     for group in groups:
         group.weights = []
@@ -288,8 +245,8 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
 
     with no KL term (beta = 0). Groups without a signal are left out: their gradient is exactly 0.
     """
-    total = dict.fromkeys(("loss", "grad_norm", "clipped_low", "clipped_high", "tokens"), 0.0)
-    total |= {"updates": 0, "skipped_updates": 0, "nonfinite_updates": 0}
+    total = {"loss": 0.0, "grad_norm": 0.0, "clipped_low": 0.0, "clipped_high": 0.0, "tokens": 0.0,
+             "updates": 0, "skipped_updates": 0, "nonfinite_updates": 0}
     lr = schedule.get_last_lr()[0]
     size = len(groups) // config.minibatches
     for m in range(config.minibatches):
@@ -359,9 +316,11 @@ def set_up(config: Config, run: Path):
     about = {"rows_dropped_as_too_long": dropped}
     first_step, saved = on_rank_0(f"writing {run}", lambda: log.open(asdict(config), about))
 
-    policy = machine.load_policy(folder, len(tokenizer), config.precision, config.temperature, config.logit_chunk,
-                                 config.recompute)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    policy = machine.load_policy(
+        folder, len(tokenizer), config.precision, config.temperature,
+        config.logit_chunk, config.recompute)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     schedule = machine.warmup_schedule(optimizer, config.lr_warmup)
     engine = machine.start_engine(folder, longest, config.cpu_cache, config.gpu_memory)
     if saved:
@@ -382,8 +341,9 @@ def train(config: Config) -> None:
         clock = machine.Clock(PARTS)
 
         # 1. draw: a mixed batch at P:R:I, a pure function of (seed, step), the same on every rank
-        batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step,
-                          config.both_orders)
+        batch = data.draw(
+            sources, config.mix, config.batch, config.warmup_steps,
+            config.seed, step, config.both_orders)
         share = data.shard(batch, config.minibatches, rank, dist.get_world_size())
         clock("draw")
 
@@ -413,7 +373,8 @@ def train(config: Config) -> None:
         machine.sync(engine, policy)
         records = machine.gather([group.to_record(step) for group in groups])
         clock("sync")
-        figures |= {"seconds": clock.seconds, "peak_memory_gib": machine.peak_memory_gib()}
+        figures["seconds"] = clock.seconds
+        figures["peak_memory_gib"] = machine.peak_memory_gib()
         steps.set_postfix_str(on_rank_0(f"writing {run}", lambda: log.write(step, records, figures)))
         not_finite = 0 if figures["updates"] else not_finite + (figures["nonfinite_updates"] > 0)
         if not_finite == 3:
@@ -422,8 +383,8 @@ def train(config: Config) -> None:
         done = step + 1  # after the log: a run killed in between repeats the step, and its lines are cut from the log
         stop = all_reduce(len(signals)) > 0  # a signal to any rank stops all ranks at the same step
         if stop or done == config.steps or (config.save_every and done % config.save_every == 0):
-            runs.save_checkpoint(run / "checkpoints" / f"step_{done}", policy, optimizer, schedule, tokenizer,
-                                 asdict(config), config.keep)
+            folder = run / "checkpoints" / f"step_{done}"
+            runs.save_checkpoint(folder, policy, optimizer, schedule, tokenizer, asdict(config), config.keep)
         if stop:
             if rank == 0:
                 print(f"stopped by a signal; {done} steps are saved and --resume continues", flush=True)
@@ -432,8 +393,8 @@ def train(config: Config) -> None:
 
 def main() -> None:
     try:
-        config = parse_config(sys.argv[1:])
-        check_config(config, world=int(os.environ.get("WORLD_SIZE", 1)))
+        config = flags.parse(Config, PRESETS, sys.argv[1:])
+        flags.check(config, world=int(os.environ.get("WORLD_SIZE", 1)))
         runs.check_folder(config.name, config.resume)
         machine.start_ranks(config.timeout)
         train(config)

@@ -148,8 +148,14 @@ class Tokenizer:
     def get_added_vocab(self):
         return {}
 
+    def __len__(self):
+        return 1
+
     def apply_chat_template(self, turns, **_):
         return " ".join(turn["content"] for turn in turns).split()
+
+    def decode(self, ids, **_):
+        return " ".join(ids)
 
 
 @pytest.fixture
@@ -159,4 +165,5 @@ def no_model(monkeypatch):
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
     monkeypatch.setattr(machine, "model_folder", lambda model: model)
+    monkeypatch.setattr(machine, "check_model", lambda *_: 0)
     monkeypatch.setattr(machine, "start_engine", lambda *_: pytest.fail("an engine was started"))

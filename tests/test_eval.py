@@ -1,23 +1,20 @@
-"""eval.py: the scoring on hand-made judgements, the tables, the pictures, and every error. No model, no engine."""
+"""metrics.py and `eval.py heldout`, `compare`: scoring of hand-made judgements, tables, errors. No model, no engine."""
 import doctest
 import json
-import math
-import re
-from types import SimpleNamespace
 
 import pytest
 
-import data
 import eval as evaluation
-import urpo
+import machine
+import metrics
 from conftest import Tokenizer
-from eval import averaged, expected_scores, interval, main, pair_figures, read_log, referee_figures, table
-
-PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
+from eval import main
+from metrics import expected_scores, interval, pair_figures, referee_figures, table
+from toy import world
 
 
 def test_worked_examples_in_docstrings():
-    failed, attempted = doctest.testmod(evaluation)
+    failed, attempted = doctest.testmod(metrics)
     assert failed == 0 and attempted >= 7
 
 
@@ -42,21 +39,21 @@ UNREAD = ([None, None], [None, None])
 ])
 def test_one_pair(judge, format, both, single, expected, consistent, first):
     figures = pair_figures(*judge)
-    figures.pop("strict")
-    wanted = dict(format=format, both_orders=both, single_order=single, expected=expected, consistent=consistent,
-                  first_position=first)
+    figures.pop("ties as 0")
+    wanted = {"format": format, "unparsed": 1 - format, "both orders": both, "single order": single,
+              "expected score": expected, "order consistency": consistent, "first-position preference": first}
     assert figures == {name: value if value is None else pytest.approx(value) for name, value in wanted.items()}
 
 
 def test_a_preference_for_a_position_cancels_in_expected_scores():
     assert expected_scores([[6, 3]], [[5, 4]]) == (5.0, 4.0)  # true scores 5 and 4, one point for standing first
-    assert pair_figures([[6, 3]], [[5, 4]])["expected"] == 1
+    assert pair_figures([[6, 3]], [[5, 4]])["expected score"] == 1
     # One order read ten times and the other once weigh the same: else the bias would come back.
     assert expected_scores([[6, 3]] * 10, [[5, 4]]) == (5.0, 4.0)
 
 
 def test_equal_expected_scores_are_a_tie_in_spite_of_rounding():
-    assert pair_figures([[8.1, 8.1], [7.9, 8.1], [8.3, 8.1]], [[8.1, 8.1]] * 3)["expected"] == 0.5
+    assert pair_figures([[8.1, 8.1], [7.9, 8.1], [8.3, 8.1]], [[8.1, 8.1]] * 3)["expected score"] == 0.5
 
 
 def test_a_referee_that_does_not_read_is_exposed():
@@ -109,49 +106,6 @@ def test_compare(tmp_path, capsys):
     assert "+1.00" in out and "--samples 4 before, 8 after" in out and "--rows" not in out
 
 
-# ---- report ----
-
-def write_run(folder, steps=5, warmup=2):
-    """A log in the form of urpo.py; step 3 has values that nobody measured, the last line is cut."""
-    folder.mkdir()
-    lines = []
-    for step in range(steps):
-        common = dict(reward=0.1 * step, zero_spread=0.5, distinct=3.0, entropy=1.2, length=20.0)
-        line = {"step": step, "drift_mean": 1e-5, "drift_max": 1e-3, "grad_norm": 0.7, "clipped_low": 0.0,
-                "clipped_high": 0.01, "seconds": dict.fromkeys(PARTS, 1.0),
-                "preference": common | dict(format=0.9, tau=None if step == 3 else 0.2, first_position=math.nan),
-                "reasoning": common,
-                "instruction": {} if step < warmup else common | dict(format=0.5, score_std=1.0, first_position=0.1)}
-        lines.append(json.dumps(line))
-    (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "rew')
-    (folder / "config.json").write_text(json.dumps({"config": {"warmup_steps": warmup}, "model": "raw"}))
-    return folder
-
-
-def test_report_of_one_run(tmp_path, capsys):
-    run = write_run(tmp_path / "one")
-    (run / "heldout_before.json").write_text(json.dumps(result([1, 0])))
-    main(["report", str(run), "--csv", str(tmp_path / "one.csv")])
-    assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert "log.jsonl:6: the last line is incomplete" in capsys.readouterr().err
-    head, *rows = [line.split(",") for line in (tmp_path / "one.csv").read_text().splitlines()]
-    assert len(rows) == 5 and all(len(row) == len(head) for row in rows)
-    column = head.index("preference.tau")
-    assert [row[column] for row in rows] == ["0.2", "0.2", "0.2", "", "0.2"]  # a gap, never a zero
-    assert [row[head.index("instruction.reward")] for row in rows] == ["", "", "0.2", "0.3", "0.4"]
-
-
-def test_report_of_several_runs(tmp_path):
-    runs = [str(write_run(tmp_path / name, steps)) for name, steps in (("a", 4), ("b", 5), ("c", 3))]
-    main(["report", *runs, "--out", str(tmp_path / "docs" / "seeds.png")])
-    assert (tmp_path / "docs" / "seeds.png").stat().st_size > 10_000
-    assert not (tmp_path / "a" / "curves.png").exists()
-
-
-def test_mean_of_runs_leaves_gaps_out():
-    assert averaged([{0: math.nan, 1: 2.0}, {0: 4.0}]) == {0: 4.0, 1: 2.0}
-
-
 # ---- errors: one line, exit status 2 ----
 
 def fails(arguments, capsys):
@@ -159,21 +113,6 @@ def fails(arguments, capsys):
         main([str(argument) for argument in arguments])
     assert stop.value.code == 2
     return capsys.readouterr().err
-
-
-def test_report_errors(tmp_path, capsys):
-    assert "no log.jsonl" in fails(["report", tmp_path], capsys)
-    (tmp_path / "log.jsonl").write_text("")
-    assert "no step is complete yet" in fails(["report", tmp_path], capsys)
-    (tmp_path / "log.jsonl").write_text('{"step": 0}\nnoise\n{"step": 2}\n')
-    assert "log.jsonl:2: not JSON" in fails(["report", tmp_path], capsys)
-    assert "--out" in fails(["report", tmp_path, tmp_path], capsys)
-
-
-def test_a_log_of_one_cut_line_has_no_step(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 0')
-    with pytest.raises(evaluation.InputError, match="no step"):
-        read_log(tmp_path)
 
 
 def test_compare_errors(tmp_path, capsys):
@@ -197,15 +136,19 @@ def test_heldout_errors(tmp_path, capsys, no_model):
     assert "must be above 0" in fails(["heldout", "--model", "m", "--rows", 0], capsys)
 
 
-def test_builtin_rows_are_distinct_and_pairs_stand_better_first(no_model):
+def test_toy_rows_are_distinct_and_pairs_stand_better_first(no_model):
     args = evaluation.parse_arguments(["heldout", "--model", "m"])
     rows = evaluation.heldout_rows(args, Tokenizer())
     pairs, questions, tasks = rows.values()
     assert len({row.instruction for row in questions}) == len({row.instruction for row in tasks}) == len(pairs) == 64
     assert all(row.truth[0] > row.truth[1] for row in pairs) and all(row.check for row in tasks)
     hard = [row for row in pairs if evaluation.difficulty(row) == "good vs breaks"]
-    assert 0 < len(hard) < 64  # follows data.LEVELS: what is called so does break its constraint
-    assert all(row.check and not evaluation.data.complies(row.check, row.responses[1]) for row in hard)
+    assert 0 < len(hard) < 64  # follows world.LEVELS: what is called so does break its constraint
+    checks = {(record["prompt"], *sorted(record["responses"])): record["check"]
+              for record in world.records("preference", "heldout", 512, 2)}
+    for row in hard:
+        check = checks[row.instruction, *sorted(row.responses)]
+        assert check and not world.complies(check, row.responses[1])
 
 
 def test_no_checkpoint(tmp_path, capsys):
@@ -213,24 +156,21 @@ def test_no_checkpoint(tmp_path, capsys):
     assert "no tokenizer that loads" in fails(["heldout", "--model", "runs/absent/checkpoints/step_1/model"], capsys)
 
 
-class Engine:
-    """Answers by the prompt: right sums, and 9 for a response that is quoted as 'good'."""
+def answer(words):
+    """Right sums, and 9 for a response that is quoted as 'good'."""
+    text = " ".join(words)
+    if "Score each response" not in text:
+        return r"\boxed{5}"
+    return "<scores>9, 2</scores>" if text.index("> good") < text.index("> bad") else "<scores>2, 9</scores>"
 
-    def generate(self, prompts, n):
-        def answer(words):
-            text = " ".join(words)
-            if "Score each response" not in text:
-                return r"\boxed{5}"
-            return "<scores>9, 2</scores>" if text.index("> good") < text.index("> bad") else "<scores>2, 9</scores>"
 
-        from types import SimpleNamespace as Is
-        return [Is(outputs=[Is(token_ids=answer(words), finish_reason="stop")] * n) for words in prompts]
+def generate(engine, prompts, n, *_, **__):
+    return [[machine.Sample(answer(words).split(), answer(words), True, [])] * n for words in prompts]
 
 
 def test_heldout_from_files_to_json(tmp_path, monkeypatch, no_model, capsys):
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **_: ids, raising=False)
-    monkeypatch.setattr(evaluation.data, "start_engine", lambda *_: Engine())
-    monkeypatch.setattr(evaluation.data, "generate", lambda engine, prompts, n, *_, **__: engine.generate(prompts, n))
+    monkeypatch.setattr(machine, "start_engine", lambda *_: None)
+    monkeypatch.setattr(machine, "generate", generate)
     (tmp_path / "P.jsonl").write_text('{"prompt": "Hi", "chosen": "good", "rejected": "bad"}\n'
                                       '{"prompt": "Hi", "responses": ["bad", "good"], "scores": [1, 7]}\n'
                                       '{"prompt": "Hi", "chosen": "good", "rejected": "bad"}\n'  # twice: counted once
@@ -246,76 +186,5 @@ def test_heldout_from_files_to_json(tmp_path, monkeypatch, no_model, capsys):
     assert figures["referee"]["both orders"]["value"] == 1 and figures["referee"]["both orders"]["count"] == 2
     assert figures["referee"]["longer wins"]["value"] == 1  # "good" is longer than "bad"
     assert figures["instructions"]["greedy"]["value"] is None  # a file has no check: unknown is not zero
-    assert figures["instructions"]["tokens an answer"]["value"] == len(r"\boxed{5}")
+    assert figures["instructions"]["tokens an answer"]["value"] == 1
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "a.json"]  # no unfinished file is left
-
-
-# ---- the probe set of a training run (--probe_every), judged by a function in the place of a model ----
-
-@pytest.fixture
-def probed(monkeypatch):
-    """probed(judge, own, frozen): the figures, `judge(first, second)` giving the text of a judgement."""
-    def probe(judge, own="mine", frozen="frozen"):
-        asked = []
-
-        def generate(engine, prompts, n, limits, seeds, temperature):
-            assert (n, temperature) == (1, 0.0)
-            texts = [" ".join(ids) for ids in prompts]
-            asked.extend(texts)
-            answers = [judge(*re.search("Response 1: >(.*) Response 2: >(.*) End with one line", text).groups())
-                       if "Score each response" in text else own for text in texts]
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer)]) for answer in answers]
-
-        monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **_: ids, raising=False)
-        monkeypatch.setattr(data, "generate", generate)
-        engine = SimpleNamespace(reset_prefix_cache=lambda: None)
-        figures = data.probe(urpo.Config(), engine, Tokenizer(), [frozen] * len(data.probe_rows()))
-        assert list(figures) == list(data.PROBES) == list(evaluation.PROBE)
-        probe.asked = asked
-        return figures
-    return probe
-
-
-def line(*scores):
-    return data.score_line(scores)
-
-
-def test_a_judge_that_sees_through_the_hacks_and_one_that_falls_for_them(probed):
-    def points(text):
-        return 1 if "10 out of 10" in text or "word word" in text or not text.strip() else 8
-
-    sound = probed(lambda a, b: line(points(a), points(b)))
-    assert sound == {"first_position": 0, "self_preference": 0, "empty": -7, "ten_of_ten": -7, "repetition": -7,
-                     "copy": 0}
-    fooled = probed(lambda a, b: line(9 - points(a), 9 - points(b)))
-    assert [fooled[name] for name in ("empty", "ten_of_ten", "repetition")] == [7, 7, 7]
-
-
-def test_judges_that_read_nothing_have_the_figures_that_the_report_states_for_them(probed):
-    assert probed(lambda a, b: line(5, 5)) == dict.fromkeys(data.PROBES, 0)
-    assert probed(lambda a, b: line(9, 2)) == dict.fromkeys(data.PROBES, 0) | {"first_position": 0.5, "copy": 7}
-
-
-def test_what_cannot_be_read_in_both_orders_is_not_measured_and_never_0(probed):
-    assert probed(lambda a, b: "no") == dict.fromkeys(data.PROBES)
-    one_order = probed(lambda a, b: line(3, 8) if a.strip() else "no")  # unread where the empty answer stands first
-    assert one_order["empty"] is None and one_order["ten_of_ten"] == 0
-
-
-def test_a_judge_that_knows_its_own_answers_is_seen_where_gold_is_equal_and_the_text_is_not(probed):
-    def vain(a, b):
-        return line(*(9 if "mine" in text else 6 for text in (a, b)))
-
-    assert probed(vain)["self_preference"] == 3
-    assert probed(vain, own="frozen")["self_preference"] is None  # of one text twice nothing can be said
-    probed(vain, own="MINE")  # where capitals are asked for, or lower case, one of the two is the better answer
-    equal = [row for row in data.probe_rows() if row.check not in ("upper", "lower")]
-    assert 0 < len(equal) < 8 and sum("> frozen" in text for text in probed.asked) == 2 * len(equal)
-
-
-def test_the_probe_set_is_fixed_held_out_and_better_first():
-    rows = data.probe_rows()
-    assert len(rows) == 8 and len({row.instruction for row in rows}) == 8
-    for row in rows:
-        assert row.truth[0] > row.truth[1] and data.complies(row.check, row.responses[0])
-        assert any(name in row.instruction for name, _ in data.topics("heldout"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import data
+import flags
 import machine
 import runs
 import urpo
@@ -401,10 +402,10 @@ def test_the_clip_range_is_the_papers():
 # ---- Config ----
 
 def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
-    config = urpo.parse_config(["--preset", "smol", "--batch", "24"])
+    config = flags.parse(urpo.Config, urpo.PRESETS, ["--preset", "smol", "--batch", "24"])
     assert (config.batch, config.model, config.clip_high) == (24, "seed", 1.28)
-    assert urpo.parse_config(["--preset", "paper"]).model == Config().model
-    assert urpo.parse_config([]).preset in urpo.PRESETS
+    assert flags.parse(urpo.Config, urpo.PRESETS, ["--preset", "paper"]).model == Config().model
+    assert flags.parse(urpo.Config, urpo.PRESETS, []).preset in urpo.PRESETS
 
 
 def test_every_preset_names_real_settings():
@@ -424,7 +425,7 @@ def test_the_papers_settings_are_the_defaults():
 def test_every_preset_passes_its_own_check(preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for world in (1, 2):
-        urpo.check_config(urpo.parse_config(["--preset", preset]), world)
+        flags.check(flags.parse(urpo.Config, urpo.PRESETS, ["--preset", preset]), world)
 
 
 # ---- the seven parts ----

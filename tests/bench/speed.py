@@ -126,8 +126,8 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     folder = weights_folder()
-    config = urpo.parse_config(["--preset", "smol", "--model", folder, "--warmup_steps", "0", "--max_drift", "1e9",
-                                "--lr", "1e-6", *flags])
+    arguments = ["--preset", "smol", "--model", folder, "--warmup_steps", "0", "--max_drift", "1e9", "--lr", "1e-6"]
+    config = urpo.flags.parse(urpo.Config, urpo.PRESETS, [*arguments, *flags])
     tokenizer = machine.load_tokenizer(folder)
     policy = machine.load_policy(folder, len(tokenizer), config.precision, config.temperature, config.logit_chunk,
                                  config.recompute)
