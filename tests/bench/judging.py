@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import json
-import random
 import sys
 import tempfile
 import time
@@ -23,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+from toy import world  # noqa: E402
 
 
 def write_pairs(path: Path, count: int) -> Path:
-    rows = [data.builtin_preference(random.Random(f"judging/{i}"), "heldout", 2) for i in range(count)]
-    path.write_text("".join(json.dumps({"prompt": row.instruction, "responses": row.responses, "scores": row.truth})
-                            + "\n" for row in rows))
+    path.write_text("".join(json.dumps(record) + "\n" for record in world.records("preference", "heldout", count, 2)))
     return path
 
 
@@ -45,10 +43,11 @@ def main() -> None:
         args = evaluation.parse_arguments(["rewardbench", "--model", given.model, "--data",
                                            str(write_pairs(Path(folder) / "pairs.jsonl", given.pairs))])
         model, tokenizer = opened = evaluation.open_model(args.model)
-        engine = evaluation.open_engine(model, args)
-        evaluation.open_model, evaluation.open_engine = lambda name: opened, lambda folder, args: engine  # started once
+        engine = evaluation.open_engine(model, tokenizer, args)
+        evaluation.open_model = lambda name: opened  # started once
+        evaluation.open_engine = lambda *_: engine
         _, pairs = evaluation.benchmark_pairs(args)
-        prompts = [{"prompt_token_ids": data.encode_prompt(tokenizer, shown, args.referee_shots)}
+        prompts = [{"prompt_token_ids": data.encode_prompt(tokenizer, shown)}
                    for shown in evaluation.both_orders(pairs)]
         greedy = SamplingParams(temperature=0.0, max_tokens=args.max_referee_tokens)
 
