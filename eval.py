@@ -29,6 +29,7 @@ import data
 import flags
 import machine
 import metrics
+import plan
 import urpo
 from data import InputError, Prompt, better_first, swapped
 from metrics import interval, table
@@ -41,8 +42,8 @@ from toy import world
 
 def open_model(name: str):
     """(folder, tokenizer) of a model that can chat and has weights."""
-    folder = machine.model_folder(name)
-    tokenizer = machine.load_tokenizer(folder)
+    folder = plan.model_folder(name)
+    tokenizer = plan.load_tokenizer(folder)
     data.encode_chat(tokenizer, "")  # refuses a tokenizer without chat template, before rows are read
     return folder, tokenizer
 
@@ -50,7 +51,7 @@ def open_model(name: str):
 def open_engine(folder: str, tokenizer, args):
     """The engine with room for the longest prompt and answer."""
     longest = args.max_prompt_tokens + max(args.max_answer_tokens, args.max_referee_tokens)
-    machine.check_model(folder, len(tokenizer), longest)
+    plan.check_model(folder, len(tokenizer), longest)
     return machine.start_engine(folder, longest)
 
 

@@ -36,6 +36,7 @@ from tqdm import tqdm
 import data
 import flags
 import machine
+import plan
 import runs
 from data import Group, InputError
 from machine import all_reduce, on_rank_0
@@ -303,14 +304,14 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
 
 def set_up(config: Config, run: Path):
     """Everything that the loop needs, ready for its first step: of a new run, or of one that goes on."""
-    folder = on_rank_0(f"preparing --model {config.model}", lambda: machine.model_folder(config.model))
-    tokenizer = machine.load_tokenizer(folder)
+    folder = on_rank_0(f"preparing --model {config.model}", lambda: plan.model_folder(config.model))
+    tokenizer = plan.load_tokenizer(folder)
     names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
     sources, dropped = data.load_sources(
         names, counts, tokenizer, config.max_prompt_tokens, config.group, config.toy_rows)
     longest = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
-    machine.check_start(folder, len(tokenizer), longest, config.cpu_cache)
+    plan.check_start(folder, len(tokenizer), longest, config.cpu_cache)
 
     log = runs.Log(run, config.rollouts_every)
     about = {"rows_dropped_as_too_long": dropped}

@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import machine  # noqa: E402
+import plan  # noqa: E402
 from data import Group, Prompt  # noqa: E402
 
 VOCABULARY = 500  # of the 512 rows of the tiny model's head: the last 12 are padding
@@ -35,7 +36,7 @@ def free_port() -> str:
 def smol_tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(machine.model_folder("raw"))
+    return AutoTokenizer.from_pretrained(plan.model_folder("raw"))
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +165,6 @@ def no_model(monkeypatch):
     import transformers
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
-    monkeypatch.setattr(machine, "model_folder", lambda model: model)
-    monkeypatch.setattr(machine, "check_model", lambda *_: 0)
+    monkeypatch.setattr(plan, "model_folder", lambda model: model)
+    monkeypatch.setattr(plan, "check_model", lambda *_: 0)
     monkeypatch.setattr(machine, "start_engine", lambda *_: pytest.fail("an engine was started"))

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import data
 import fuzz
 import machine
+import plan
 import rewards
 import runs
 import urpo
@@ -492,12 +493,12 @@ def test_a_models_own_code_is_never_run_and_the_user_is_not_asked(folder_with_co
     auto = {"AutoConfig": "stranger.Stranger", "AutoModelForCausalLM": "stranger.Stranger"}
     (folder / "config.json").write_text(json.dumps(settings | {"model_type": "stranger", "auto_map": auto}))
     with pytest.raises(InputError, match="names no language model"):
-        machine.check_model(str(folder), 100, 100)
+        plan.check_model(str(folder), 100, 100)
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(
         tokenizer | {"tokenizer_class": "Stranger", "auto_map": {"AutoTokenizer": [None, "stranger.Stranger"]}}))
     with pytest.raises(InputError, match="no tokenizer that loads"):
-        machine.load_tokenizer(str(folder))
+        plan.load_tokenizer(str(folder))
     assert not ran.exists()
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-import machine
+import plan
 from conftest import ROOT, assert_same_gradients, gradients
 from data import KINDS, InputError, Prompt
 from rewards import kendall_tau, parse_scores, verify_answer
@@ -171,7 +171,7 @@ def test_the_cache_is_named_after_the_shipped_adapter(tmp_path, monkeypatch):
     name = f"seed-{zlib.crc32((ROOT / 'toy/adapter/adapter_model.safetensors').read_bytes()):08x}"
     for made, asked in (("raw", "raw"), (name, "seed")):
         (tmp_path / made).mkdir()
-        assert seed.folder(asked) == machine.model_folder(asked) == str(tmp_path / made)
+        assert seed.folder(asked) == plan.model_folder(asked) == str(tmp_path / made)
 
 
 def test_a_model_is_made_once_in_silence_and_whole_or_not_at_all(tmp_path, monkeypatch, tiny_model, capfd):
@@ -323,7 +323,7 @@ def test_the_shipped_adapter_can_be_trained_on_and_has_the_form_that_the_loop_wr
     flags = "--steps 2 --mix 0:1:0 --batch 2 --lr 0.01".split()
     seed.main([*flags, "--start", student, "--out", str(first)])
     monkeypatch.setattr(seed, "folder", lambda name: student)
-    monkeypatch.setattr(machine, "model_folder", lambda name: student)
+    monkeypatch.setattr(plan, "model_folder", lambda name: student)
     monkeypatch.setattr(seed, "ADAPTER", first)
     seed.main([*flags, "--start", "adapter", "--out", str(tmp_path / "second")])
     losses = []

@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 import data
 import machine
+import plan
 from data import InputError
 from toy import world
 
@@ -140,8 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", default="runs/warm", help="folder for the adapter and log.jsonl")
     args = parser.parse_args(arguments)
     counts = data.mix_counts(args.mix, args.batch, warmup=False)
-    source = machine.model_folder("raw" if args.start == "adapter" else args.start)
-    tokenizer = machine.load_tokenizer(source)
+    source = plan.model_folder("raw" if args.start == "adapter" else args.start)
+    tokenizer = plan.load_tokenizer(source)
     n = int(args.preferences[4:] or 0)
     streams = {kind: itertools.cycle(demonstrations(kind, n, args.seed)) for kind in counts}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)

@@ -26,8 +26,8 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import psutil
 
-import machine
 import runs
+from plan import load_tokenizer, model_folder
 from tiny_run import kill_all, lines, make_taught_model, rank_processes, same_in_every_run, start
 
 SAVE_EVERY, TIMEOUT = 3, 0.5  # steps; minutes that ranks wait for a stalled one
@@ -237,7 +237,7 @@ def main():
     random.Random(options.seed).shuffle(plan)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model").mkdir()
-        model = make_taught_model(Path(folder) / "model", machine.load_tokenizer(machine.model_folder("raw")))
+        model = make_taught_model(Path(folder) / "model", load_tokenizer(model_folder("raw")))
         table, good = campaign(Path(folder) / "campaign", model, plan, options.seed)
     print(f"\n2 ranks, --save_every {SAVE_EVERY}, --timeout {TIMEOUT}, seed {options.seed}\n")
     print(table)

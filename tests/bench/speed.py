@@ -70,9 +70,9 @@ def weights_folder() -> str:
     """SmolLM2-135M as it is; for --quick its first two layers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import machine
+    import plan
 
-    raw, folder = machine.model_folder("raw"), ROOT / "runs/speed-quick-model"
+    raw, folder = plan.model_folder("raw"), ROOT / "runs/speed-quick-model"
     if options.quick and not folder.exists():
         AutoTokenizer.from_pretrained(raw).save_pretrained(f"{folder}.unfinished")
         AutoModelForCausalLM.from_pretrained(raw, num_hidden_layers=2).save_pretrained(f"{folder}.unfinished")
@@ -120,6 +120,7 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
 
     import data
     import machine
+    import plan
     import urpo
 
     machine.start_ranks(timeout_minutes=30)
@@ -128,7 +129,7 @@ def ours(case: dict, flags: list[str], engine: bool = True) -> SimpleNamespace:
     folder = weights_folder()
     arguments = ["--preset", "smol", "--model", folder, "--warmup_steps", "0", "--max_drift", "1e9", "--lr", "1e-6"]
     config = urpo.flags.parse(urpo.Config, urpo.PRESETS, [*arguments, *flags])
-    tokenizer = machine.load_tokenizer(folder)
+    tokenizer = plan.load_tokenizer(folder)
     policy = machine.load_policy(folder, len(tokenizer), config.precision, config.temperature, config.logit_chunk,
                                  config.recompute)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
