@@ -247,7 +247,7 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
     """
     total = {"loss": 0.0, "grad_norm": 0.0, "clipped_low": 0.0, "clipped_high": 0.0, "tokens": 0.0,
              "updates": 0, "skipped_updates": 0, "nonfinite_updates": 0}
-    lr = schedule.get_last_lr()[0]
+    lr = optimizer.param_groups[0]["lr"]  # what the first update uses; a resumed schedule remembers another
     size = len(groups) // config.minibatches
     for m in range(config.minibatches):
         minibatch = groups[m * size : (m + 1) * size]
