@@ -6,6 +6,7 @@ import doctest
 import inspect
 import math
 import re
+import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -416,6 +417,13 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
     assert (config.batch, config.model, config.clip_high) == (24, "seed", 1.28)
     assert flags.parse(urpo.Config, urpo.PRESETS, ["--preset", "paper"]).model == Config().model
     assert flags.parse(urpo.Config, urpo.PRESETS, []).preset in urpo.PRESETS
+
+
+def test_no_file_beside_the_script_adds_flags(tmp_path, monkeypatch):
+    """The library would read them from urpo.args, silently."""
+    (tmp_path / "urpo.args").write_text("--seed 7")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "urpo.py")])
+    assert flags.parse(urpo.Config, urpo.PRESETS, []).seed == 0
 
 
 def test_every_preset_names_real_settings():
