@@ -389,7 +389,31 @@ def text_of(name: str, value) -> str:
     return value
 
 
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}  # the words of HH-RLHF
+
+
+def transcript(name: str, turns: list[dict]) -> str:
+    """A conversation up to the last turn of the user, as HH-RLHF writes it. A lone question stays as it is.
+
+    >>> transcript("prompt", [{"role": "user", "content": "I own 3 cats."}, {"role": "assistant", "content": "Nice."},
+    ...                       {"role": "user", "content": "How many?"}])
+    'I own 3 cats.\\n\\nAssistant: Nice.\\n\\nHuman: How many?'
+    """
+    lines, asked = [], 0
+    for turn in turns:
+        if turn.get("role") not in SPEAKERS:
+            raise ValueError(f"field {name!r}: a turn's role is {turn.get('role')!r}; use {', '.join(SPEAKERS)}")
+        lines.append(f"{SPEAKERS[turn['role']]}: {text_of(name, turn.get('content'))}")
+        if turn["role"] == "user":
+            asked = len(lines)
+    if not asked:
+        raise ValueError(f"field {name!r} has no turn of the user")
+    return "\n\n".join(lines[:asked]).removeprefix("Human: ")
+
+
 def question_of(name: str, value) -> str:
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        value = transcript(name, value)
     text = text_of(name, value)
     if not text.strip():
         raise ValueError(f"field {name!r} is empty")
@@ -410,7 +434,7 @@ def read_pair(record: dict) -> tuple[str, str, list[str]]:
     _, rejected = first_field(record, "rejected")
     if "prompt" in record:
         question = record["prompt"]
-    elif isinstance(chosen, list):  # Skywork: the prompt is the first message
+    elif isinstance(chosen, list):  # Skywork: all turns but the last one are the prompt
         question = chosen[:-1]
     else:  # HH-RLHF: one transcript in each field
         question, _, chosen = text_of("chosen", chosen).rpartition("\n\nAssistant:")
@@ -463,10 +487,8 @@ def read_reasoning(record: dict) -> Prompt:
 
 
 def read_instruction(record: dict) -> Prompt:
-    """{instruction} | {prompt} (text or messages) | {messages} (the first user turn)"""
+    """{instruction} | {prompt} (text or messages) | {messages} (up to the last user turn)"""
     name, value = first_field(record, "instruction", "prompt", "messages")
-    if name == "messages":
-        value = [turn for turn in value if turn.get("role") == "user"][:1]
     return Prompt("instruction", question_of(name, value), check=text_of("check", record.get("check", "")))
 
 

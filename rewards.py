@@ -175,15 +175,22 @@ def group_rewards(prompt, texts: Sequence[str], judgements: Sequence[dict], tau:
     return self_rewards(verdicts, orders)
 
 
-def group_advantages(rewards: torch.Tensor, scale: str = "std", eps: float = 1e-6) -> torch.Tensor:
+REWARD_RANGE = {"preference": (-1.0, 1.0), "reasoning": (0.0, 1.0), "instruction": (LOWEST_SCORE, HIGHEST_SCORE)}
+
+
+def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tuple[float, float] = (0.0, 1.0),
+                     eps: float = 1e-6) -> torch.Tensor:
     """A = (r - mean) / (std + eps) over the last dimension, the G answers to one prompt; float32.
 
     Group-relative advantages are the paper's. The unbiased std and its floor are ours (D9): a group whose std is
-    below 1e-6, or of one answer, gets exactly 0. scale="center" is A = r - mean (Dr. GRPO).
+    below 1e-6, or of one answer, gets exactly 0. scale="center" is A = r - mean (Dr. GRPO), with `reward_range`
+    mapped to [0, 1] first: otherwise a score of 1 to 10 would weigh nine times as much as a solved question (ours).
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [7., 7., 7., 7.]]))
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(torch.tensor([10., 1.]), "center", REWARD_RANGE["instruction"])
+    tensor([ 0.5000, -0.5000])
     """
     if scale not in ("std", "center"):
         raise ValueError(f"unknown advantage scale {scale!r}: use 'std' or 'center'")
@@ -194,7 +201,8 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", eps: float = 1e-
     rewards = rewards.double()
     centered = rewards - rewards.mean(dim=-1, keepdim=True)
     std = rewards.std(dim=-1, keepdim=True)
-    advantages = centered / (std + eps) if scale == "std" else centered
+    lowest, highest = reward_range
+    advantages = centered / (std + eps if scale == "std" else highest - lowest)
     return torch.where(std < SMALLEST_SPREAD, 0.0, advantages).float()
 
 

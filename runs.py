@@ -19,7 +19,7 @@ from statistics import pstdev
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 
 import machine
 from data import KINDS, Group, InputError
@@ -174,6 +174,10 @@ class Log:
 
 
 def trainer_state(policy, optimizer, schedule) -> dict:
+    if not optimizer.state:  # no update yet: torch makes the state by a step at rate 0, and counts that step
+        get_optimizer_state_dict(policy, optimizer)
+        for state in optimizer.state.values():
+            state["step"].zero_()
     model, optimizer_state = get_state_dict(policy, optimizer)
     return {"model": model, "optimizer": optimizer_state, "schedule": schedule.state_dict()}
 

@@ -40,7 +40,7 @@ import plan
 import runs
 from data import Group, InputError
 from machine import all_reduce, on_rank_0
-from rewards import clipped_objective, clipped_tokens, group_advantages, group_rewards, mean
+from rewards import REWARD_RANGE, clipped_objective, clipped_tokens, group_advantages, group_rewards, mean
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 
@@ -83,7 +83,7 @@ class Config:
     # objective
     clip_low: float = flag(0.8, "lower end of the ratio (paper: 0.8)")
     clip_high: float = flag(1.28, "upper end of the ratio (paper: 1.28)")
-    advantage: Literal["std", "center"] = flag("std", "(r - mean) / std of the group | r - mean, Dr. GRPO (D9)")
+    advantage: Literal["std", "center"] = flag("std", "(r - mean) / std of the group | r - mean of rewards in [0, 1] (D9)")
     loss: Literal["token-mean", "sequence-mean"] = flag("token-mean", "over the global minibatch: DAPO | GRPO (D15)")
     importance_cap: float = flag(0.0, "0: off; else weight tokens by min(trainer/sampler probability, cap) (D16)")
     # optimiser
@@ -174,7 +174,8 @@ def reward(config: Config, groups: list[Group]) -> None:
         if group.rewards is None:  # no judgement could be read: the group teaches nothing, and is counted (D8)
             group.advantages = [0.0] * len(group.texts)
         else:
-            group.advantages = group_advantages(torch.tensor(group.rewards), config.advantage).tolist()
+            rewards, kind = torch.tensor(group.rewards), group.prompt.kind
+            group.advantages = group_advantages(rewards, config.advantage, REWARD_RANGE[kind]).tolist()
 
 
 @torch.no_grad()
@@ -248,7 +249,7 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
     """
     total = {"loss": 0.0, "grad_norm": 0.0, "clipped_low": 0.0, "clipped_high": 0.0, "tokens": 0.0,
              "updates": 0, "skipped_updates": 0, "nonfinite_updates": 0}
-    lr = schedule.get_last_lr()[0]
+    lr = optimizer.param_groups[0]["lr"]  # what the first update uses; a resumed schedule remembers another
     size = len(groups) // config.minibatches
     for m in range(config.minibatches):
         minibatch = groups[m * size : (m + 1) * size]

@@ -13,7 +13,7 @@ from statistics import mean, stdev
 import torch
 
 from data import KINDS, Group, InputError, prompt_text
-from rewards import group_advantages, group_rewards, parse_scores
+from rewards import REWARD_RANGE, group_advantages, group_rewards, parse_scores
 from runs import figures_of_kind, read_about, read_groups, read_log
 
 
@@ -64,7 +64,8 @@ def derive(step: int, group: Group, settings: dict) -> tuple[Group, list[str]]:
         return group, [f"{where}: {error}"]
     advantages = [0.0] * len(group.texts)  # stays so where no judgement could be read (D8)
     if rewards is not None:
-        advantages = group_advantages(torch.tensor(rewards), settings["advantage"]).tolist()
+        reward_range = REWARD_RANGE[group.prompt.kind]
+        advantages = group_advantages(torch.tensor(rewards), settings["advantage"], reward_range).tolist()
     wrong = []
     for name, recorded, own in (("reward", group.rewards, rewards), ("advantage", group.advantages, advantages)):
         for i, (a, b) in enumerate(zip_longest(recorded or [], own or []), 1):
@@ -124,7 +125,9 @@ def in_words(step: int, group: Group, settings: dict) -> str:
         lines += [f"judge prompt over answers {order}, in this order", indented(judgement["prompt"]),
                   "judge text", indented(judgement["text"]), f"scores: {scores or 'unreadable'}"]
     if len(group.rewards or []) > 1:
-        rule = "reward - mean" if settings["advantage"] == "center" else "(reward - mean) / (std + 1e-6)"
+        lowest, highest = REWARD_RANGE[prompt.kind]
+        rule = f"(reward - mean) / {highest - lowest:g}" if settings["advantage"] == "center" else (
+            "(reward - mean) / (std + 1e-6)")
         lines.append(f"advantage = {rule}, mean {mean(rewards):.4g}, unbiased std {stdev(rewards):.4g}; 0 at std 0")
     return "\n".join(lines)
 

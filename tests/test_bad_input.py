@@ -324,8 +324,11 @@ ROWS = [  # the third line of rows.jsonl, after a good one and an empty one, and
     ('instructions', '{"text": "q"}', "no field 'instruction or prompt or messages'; it has text"),
     ('instructions', '{"instruction": "\\n "}', "field 'instruction' is empty"),
     ('instructions', '{"instruction": 7}', "field 'instruction' is int, expected text"),
-    ('instructions', '{"messages": [{"role": "system", "content": "s"}]}', "field 'messages' is list, expected text"),
-    ('instructions', '{"messages": ["q"]}', "'str' object has no attribute 'get'"),
+    ('instructions', '{"messages": [{"role": "system", "content": "s"}]}', "field 'messages' has no turn of the user"),
+    ('instructions', '{"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "t"}]}',
+     "field 'messages': a turn's role is 'tool'; use system, user, assistant"),
+    ('instructions', '{"messages": [{"role": "user"}]}', "field 'messages' is NoneType, expected text"),
+    ('instructions', '{"messages": ["q"]}', "field 'messages' is list, expected text"),
     ('instructions', 'null', 'expected an object, found NoneType'),
 ]
 

@@ -185,8 +185,18 @@ def pair(instruction):
     ("instruction", {"instruction": "q", "source": "x"}, Prompt("instruction", "q")),
     ("instruction", {"prompt": "q"}, Prompt("instruction", "q")),
     ("instruction", {"prompt": [user("q")]}, Prompt("instruction", "q")),
-    ("instruction", {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("r")]},
-     Prompt("instruction", "q")),
+    # What was said before the last question belongs to it.
+    ("preference", {"chosen": [user("q"), assistant("a"), user("r"), assistant("good")],
+                    "rejected": [user("q"), assistant("a"), user("r"), assistant("bad")]},
+     pair("q\n\nAssistant: a\n\nHuman: r")),
+    ("preference", {"prompt": [user("q"), assistant("a"), user("r")], "chosen": "good", "rejected": "bad"},
+     pair("q\n\nAssistant: a\n\nHuman: r")),
+    ("reasoning", {"prompt": [user("I own 3 cats."), assistant("Nice."), user("How many?")], "answer": "3"},
+     Prompt("reasoning", "I own 3 cats.\n\nAssistant: Nice.\n\nHuman: How many?", answer="3")),
+    ("instruction", {"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("r"),
+                                  assistant("b")]},
+     Prompt("instruction", "System: s\n\nHuman: q\n\nAssistant: a\n\nHuman: r")),
+    ("instruction", {"messages": [user("q"), assistant("a")]}, Prompt("instruction", "q")),
 ])
 def test_every_record_format_is_read(tmp_path, kind, record, row):
     source = tmp_path / "rows.jsonl"

@@ -17,6 +17,7 @@ import torch
 
 import machine
 import runs
+import urpo
 from conftest import ROOT, random_groups
 from data import InputError
 from tiny_run import lines, run, start, wait_for
@@ -197,6 +198,35 @@ def test_the_rate_and_the_weight_decay_of_the_resumed_run_are_its_own(new_traine
         (group,) = second[1].param_groups
         assert group["lr"] == pytest.approx(5e-4 / (done + 1)) and group["weight_decay"] == 0.5
         advance(*second)
+
+
+def test_the_first_step_after_a_resume_logs_the_rate_that_it_uses(new_trainer, tmp_path):
+    first, second = new_trainer(lr=1e-3), new_trainer(lr=5e-4)
+    advance(*first)
+    runs.save_checkpoint(tmp_path / "step_1", *first, TOKENIZER, settings={}, keep=0)
+    runs.load_checkpoint(tmp_path / "step_1", *second)
+    used, step = [], second[1].step
+    second[1].step = lambda: (used.append(second[1].param_groups[0]["lr"]), step())
+    groups = random_groups(2)
+    for group in groups:
+        group.advantages, group.sampler_logprobs = [1.0, 0.0, -1.0], [[-6.0] * len(ids) for ids in group.answers]
+    config = urpo.Config(minibatches=1, max_drift=1e9, row_tokens=4096)
+    figures = urpo.update(config, *second, groups)
+    assert used == [pytest.approx(5e-4 / 2)] and figures["lr"] == used[0]
+
+
+def test_a_checkpoint_before_the_first_update_changes_nothing(new_trainer, tmp_path):
+    """Torch fills an empty optimiser state by a step of its own, which Adam's bias correction would count."""
+    undisturbed, saved, resumed = new_trainer(), new_trainer(), new_trainer()
+    runs.save_checkpoint(tmp_path / "step_0", *saved, TOKENIZER, settings={}, keep=0)
+    runs.load_checkpoint(tmp_path / "step_0", *resumed)
+    for trainer in (undisturbed, saved, resumed):
+        advance(*trainer)
+        advance(*trainer)
+    for other in (saved, resumed):
+        for (name, a), (_, b) in zip(machine.full_weights(undisturbed[0]), machine.full_weights(other[0]), strict=True):
+            assert torch.equal(a, b), name
+        assert {state["step"].item() for state in other[1].state.values()} == {2}
 
 
 # ---- a disk that is full ----

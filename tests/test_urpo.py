@@ -6,6 +6,7 @@ import doctest
 import inspect
 import math
 import re
+import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -121,7 +122,17 @@ def test_rewards_of_preference_and_reasoning():
     urpo.reward(tiny_config(advantage="center"), [ranked, solved])
     assert ranked.rewards == [1, -1, -1]
     assert solved.rewards == [1, 0, 1]
-    assert ranked.advantages == pytest.approx([4 / 3, -2 / 3, -2 / 3])
+    assert ranked.advantages == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+
+
+def test_centred_advantages_of_all_kinds_have_one_scale_so_that_no_judge_raises_its_own_gradient():
+    """The best answer of two against the worst one: the same advantage on P, R and I."""
+    judgement = {"order": [0, 1], "prompt": "p", "text": "<scores>10, 1</scores>"}
+    groups = [Group(0, SHARE[0][1], [1], [[1]] * 2, texts=["<scores>8, 6</scores>", "first"]),
+              Group(1, SHARE[1][1], [1], [[1]] * 2, texts=["\\boxed{2}", "3"]),
+              Group(2, Prompt("instruction", "Say hi."), [1], [[1]] * 2, texts=["hi", ""], judgements=[judgement])]
+    urpo.reward(tiny_config(advantage="center"), groups)
+    assert [group.advantages for group in groups] == [[0.5, -0.5]] * 3
 
 
 # ---- 5. old_logprobs, and the drift that part 6 checks ----
@@ -406,6 +417,13 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
     assert (config.batch, config.model, config.clip_high) == (24, "seed", 1.28)
     assert flags.parse(urpo.Config, urpo.PRESETS, ["--preset", "paper"]).model == Config().model
     assert flags.parse(urpo.Config, urpo.PRESETS, []).preset in urpo.PRESETS
+
+
+def test_no_file_beside_the_script_adds_flags(tmp_path, monkeypatch):
+    """The library would read them from urpo.args, silently."""
+    (tmp_path / "urpo.args").write_text("--seed 7")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "urpo.py")])
+    assert flags.parse(urpo.Config, urpo.PRESETS, []).seed == 0
 
 
 def test_every_preset_names_real_settings():
