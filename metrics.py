@@ -465,8 +465,10 @@ def probe_verdicts(figures: dict[str, dict[str, dict]]) -> list[str]:
 # ------------------------------------------------------------------------------- tables
 
 
-def table(results: dict[str, dict], last: str = "") -> str:
+def table(results: dict[str, dict], last: str = "", only=()) -> str:
     """Results side by side, a column each: value [95 % interval]. Last column: "change" from first to last, or "n".
+
+    only: the (part, figure) pairs to show, in this order, where a result has them; by default all.
 
     >>> a, b = ({"figures": {"reasoning": {"accuracy": interval(v)}}} for v in ([1, 0, 0, 0], [1, 1, 1, 0]))
     >>> print(table({"before": a, "after": b}, "change"))
@@ -478,6 +480,7 @@ def table(results: dict[str, dict], last: str = "") -> str:
         for part, figures in result["figures"].items():
             for name in figures:
                 names[part, name] = None
+    names = [name for name in only if name in names] or list(names)
     lines = [["", "", *results, last]]
     for part, name in names:
         line, found = [part.ljust(12), name], []

@@ -90,7 +90,7 @@ def worked_ranking(truth) -> str:
     return data.score_line([round(9 - step * ranks.index(score)) for score in truth])
 
 
-def demonstrations(kind: str, n: int, seed: int, error_rate: float, constraint_share: float) -> list:
+def demonstrations(kind: str, n: int, seed: int, error_rate: float = 0.0, constraint_share: float = 0.0) -> list:
     """All (prompt, worked answer) pairs of one kind. A preference row stands in both orders, one after the other.
 
     A demonstrator errs at `error_rate`: he swaps the true order, miscounts, or writes a fluent but flawed answer.
