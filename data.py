@@ -287,7 +287,7 @@ class Group:
     answers: list[list[int]]  # G lists of token ids, the end token included
     texts: list[str] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)  # False: cut off at max_answer_tokens
-    judgements: list[dict] = field(default_factory=list)  # I: {order, prompt, text} of each self-judgement
+    judgements: list[dict] = field(default_factory=list)  # I: {order, prompt, text} of each self-judgement; R: audits
     rewards: list[float] | None = None  # None: unjudged, which is not 0
     advantages: list[float] = field(default_factory=list)
     entropy: float | None = None  # nats a token: minus the sampler's mean log-prob, an estimate that costs nothing
@@ -552,32 +552,32 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
     return prompts
 
 
-def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, group: int) -> tuple[list[Prompt], int]:
+def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, listed: int) -> tuple[list[Prompt], int]:
     """(rows whose prompt fits `limit` tokens, how many were dropped). Rows are never silently cut.
 
-    An instruction must also leave room for its judgement: the referee's prompt over `group` answers, each of them
-    cut to its shortest allowed form.
+    An instruction or a question must also leave room for its judgement: the referee's prompt over `listed` answers,
+    each of them cut to its shortest allowed form.
     """
     kept = []
     for prompt in prompts:
         if len(encode_prompt(tokenizer, prompt)) > limit:
             continue
         try:
-            if prompt.kind == "instruction":
-                encode_judgement(tokenizer, prompt.instruction, ["word " * 12] * group, limit)
+            if prompt.kind != "preference":
+                encode_judgement(tokenizer, prompt.instruction, ["word " * 12] * listed, limit)
         except InputError:
             continue
         kept.append(prompt)
     return kept, len(prompts) - len(kept)
 
 
-def load_sources(names: dict[str, str], counts: dict[str, int], tokenizer, limit: int, group: int, toy_rows: int):
+def load_sources(names: dict[str, str], counts: dict[str, int], tokenizer, limit: int, listed: int, toy_rows: int):
     """({kind: its rows}, {kind: how many were dropped as too long}) of each kind that the mix draws."""
     sources, dropped = {}, {}
     for kind, count in counts.items():
         if count:
             rows = load_source(kind, names[kind], count=toy_rows)
-            sources[kind], dropped[kind] = drop_overlong(rows, tokenizer, limit, group)
+            sources[kind], dropped[kind] = drop_overlong(rows, tokenizer, limit, listed)
             if not sources[kind]:
                 raise InputError(f"--{FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens {limit}: "
                                  "raise it")

@@ -100,7 +100,7 @@ def split_of(source: str, split: str) -> str:
     return "heldout" if source.startswith("toy") else split  # toy takes any other name for its training split
 
 
-def finish(args, figures: dict, printed: str) -> None:
+def finish(args, figures: dict, printed: str, **more) -> None:
     """The end of every command that measures: its table, and with --json a file that `compare` reads."""
     print(printed)
     if args.json:
@@ -109,6 +109,7 @@ def finish(args, figures: dict, printed: str) -> None:
             settings.pop(name, None)
         command = shlex.join(["python", "eval.py", *args.arguments])
         result = {"model": args.model or args.judge, "command": command, "settings": settings, "figures": figures}
+        result |= more
         write_whole(args.json, json.dumps(result, indent=1))
 
 
@@ -162,7 +163,25 @@ def answer_figures(rows: list[Prompt], greedy, sampled) -> dict[str, dict]:
             shares.append(None if None in marks else mean(marks))
         figures[name] = interval(shares)
     figures["tokens an answer"] = interval(mean(len(sample.ids) for sample in samples) for samples in sampled)
+    golds = [gold_of(row, samples) for row, samples in zip(rows, sampled)]
+    if all(golds):
+        figures |= metrics.gold_figures(golds)
     return figures
+
+
+def gold_of(row: Prompt, samples: list[machine.Sample]) -> list[dict] | None:
+    """The parts of the toy world's hidden gold that each answer has; None for a row from elsewhere."""
+    if row.kind != "instruction" or not world.read_instruction(row.instruction):
+        return None
+    return [world.gold(row.instruction, sample.text) for sample in samples]
+
+
+def record(row: Prompt, greedy: list[machine.Sample], sampled: list[machine.Sample]) -> dict:
+    """One row in the JSON: the question, the answers, and how many parts of the hidden gold each sampled one has."""
+    golds = gold_of(row, sampled)
+    return {"kind": row.kind, "asked": row.instruction, "responses": row.responses, "truth": row.truth or row.answer,
+            "greedy": [sample.text for sample in greedy], "sampled": [sample.text for sample in sampled],
+            "gold": golds and [sum(gold.values()) for gold in golds]}
 
 
 def heldout(args) -> None:
@@ -188,7 +207,9 @@ def heldout(args) -> None:
         judged["first wins, single order"] = metrics.figure(0.5, len(pairs))
         judged["first wins, both orders"] = metrics.figure(0.0, len(pairs))
         figures["referee"] = judged
-    finish(args, figures, table({args.model: {"figures": figures}}, "n"))
+    shown = [*questions, *tasks, *pairs]  # of the pairs, the better response first
+    finish(args, figures, table({args.model: {"figures": figures}}, "n"),
+           answers=list(map(record, shown, greedy, sampled)))
 
 
 # ------------------------------------------------------------------------------- rewardbench
@@ -431,14 +452,36 @@ def read_result(path: str | Path) -> dict:
     return content
 
 
+# The lines of `compare` that tell the most; all the others stand in the JSON, and behind --all.
+HEADLINES = (("referee", "both orders"), ("reasoning", "sampled"), ("instructions", "on topic, whole, in order"),
+             ("instructions", "all four"), ("instructions", "better, by gold"))
+BLIND = ("blind judges on the same pairs: {:.2f} for the longer response in the order shown; in both orders .25 for "
+         "a coin and 0 for the first response")
+
+
 def compare(args) -> None:
-    """Two results of `heldout` side by side, and what differs in how they were measured."""
-    before, after = read_result(args.before), read_result(args.after)
-    print(table({"before": before, "after": after}, "change"))
+    """Two results of `heldout` side by side, what differs in how they were measured, and some answers of both."""
+    from report.examples import side_by_side
+
+    results = {"before": read_result(args.before), "after": read_result(args.after)}
+    before, after = results.values()
+    rows = list(zip(before.get("answers", []), after.get("answers", [])))
+    alike = all(a["asked"] == b["asked"] for a, b in rows)
+    golds = [(a["gold"], b["gold"]) for a, b in rows if alike and a["gold"] and b["gold"]]
+    if golds:
+        before["figures"]["instructions"]["better, by gold"] = metrics.figure(0.5, len(golds))
+        after["figures"]["instructions"]["better, by gold"] = metrics.gold_wins(
+            [ours for _, ours in golds], [others for others, _ in golds])
+    print(table(results, "change", () if args.all else HEADLINES))
+    longer = before["figures"].get("referee", {}).get("longer wins")
+    if longer:
+        print(BLIND.format(longer["value"]))
     for name in before["settings"] | after["settings"]:
         a, b = before["settings"].get(name), after["settings"].get(name)
         if a != b:
             print(f"not measured alike: --{name} {a} before, {b} after")
+    if alike:
+        print(side_by_side(rows))
 
 
 # ------------------------------------------------------------------------------- what became of a run
@@ -451,7 +494,7 @@ def report(args) -> None:
     """
     from report import page
 
-    page.report(args.runs, args.out, args.csv, args.groups)
+    page.report(args.runs, args.out, args.csv, args.groups, args.brief)
 
 
 def explain(args) -> None:
@@ -516,6 +559,7 @@ def command_line() -> argparse.ArgumentParser:
     part = add_command(commands, compare, "two results side by side")
     part.add_argument("before")
     part.add_argument("after")
+    part.add_argument("--all", action="store_true", help="every figure, and not the headlines alone")
     add_command(commands, probe, "seed competence: what could this model learn, before any training?", "model", "rows",
                 "json", rows=32)
     part = add_command(commands, rewardbench, "accuracy of the judge, by section", "model", "split", *COMMON,
@@ -536,6 +580,7 @@ def command_line() -> argparse.ArgumentParser:
     part.add_argument("--name", help="with --model: its name in the file; default the model itself")
     part.add_argument("--against", help="with --judge: the other answers, in the same form")
     part = add_command(commands, report, "curves of one run or of several; of one, also report.html")
+    part.add_argument("--brief", action="store_true", help="with --out: the four panels that tell the most")
     part.add_argument("runs", nargs="+", help="folders that hold a log.jsonl; several are overlaid")
     part.add_argument("--out", help="the picture; default <run>/curves.png")
     part.add_argument("--csv", help="also write the figures of the panels, a line a step")

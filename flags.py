@@ -4,10 +4,11 @@ import math
 import data
 import machine
 from data import InputError
+from rewards import judge_strides
 
 ABOVE_0 = """batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens
     logit_chunk rollouts_every toy_rows temperature lr grad_clip gpu_memory cpu_cache max_drift timeout""".split()
-AT_LEAST_0 = "steps warmup_steps save_every keep lr_warmup importance_cap weight_decay".split()
+AT_LEAST_0 = "judge_list audit_judge steps warmup_steps save_every keep lr_warmup importance_cap weight_decay".split()
 
 
 def parse(settings: type, presets: dict[str, dict], arguments: list[str]):
@@ -41,6 +42,7 @@ def check(config, world: int) -> None:
         raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
     if config.group == 1:
         raise InputError("--group 1: an answer is compared with its group, so give 2 or more")
+    check_judging(config.group, config.judge_list or config.group, config.judgements)
     if not 0 <= config.clip_low <= 1 <= config.clip_high:
         raise InputError(f"--clip_low {config.clip_low} --clip_high {config.clip_high}: the range must hold 1")
     part = world * config.minibatches
@@ -52,3 +54,15 @@ def check(config, world: int) -> None:
         if config.both_orders and rows % 2:
             raise InputError(f"--batch {config.batch} --mix {config.mix} draws {rows} preference prompts, and "
                              f"--both_orders needs an even number: use --batch {2 * config.batch}")
+
+
+def check_judging(size: int, listed: int, times: int) -> None:
+    """G answers, lists of `listed`, each answer `times` times: by lists that all differ (rewards.judge_orders)."""
+    if not 2 <= listed <= size:
+        raise InputError(f"--judge_list {listed}: a judgement compares 2 to {size} answers, --group; 0 is all of them")
+    if listed < size and times % listed:
+        raise InputError(f"--judgements {times} --judge_list {listed}: judging every answer as often, and as often in "
+                         f"each place, takes a multiple of {listed}; for example {-(-times // listed) * listed}")
+    most = listed * len(judge_strides(size, listed))
+    if times > most:
+        raise InputError(f"--judgements {times}: lists of {listed} of {size} answers that differ are enough for {most}")

@@ -196,6 +196,44 @@ def longer_wins(responses, truth) -> float:
     return (kendall_tau(lengths, truth, "strict") + 1) / 2
 
 
+# ------------------------------------------------------------------------------- answers, by hidden gold
+
+
+def gold_figures(golds) -> dict[str, dict]:
+    """Share of the answers with each part of the toy world's hidden gold, with all but the constraint, and with all.
+
+    golds: for each row the `world.gold` of each of its answers. Rows are the unit.
+
+    >>> part = {"on topic": True, "whole": True, "in order": True, "keeps the constraint": False}
+    >>> [found["value"] for found in gold_figures([[part, part]]).values()]
+    [1.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    """
+    *text_parts, constraint = golds[0][0] if golds else ("", "")
+    wanted = {name: [name] for name in [*text_parts, constraint]}
+    wanted[", ".join(text_parts)] = text_parts
+    wanted["all four"] = [*text_parts, constraint]
+    figures = {}
+    for name, parts in wanted.items():
+        shares = [mean(all(gold[part] for part in parts) for gold in answers) for answers in golds]
+        figures[name] = interval(shares)
+    return figures
+
+
+def gold_wins(after, before) -> dict:
+    """How often an answer has more parts of the hidden gold than an answer of other weights to the same instruction.
+
+    after, before: for each row the number of parts that each of its answers has. Every answer meets every answer of
+    its row; a tie counts 0.5.
+
+    >>> gold_wins([[4, 3]], [[3, 3]])["value"]
+    0.75
+    """
+    wins = []
+    for ours, others in zip(after, before, strict=True):
+        wins.append(mean(credit(a - b) for a in ours for b in others))
+    return interval(wins)
+
+
 # ------------------------------------------------------------------------------- the paper's three scores
 
 # RewardBench's sections, their subsets, and each subset's weight in its section: SUBSET_MAPPING and EXAMPLE_COUNTS
@@ -427,8 +465,10 @@ def probe_verdicts(figures: dict[str, dict[str, dict]]) -> list[str]:
 # ------------------------------------------------------------------------------- tables
 
 
-def table(results: dict[str, dict], last: str = "") -> str:
+def table(results: dict[str, dict], last: str = "", only=()) -> str:
     """Results side by side, a column each: value [95 % interval]. Last column: "change" from first to last, or "n".
+
+    only: the (part, figure) pairs to show, in this order, where a result has them; by default all.
 
     >>> a, b = ({"figures": {"reasoning": {"accuracy": interval(v)}}} for v in ([1, 0, 0, 0], [1, 1, 1, 0]))
     >>> print(table({"before": a, "after": b}, "change"))
@@ -440,6 +480,7 @@ def table(results: dict[str, dict], last: str = "") -> str:
         for part, figures in result["figures"].items():
             for name in figures:
                 names[part, name] = None
+    names = [name for name in only if name in names] or list(names)
     lines = [["", "", *results, last]]
     for part, name in names:
         line, found = [part.ljust(12), name], []

@@ -5,6 +5,7 @@ In the order in which a step uses them:
     P  preference    r = tau(scores in the answer, true scores)              preference_reward   [paper]
     R  reasoning     r = 1 if the final answer equals the true one, else 0   verify_answer       [paper]
     I  instruction   r_i = mean score that the model itself gave answer i    self_rewards        [paper]
+                     which answers each of its judgements sees               judge_orders
     all kinds        one dispatch, for training and for `eval.py explain`    group_rewards
                      A = (r - mean) / std within the group                   group_advantages    [paper]
                      min(rho A, clip(rho, 0.8, 1.28) A)                      clipped_objective   [paper, DAPO]
@@ -18,6 +19,7 @@ never a score.
 """
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -132,29 +134,59 @@ def verify_answer(response: str, answer: str) -> float:
 # ------------------------------------------------------------------------------- I: self-scores
 
 
+def judge_strides(size: int, listed: int) -> list[int]:
+    """The steps around a ring of `size` answers that meet `listed` different ones before one comes again.
+
+    >>> judge_strides(4, 2), judge_strides(4, 4)
+    ([1, 2, 3], [1, 3])
+    """
+    return [stride for stride in range(1, size) if listed <= size // math.gcd(size, stride)]
+
+
+def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) -> list[list[int]]:
+    """Which answers each judgement of a group sees, and in which order (our choice D6). No list comes twice.
+
+    The answers stand in a ring p, shuffled. List (d, j) is p[j], p[j + d], p[j + 2d], ... around the ring, `listed`
+    of them. One stride d and all j together show every answer `listed` times, once in each position. The first
+    judgements * size / listed of these lists are taken, so every answer is judged `judgements` times.
+
+    Here every pair of four answers meets, and each answer stands first as often as last:
+
+    >>> judge_orders(4, 2, 4, random.Random(1))
+    [[1, 2], [2, 0], [0, 3], [3, 1], [1, 0], [2, 3], [0, 1], [3, 2]]
+    """
+    ring = rng.sample(range(size), size)
+    orders = []
+    for stride in judge_strides(size, listed):
+        for first in range(size):
+            orders.append([ring[(first + place * stride) % size] for place in range(listed)])
+    return orders[: judgements * size // listed]
+
+
 def self_rewards(texts: Sequence[str], orders: Sequence[Sequence[int]]) -> list[float] | None:
     """Rewards of a group of open answers: r_i = mean score of answer i over the judgements that can be read.
 
     That the policy scores its own group is the paper's. The shuffled orders and the mean are ours (D6).
-    texts[k] is judgement k; orders[k][j] is the answer that it was shown at position j. Returns one reward in
-    [1, 10] an answer, or None if no judgement can be read: that group then has no advantage (D8).
+    texts[k] is judgement k; orders[k][j] is the answer that it was shown at position j. A judgement may see a part of
+    the group. Returns one reward in [1, 10] an answer; or None if no judgement of some answer can be read: that group
+    then has no advantage (D8).
 
-    >>> self_rewards(["<scores>9, 2, 5</scores>", "<scores>4, 3, 7</scores>"], [[2, 0, 1], [1, 0, 2]])
-    [2.5, 4.5, 8.0]
-    >>> self_rewards(["cannot say"], [[2, 0, 1]])
+    >>> texts = ["<scores>9, 2</scores>", "<scores>4, 3</scores>", "<scores>7, 1</scores>"]
+    >>> self_rewards(texts, [[2, 0], [1, 2], [0, 1]])
+    [4.5, 2.5, 6.0]
+    >>> self_rewards(["<scores>9, 2</scores>", "cannot say"], [[0, 1], [2, 0]])
     """
     if len(texts) != len(orders):
         raise ValueError(f"{len(texts)} judgements against {len(orders)} orders")
-    readable = []  # the scores of each readable judgement, in the order of the answers
+    found = {answer: [] for order in orders for answer in order}  # the scores of each answer
+    if set(found) != set(range(len(found))) or any(len(set(order)) < len(order) for order in orders):
+        raise ValueError("orders must name the answers of a group, counted from 0, and none twice in one order")
     for text, order in zip(texts, orders):
-        if sorted(order) != list(range(len(orders[0]))):
-            raise ValueError("every order must be a permutation of the same answers, counted from 0")
-        scores = parse_scores(text, len(order))
-        if scores is not None:
-            readable.append([scores[order.index(answer)] for answer in range(len(order))])
-    if not readable:
+        for answer, score in zip(order, parse_scores(text, len(order)) or ()):
+            found[answer].append(score)
+    if not found or not all(found.values()):
         return None
-    return [sum(column) / len(readable) for column in zip(*readable)]
+    return [sum(found[answer]) / len(found[answer]) for answer in range(len(found))]
 
 
 # ------------------------------------------------------------------------------- all kinds

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, ge
 
 import machine
 from data import KINDS, Group, InputError
-from rewards import SMALLEST_SPREAD, first_position_preference, mean, parse_scores
+from rewards import SMALLEST_SPREAD, first_position_preference, kendall_tau, mean, parse_scores, self_rewards
+from toy import world
 
 # ------------------------------------------------------------------------------- figures of a step
 
@@ -55,6 +56,10 @@ def figures_of_kind(groups: list[Group]) -> dict:
         "entropy": mean(group.entropy for group in groups if group.entropy is not None)}
     if groups[0].prompt.kind != "reasoning":
         figures |= referee_figures(groups)
+    if groups[0].prompt.kind != "preference":
+        figures["judge_tau"] = judge_tau(groups)
+    if groups[0].prompt.kind == "instruction":
+        figures |= gold_figures(groups)
     return figures
 
 
@@ -74,6 +79,41 @@ def referee_figures(groups: list[Group]) -> dict:
     figures["format"] = len(read) / len(judgements) if judgements else None
     figures["first_position"] = first_position_preference(read) if read else None
     return figures
+
+
+def hidden_gold(group: Group) -> list[dict] | None:
+    """The parts of the toy world's hidden gold that each answer has; None for an instruction from elsewhere."""
+    golds = [world.gold(group.prompt.instruction, text) for text in group.texts]
+    return None if None in golds else golds
+
+
+def judge_tau(groups: list[Group]) -> float | None:
+    """What a self-score is worth: Kendall's tau of self-scores with the truth, a mean over groups. 0 is a blind judge.
+
+    The truth of R is the verified reward (`--audit_judge`). On I of the toy world it is the number of parts of the
+    hidden gold. Groups whose answers are all as good do not count; None if there is no other.
+    """
+    taus = []
+    for group in groups:
+        verdicts = [judgement["text"] for judgement in group.judgements]
+        scores = self_rewards(verdicts, [judgement["order"] for judgement in group.judgements])
+        truth = group.rewards
+        if group.prompt.kind == "instruction":
+            truth = [sum(gold.values()) for gold in hidden_gold(group) or []]
+        if scores and len(set(truth)) > 1:
+            taus.append(kendall_tau(scores, truth, "strict"))
+    return mean(taus)
+
+
+def gold_figures(groups: list[Group]) -> dict:
+    """Share of answers to I that are on topic, whole and in order, and share that keeps the constraint.
+
+    By the hidden gold, which no reward sees. Both rise while self-scores are worth something.
+    """
+    *text_parts, constraint = world.GOLD
+    golds = [gold for group in groups for gold in hidden_gold(group) or []]
+    return {"gold": mean(all(gold[part] for part in text_parts) for gold in golds),
+            "gold_constraint": mean(gold[constraint] for gold in golds)}
 
 
 # ------------------------------------------------------------------------------- writing

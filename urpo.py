@@ -40,7 +40,15 @@ import plan
 import runs
 from data import Group, InputError
 from machine import all_reduce, on_rank_0
-from rewards import REWARD_RANGE, clipped_objective, clipped_tokens, group_advantages, group_rewards, mean
+from rewards import (
+    REWARD_RANGE,
+    clipped_objective,
+    clipped_tokens,
+    group_advantages,
+    group_rewards,
+    judge_orders,
+    mean,
+)
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 
@@ -77,13 +85,15 @@ class Config:
     max_prompt_tokens: int = flag(4096, "longer rows are dropped at load; judge prompts are cut to fit")
     max_answer_tokens: int = flag(2048, "of answers to R and I (D17)")
     max_referee_tokens: int = flag(1024, "of answers to P and of self-judgements")
-    judgements: int = flag(1, "K listwise judgements of each open-ended group (D6)")
+    judgements: int = flag(1, "K, how many times each open-ended answer is judged; the mean counts (D6)")
+    judge_list: int = flag(0, "answers that one judgement compares; 0: all G (D6)")
+    audit_judge: int = flag(0, "every k steps also judge answers to R, as a measurement; 0: never")
     both_orders: bool = flag(False, "draw each P row in both orders, so that no position pays (paper silent)")
     tau: Literal["b", "strict"] = flag("b", "scipy's tau-b | (C - D) / gold-strict pairs (D3)")
     # objective
     clip_low: float = flag(0.8, "lower end of the ratio (paper: 0.8)")
     clip_high: float = flag(1.28, "upper end of the ratio (paper: 1.28)")
-    advantage: Literal["std", "center"] = flag("std", "(r - mean) / std of the group | r - mean of rewards in [0, 1] (D9)")
+    advantage: Literal["std", "center"] = flag("std", "(r - mean) / std | rewards in [0, 1], r - mean (D9)")
     loss: Literal["token-mean", "sequence-mean"] = flag("token-mean", "over the global minibatch: DAPO | GRPO (D15)")
     importance_cap: float = flag(0.0, "0: off; else weight tokens by min(trainer/sampler probability, cap) (D16)")
     # optimiser
@@ -142,17 +152,22 @@ def rollout(config: Config, engine, tokenizer, share: list[tuple[int, data.Promp
 
 
 def self_score(config: Config, engine, tokenizer, groups: list[Group], step: int) -> None:
-    """Part 3: K listwise judgements of each open-ended group, by the current weights, in shuffled orders (D6, D7).
+    """Part 3: each open-ended answer is judged K times among its group, by the current weights, shuffled (D6, D7).
 
     The tokens of a judgement get no gradient (D8), since nothing grounds them. The referee's skill comes from P alone.
+    Every `audit_judge` steps it also judges right beside wrong answers to R: their rewards stay the verified ones.
     """
+    audited = config.audit_judge and step % config.audit_judge == 0
     judged, prompts, seeds = [], [], []
     for group in groups:
-        if group.prompt.kind != "instruction":
+        wanted = group.prompt.kind == "instruction"
+        if audited and group.prompt.kind == "reasoning":
+            wanted = len(set(group_rewards(group.prompt, group.texts, []))) > 1  # right answers and wrong ones
+        if not wanted:
             continue
-        for k in range(config.judgements):
-            rng = random.Random(f"{config.seed}/{step}/{group.index}/order/{k}")
-            order = rng.sample(range(config.group), config.group)
+        rng = random.Random(f"{config.seed}/{step}/{group.index}/order")
+        orders = judge_orders(config.group, config.judge_list or config.group, config.judgements, rng)
+        for k, order in enumerate(orders):
             shown = [group.texts[i] for i in order]
             judged.append((group, order))
             prompts.append(data.encode_judgement(tokenizer, group.prompt.instruction, shown, config.max_prompt_tokens))
@@ -310,7 +325,8 @@ def set_up(config: Config, run: Path):
     names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
     sources, dropped = data.load_sources(
-        names, counts, tokenizer, config.max_prompt_tokens, config.group, config.toy_rows)
+        names, counts, tokenizer, config.max_prompt_tokens, config.judge_list or config.group,
+        config.toy_rows)
     longest = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
     plan.check_start(folder, len(tokenizer), longest, config.cpu_cache)
 

@@ -12,6 +12,8 @@ PANELS = {
     "reward should rise (P: tau or -1, R: share solved)": "preference.reward reasoning.reward",
     "format: readable judgements, should be near 1": "preference.format instruction.format",
     "tau of readable rankings should rise": "preference.tau",
+    "self-scores against the truth (tau): above 0": "reasoning.judge_tau instruction.judge_tau",
+    "I by hidden gold should rise": "instruction.gold instruction.gold_constraint",
     "drift from the sampler should stay low, nats a token": "drift_mean drift_max",
     "zero_spread: at 1 no gradient": "preference.zero_spread reasoning.zero_spread instruction.zero_spread",
     "distinct answers in a group: at 1 all are equal": "preference.distinct reasoning.distinct instruction.distinct",
@@ -22,9 +24,19 @@ PANELS = {
     "share of clipped tokens, below .05": "clipped_low clipped_high",
     "gradient norm before its clip: no spikes": "grad_norm",
 }
+# The same in four panels, for a reader who has not met a log yet.
+BRIEF = {
+    "The referee: agreement with the true ranking, -1 to 1": "preference.reward",
+    "Reasoning: share of questions solved": "reasoning.reward",
+    "Open answers by hidden gold: share on topic, whole and in order;\nshare that keeps the constraint":
+        "instruction.gold instruction.gold_constraint",
+    "What a self-score is worth: its agreement with the truth,\n-1 to 1, 0 is a blind judge":
+        "reasoning.judge_tau instruction.judge_tau",
+}
 # A figure of a kind has the kind's name and colour; one that stands here itself has its own; the others are gray.
 COLORS = {"preference": "tab:blue", "reasoning": "tab:orange", "instruction": "tab:green",
-          "instruction.score_std": "tab:olive", "drift_max": "tab:red", "clipped_high": "tab:red"}
+          "instruction.score_std": "tab:olive", "instruction.gold_constraint": "tab:olive",
+           "drift_max": "tab:red", "clipped_high": "tab:red"}
 
 
 def read_figures(log: list[dict]) -> pandas.DataFrame:
@@ -49,11 +61,11 @@ def draw_curves(names: list[str], tables: list[pandas.DataFrame], settings: dict
     """
     mean = pandas.concat(tables).groupby("step").mean()  # over the runs that measured a figure at a step
     warmup = settings.get("warmup_steps", 0)
-    drawing = Figure(figsize=(18, 15), layout="constrained")
+    drawing = Figure(figsize=(18, 19 if heldout else 15), layout="constrained")
     title = f"{', '.join(names)}, from model {settings.get('model', 'unknown')}; vertical line: end of the warm-up"
     drawing.suptitle(title, parse_math=False, wrap=True)
-    grid = drawing.add_gridspec(4, 4)
-    seconds = drawing.add_subplot(grid[3, :2] if heldout else grid[3, :])
+    grid = drawing.add_gridspec(5 if heldout else 4, 4)
+    seconds = drawing.add_subplot(grid[3, 2:])
     parts = mean.filter(like="seconds.")
     if not parts.empty:
         seconds.stackplot(parts.index, parts.T, labels=parts.columns.str.removeprefix("seconds."))
@@ -65,9 +77,24 @@ def draw_curves(names: list[str], tables: list[pandas.DataFrame], settings: dict
             draw_figure(axis, figure, tables, mean)
         finish_panel(axis, title, warmup)
     if heldout:
-        text = drawing.add_subplot(grid[3, 2:], frame_on=False, xticks=[], yticks=[])
+        text = drawing.add_subplot(grid[4, :], frame_on=False, xticks=[], yticks=[])
         heldout = f"held out: value [95 % interval]\n{heldout}"
         text.text(0, 1, heldout, family="monospace", fontsize=7, va="top", parse_math=False)
+    picture = io.BytesIO()
+    drawing.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
+
+
+def draw_brief(names: list[str], tables: list[pandas.DataFrame], settings: dict) -> bytes:
+    """A PNG of the four panels in BRIEF. A running mean over five steps, since a step has few prompts."""
+    tables = [table.rolling(5, min_periods=1, center=True).mean().where(table.notna()) for table in tables]
+    mean = pandas.concat(tables).groupby("step").mean()
+    drawing = Figure(figsize=(11, 7), layout="constrained")
+    drawing.suptitle(f"{len(names)} runs on the laptop's world (thin) and their mean (thick): running mean of 5 steps")
+    for axis, (title, figures) in zip(drawing.subplots(2, 2, sharex=True).flat, BRIEF.items()):
+        for figure in figures.split():
+            draw_figure(axis, figure, tables, mean)
+        finish_panel(axis, title, settings.get("warmup_steps", 0))
     picture = io.BytesIO()
     drawing.savefig(picture, format="png", dpi=100)
     return picture.getvalue()

@@ -12,15 +12,17 @@ import pandas
 from jinja2 import StrictUndefined, Template
 
 from data import KINDS, InputError, prompt_text
-from report.curves import draw_curves, read_figures, to_csv
+from report.curves import draw_brief, draw_curves, read_figures, to_csv
 from rewards import parse_scores
 from runs import read_about, read_groups, read_log, write_whole
 
 
-def report(runs: list[str], out: str | None = None, csv: str | None = None, groups: int = 1000) -> None:
+def report(runs: list[str], out: str | None = None, csv: str | None = None, groups: int = 1000,
+           brief: bool = False) -> None:
     """The curves of several runs; or of one run, with its heldout*.json and report.html of at most `groups` prompts.
 
-    out: the picture, by default curves.png of the one run. csv: where to write the figures of the panels.
+    out: the picture, by default curves.png of the one run; brief: of four panels.
+    csv: where to write the figures of the panels.
     All is read and drawn before anything is written, so a mistake overwrites nothing.
     """
     if len(runs) > 1 and not out:
@@ -30,8 +32,9 @@ def report(runs: list[str], out: str | None = None, csv: str | None = None, grou
     tables = [read_figures(read_log(folder, repairs)) for folder in folders]
     run, about = folders[0], read_about(folders[0])
     heldout = heldout_table(run) if len(runs) == 1 else ""
-    curves = draw_curves(names, tables, about.get("config", {}), heldout)
-    files = {out or run / "curves.png": curves}
+    settings = about.get("config", {})
+    curves = draw_curves(names, tables, settings, heldout)
+    files = {out or run / "curves.png": draw_brief(names, tables, settings) if brief else curves}
     if len(runs) == 1:
         shown, counts = read_rollouts(run / "rollouts.jsonl", groups, repairs)
         files[run / "report.html"] = write_page(

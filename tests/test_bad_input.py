@@ -161,6 +161,10 @@ COMMANDS = [
     ('urpo --clip_low 1.1', '--clip_low 1.1 --clip_high 1.28: the range must hold 1'),
     ('urpo --clip_high 0.9', '--clip_low 0.8 --clip_high 0.9: the range must hold 1'),
     ('urpo --clip_low nan', '--clip_low nan --clip_high 1.28: the range must hold 1'),
+    ('urpo --judge_list 1', '--judge_list 1: a judgement compares 2 to 4 answers, --group; 0 is all of them'),
+    ('urpo --judge_list 2 --judgements 3', '--judgements 3 --judge_list 2: judging every answer as often, and as '
+     'often in each place, takes a multiple of 2; for example 4'),
+    ('urpo --judge_list 2 --judgements 8', '--judgements 8: lists of 2 of 4 answers that differ are enough for 6'),
     ('urpo --judgements 0', '--judgements 0: must be above 0, and finite'),
     ('urpo --tau a', "argument --tau: invalid choice: 'a' (choose from 'b', 'strict'); --help lists the settings"),
     ('urpo --advantage none',

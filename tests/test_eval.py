@@ -1,6 +1,7 @@
 """metrics.py and `eval.py heldout`, `compare`: scoring of hand-made judgements, tables, errors. No model, no engine."""
 import doctest
 import json
+import re
 
 import pytest
 
@@ -98,6 +99,22 @@ def test_table_shows_what_only_one_result_has():
     assert greedy[-2:] == ["-", "-"] and nothing[-3:] == ["-"] * 3 and format[2] == "-"
 
 
+def test_compare_counts_wins_by_gold_and_shows_answers_of_both(tmp_path, capsys):
+    def answers(gold, *texts):
+        asked = dict(asked="Tell me about dogs.", responses=[], truth="")
+        return [dict(asked, kind="instruction", greedy=[""], sampled=[text], gold=[gold]) for text in texts]
+
+    before = {"figures": {"instructions": {"all four": interval([0, 0]), "greedy": interval([0, 0])}}, "settings": {}}
+    for name, rows in (("a", answers(3, "same", "dogs a\x1b")), ("b", answers(4, "same", "Dogs bark."))):
+        (tmp_path / name).write_text(json.dumps(before | {"answers": rows}))
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    out = capsys.readouterr().out
+    assert re.search(r"better, by gold +0.50 +1.00 .*\+0.50", out) and "greedy" not in out and "\x1b" not in out
+    assert re.search(r"held out: Tell me about dogs.\n +before +after\n +dogs a\\x1b +Dogs bark.", out)
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--all"])
+    assert "greedy" in capsys.readouterr().out
+
+
 def test_compare(tmp_path, capsys):
     for name, content in (("a", result([0, 0], rows=2, samples=4)), ("b", result([1, 1], rows=2, samples=8))):
         (tmp_path / name).write_text(json.dumps(content))
@@ -187,4 +204,10 @@ def test_heldout_from_files_to_json(tmp_path, monkeypatch, no_model, capsys):
     assert figures["referee"]["longer wins"]["value"] == 1  # "good" is longer than "bad"
     assert figures["instructions"]["greedy"]["value"] is None  # a file has no check: unknown is not zero
     assert figures["instructions"]["tokens an answer"]["value"] == 1
+    assert "all four" not in figures["instructions"]  # nor is the hidden gold known
+    kept = json.loads((tmp_path / "out" / "a.json").read_text())["answers"]
+    assert [(row["kind"], row["asked"], row["gold"]) for row in kept] == [
+        ("reasoning", "2 + 3?", None), ("reasoning", "2 + 2?", None), ("instruction", "Say something.", None),
+        ("preference", "Hi", None), ("preference", "Hi", None)]
+    assert kept[3]["responses"] == ["good", "bad"] and kept[3]["sampled"] == ["<scores>9, 2</scores>"] * 3
     assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "a.json"]  # no unfinished file is left

@@ -125,6 +125,41 @@ def test_complies(check, good, bad):
     assert world.complies(check, good) and not world.complies(check, bad)
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_hidden_gold_sees_every_flaw_of_the_generator(split):
+    found = {}
+    for row in world.records("preference", split, 1000, 5):
+        for text, level in zip(row["responses"], row["scores"]):
+            assert world.read_instruction(row["prompt"])[1] == row["check"]
+            found.setdefault(int(level), []).append(world.gold(row["prompt"], text))
+
+    def share(level, name):
+        return sum(gold[name] for gold in found[level]) / len(found[level])
+
+    assert all(all(gold.values()) for gold in found[world.GOOD])
+    assert share(world.OTHER_TOPIC, "on topic") < 0.05 and share(world.BREAKS, "keeps the constraint") == 0
+    assert share(world.CUT, "whole") < 0.2  # a cut at a full stop leaves a whole text
+    assert share(world.SALAD, "in order") < 0.2 and share(world.SALAD, "whole") < 0.2
+
+
+@pytest.mark.parametrize("instruction", [
+    "Tell me about quarks.", "Please tell me about dogs.", "", "Tell me about dogs"])
+def test_hidden_gold_is_unknown_outside_the_toy_world(instruction):
+    assert world.gold(instruction, "Dogs bark.") is None
+
+
+@pytest.mark.parametrize("text, missing", [
+    ("Dogs need a walk.", ""), ("A dog needs a walk.", ""), ("Cats need a walk.", "on topic"),
+    ("Dogs need a", "whole"), ("need Dogs walk.", "in order"), ("Dogs need a.walk.", "in order"), ("", "all"),
+])
+def test_hidden_gold(text, missing):
+    gold = world.gold("Tell me about dogs.", text)
+    if missing == "all":
+        assert not any(gold.values())
+    else:
+        assert [name for name, value in gold.items() if not value] == [missing] * bool(missing)
+
+
 @pytest.mark.parametrize("check", ["", "lower", "upper", "at_most:10", "avoids:trees"])
 def test_an_empty_text_complies_with_nothing(check):
     assert not world.complies(check, " \n") and not world.complies(check, "...") and not world.complies(check, "")

@@ -77,7 +77,7 @@ def test_rollout_keeps_ids_texts_and_logprobs_of_every_sample(monkeypatch, smol_
 
 
 def judged_groups(monkeypatch, tokenizer, verdicts, **changes):
-    config = tiny_config(judgements=len(verdicts), **changes)
+    config = tiny_config(**{"judgements": len(verdicts)} | changes)
     group = Group(6, SHARE[2][1], [1], [[1], [2], [3]], texts=["one", "two", "three"], finished=[True] * 3)
     engine = FakeEngine(monkeypatch, tokenizer, verdicts[:1])
     urpo.self_score(config, engine, tokenizer, [group], step=0)
@@ -114,6 +114,36 @@ def test_an_unreadable_judgement_gives_no_reward_and_no_advantage_and_is_counted
     assert group.rewards is None and group.advantages == [0.0] * 3
     figures = runs.figures_of_kind([group])
     assert figures["unjudged"] == 1 and figures["reward"] is None and figures["format"] == 0
+
+
+def test_judging_in_pairs_shows_each_judgement_its_answers_alone(monkeypatch, smol_tokenizer):
+    verdicts = ["<scores>9, 1</scores>", "<scores>7, 3</scores>", "cannot say"]
+    group, engine = judged_groups(monkeypatch, smol_tokenizer, verdicts, judgements=2, judge_list=2)
+    assert len(engine.calls[0].prompts) == 3 == len(set(engine.calls[0].seeds))
+    scores = {}
+    for judgement, told in zip(group.judgements, [(9, 1), (7, 3), ()]):
+        shown = re.findall(r"Response \d:\n> (\w+)", judgement["prompt"])
+        assert shown == [group.texts[answer] for answer in judgement["order"]] and len(shown) == 2
+        for answer, score in zip(judgement["order"], told):
+            scores.setdefault(answer, []).append(score)
+    assert group.rewards == [sum(scores[answer]) / len(scores[answer]) for answer in range(3)]
+
+
+def test_an_audit_judges_right_beside_wrong_answers_and_changes_no_reward(monkeypatch, smol_tokenizer):
+    question = SHARE[1][1]
+    mixed = Group(0, question, [1], [[1]] * 3, texts=["so 2", "so 3", "it is 4"], finished=[True] * 3)
+    solved = Group(1, question, [1], [[1]] * 3, texts=["so 2"] * 3, finished=[True] * 3)
+    engine = FakeEngine(monkeypatch, smol_tokenizer, ["<scores>9, 5, 1</scores>"])
+    config = tiny_config(judgements=1, audit_judge=2)
+    urpo.self_score(config, engine, smol_tokenizer, [mixed, solved], step=1)
+    assert not mixed.judgements  # not this step's turn
+    urpo.self_score(config, engine, smol_tokenizer, [mixed, solved], step=2)
+    urpo.reward(config, [mixed, solved])
+    assert len(mixed.judgements) == 1 and not solved.judgements
+    assert mixed.rewards == [1, 0, 0] and solved.rewards == [1, 1, 1]
+    place = mixed.judgements[0]["order"].index(0)  # of the right answer: scores fall from 9 to 1
+    assert runs.figures_of_kind([mixed, solved])["judge_tau"] == {0: 1, 1: 0, 2: -1}[place]
+    assert runs.figures_of_kind([solved])["judge_tau"] is None
 
 
 def test_rewards_of_preference_and_reasoning():

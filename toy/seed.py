@@ -36,6 +36,8 @@ from toy import world
 HERE = Path(__file__).resolve().parent
 ADAPTER = HERE / "adapter"
 CACHE = HERE.parent / ".cache"  # converted weights; safe to delete
+BF16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+WARMUP = 15  # steps over which the rate rises
 logging.disable_progress_bar()  # the bars of the loaders tell a user nothing
 
 
@@ -89,38 +91,64 @@ def worked_ranking(truth) -> str:
     return data.score_line([round(9 - step * ranks.index(score)) for score in truth])
 
 
-def demonstrations(kind: str, n: int, seed: int) -> list[tuple[data.Prompt, str]]:
-    """All (prompt, worked answer) pairs of one kind. A preference row stands in both orders, one after the other."""
+def demonstrations(kind: str, n: int, seed: int, error_rate: float = 0.0, constraint_share: float = 0.0) -> list:
+    """All (prompt, worked answer) pairs of one kind. A preference row stands in both orders, one after the other.
+
+    A demonstrator errs at `error_rate`: he swaps the true order, miscounts, or writes a fluent but flawed answer.
+    constraint_share: of the preference rows, how many more have a response that only breaks the constraint.
+    """
     rows = world.records(kind, "train", 4096, n)
+    if kind == "preference" and constraint_share:
+        broken = [row for row in world.records(kind, "train", 16384, n) if world.BREAKS in row["scores"]]
+        others = [row for row in rows if world.BREAKS not in row["scores"]]
+        rows = others[: round(len(broken) * (1 / constraint_share - 1))] + broken
     random.Random(seed).shuffle(rows)
     pairs = []
-    for record in rows:
+    for i, record in enumerate(rows):
         prompt = data.READERS[kind](record)
-        if kind == "preference":
-            for order in (prompt, data.swapped(prompt)):
-                pairs.append((order, worked_ranking(order.truth)))
-        else:
-            pairs.append((prompt, record["worked"]))
+        orders = [prompt, data.swapped(prompt)] if kind == "preference" else [prompt]
+        for j, order in enumerate(orders):
+            errs = random.Random(f"error/{kind}/{seed}/{i}/{j}").random() < error_rate
+            if kind == "preference":
+                pairs.append((order, worked_ranking(order.truth[::-1] if errs else order.truth)))
+            else:
+                pairs.append((order, record["flawed" if errs else "worked"]))
     return pairs
 
 
-def learn(model, tokenizer, batch) -> dict[str, float]:
+def learn(model, tokenizer, batch, rows: int = 6) -> dict[str, float]:
     """Set the gradients for one batch of (prompt, worked answer). Returns its loss and each kind's, in nats a token.
 
-    The loss is the mean negative log-likelihood of all answer tokens, the end token included.
+    The loss is the mean negative log-likelihood of all answer tokens, the end token included. Sequences of about the
+    same length go through the model together, padded at the end, where no earlier token sees the padding.
     """
-    losses, tokens = Counter(), Counter()
-    for prompt, text in batch:  # one sequence at a time, so nothing is padded
+    encoded = []
+    for prompt, text in batch:
         question = data.encode_prompt(tokenizer, prompt)
         answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-        logits_NV = model(torch.tensor([question + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits_NV, torch.tensor(answer), reduction="sum")
-        loss.backward()
-        losses[prompt.kind] += loss.item()
-        tokens[prompt.kind] += len(answer)
-    for weight in model.parameters():
-        if weight.grad is not None:
-            weight.grad /= tokens.total()
+        name = "constraint" if world.BREAKS in prompt.truth else prompt.kind  # the hardest pairs, apart
+        encoded.append((name, question, answer))
+    encoded.sort(key=lambda row: len(row[1]) + len(row[2]))
+    total = sum(len(answer) for _, _, answer in encoded)
+    losses, tokens = Counter(), Counter()
+    for first in range(0, len(encoded), rows):
+        part = encoded[first : first + rows]
+        longest = len(part[-1][1]) + len(part[-1][2])
+        ids_BT = torch.zeros(len(part), longest, dtype=torch.long)
+        target_BT = torch.full((len(part), longest), -100)
+        for i, (_, question, answer) in enumerate(part):
+            end = len(question) + len(answer)
+            ids_BT[i, :end] = torch.tensor(question + answer)
+            target_BT[i, len(question) - 1 : end - 1] = torch.tensor(answer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
+            hidden_BTH = model.model(ids_BT).last_hidden_state
+            logits_NV = model.lm_head(hidden_BTH[target_BT >= 0])
+        target_N = target_BT[target_BT >= 0]
+        loss_N = torch.nn.functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
+        (loss_N.sum() / total).backward()
+        for (kind, _, answer), part_N in zip(part, loss_N.split([len(answer) for _, _, answer in part])):
+            losses[kind] += part_N.sum().item()
+            tokens[kind] += len(answer)
     means = {kind: losses[kind] / tokens[kind] for kind in losses}
     return {"loss": losses.total() / tokens.total(), **means}
 
@@ -135,25 +163,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mix", default="4:4:1", help="P:R:I by prompt count; each P row is two prompts")
     parser.add_argument("--batch", type=int, default=18, help="prompts a step")
     parser.add_argument("--preferences", default="toy", choices=["toy", "toy:2", "toy:3", "toy:4", "toy:5"])
+    parser.add_argument("--errors", default="0:0:0", help="how often the demonstrator errs on P:R:I, each 0 to 1")
+    parser.add_argument("--constraints", type=float, default=0.0, help="share of P rows about the constraint")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--lora_rank", type=int, default=16, help="of a new adapter")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows and of a new adapter")
     parser.add_argument("--out", default="runs/warm", help="folder for the adapter and log.jsonl")
     args = parser.parse_args(arguments)
     counts = data.mix_counts(args.mix, args.batch, warmup=False)
-    source = plan.model_folder("raw" if args.start == "adapter" else args.start)
+    adapter = ADAPTER if args.start == "adapter" else Path(args.start)
+    adapter = adapter if (adapter / "adapter_config.json").exists() else None
+    source = plan.model_folder("raw" if adapter else args.start)
     tokenizer = plan.load_tokenizer(source)
     n = int(args.preferences[4:] or 0)
-    streams = {kind: itertools.cycle(demonstrations(kind, n, args.seed)) for kind in counts}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-    model.name_or_path = args.start  # peft writes it into the adapter's config: not a path of this machine
+    rates = dict(zip(data.KINDS, map(float, args.errors.split(":"))))
+    streams = {}
+    for kind in counts:
+        streams[kind] = itertools.cycle(demonstrations(kind, n, args.seed, rates[kind], args.constraints))
+    dtype = torch.bfloat16 if BF16 else torch.float32  # of the frozen weights; the adapter's own are fp32
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    model.name_or_path = "raw" if adapter else args.start  # peft writes it into the adapter's config
     torch.manual_seed(args.seed)
-    if args.start == "adapter":
-        model = PeftModel.from_pretrained(model, ADAPTER, is_trainable=True)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     else:
         lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    schedule = machine.warmup_schedule(optimizer, WARMUP)  # first steps at the full rate would undo the old skill
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.jsonl", "w") as log:
@@ -162,9 +199,10 @@ def main(arguments: list[str] | None = None) -> None:
             batch = []
             for kind, count in counts.items():
                 batch += itertools.islice(streams[kind], count)
-            losses = learn(model, tokenizer, batch)
+            losses = learn(model.get_base_model(), tokenizer, batch)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
             line = json.dumps({"step": step, **losses, "seconds": round(time.perf_counter() - started, 2)})
             print(line, file=log, flush=True)

@@ -75,6 +75,72 @@ def complies(check: str, text: str) -> bool:
     return bool(words) and kept[name]  # an empty text complies with nothing
 
 
+# ------------------------------------------------------------------------------- hidden gold
+
+
+GOLD = ("on topic", "whole", "in order", "keeps the constraint")  # what makes an answer to an instruction good
+
+
+@lru_cache(maxsize=None)
+def form_patterns() -> tuple[tuple[re.Pattern, str], ...]:
+    """The forms as patterns that read a topic, and where there is one a word, out of an instruction."""
+    patterns = []
+    for wording, check in FORMS:
+        patterns.append((re.compile(re.escape(wording).replace(r"\{topic\}", "(?P<topic>.+)")
+                                    .replace(r"\{word\}", "(?P<word>[a-z]+)")), check))
+    return tuple(patterns)
+
+
+@lru_cache(maxsize=4096)
+def read_instruction(text: str) -> tuple[str, str] | None:
+    """(topic, constraint) of an instruction of this world, read from its words; None for any other text.
+
+    >>> read_instruction("Write about the moon and use the word tides."), read_instruction("Say hi.")
+    (('the moon', 'contains:tides'), None)
+    """
+    names = {name for split in ("train", "heldout") for name, _ in topics(split)}
+    for pattern, check in form_patterns():
+        found = pattern.fullmatch(text)
+        if found and found["topic"] in names:
+            return found["topic"], check.format(**found.groupdict())
+    return None
+
+
+def stem(word: str) -> str:
+    """A word without its ending, roughly: "dogs" and "dog", "volcano" and "volcanoes" are one."""
+    return word.lower().removesuffix("s")[:5]
+
+
+def gold(instruction: str, text: str) -> dict[str, bool] | None:
+    """The parts of GOLD that an answer has; None for an instruction that is not of this world.
+
+    Hidden: it measures what self-rewards do, and never becomes a reward. An answer is on topic when it names its
+    topic, whole when it ends as a sentence does, and in order when all its sentences begin with a capital letter
+    (not asked of an answer in lower case) and no word follows a full stop without a blank.
+
+    >>> list(gold("Tell me about dogs.", "Dogs need a walk every day.").values())
+    [True, True, True, True]
+    >>> list(gold("Tell me about dogs.", "walk a. Cats need every").values())
+    [False, False, False, True]
+    """
+    read = read_instruction(instruction)
+    if read is None:
+        return None
+    topic, check = read
+    text = text.strip()
+    stems = {stem(word) for word in re.findall(r"[A-Za-z]+", text)}
+    names = {stem(word) for word in topic.split() if word != "the"}
+    sentences = re.split(r"(?<=[.!?])\s+|\n", re.sub(r"^- ", "", text, flags=re.MULTILINE))
+    begins = [sentence[:1] for sentence in sentences]
+    parts = (names <= stems, text[-1:] in tuple(".!?"),
+             (check == "lower" or all(first.isupper() for first in begins)) and not re.search(r"[.!?]\w", text),
+             complies(check, text))
+    return dict(zip(GOLD, parts))
+
+
+# ------------------------------------------------------------------------------- rows
+
+
 def write_answer(rng: random.Random, sentences, style: str) -> str:
     """One to three of a topic's sentences, in the style of one form."""
     name = style.partition(":")[0]
@@ -145,7 +211,9 @@ def instruction(rng: random.Random, split: str) -> dict:
     """A short open-ended instruction, most with a constraint that `complies` can check."""
     name, sentences, wording, check = choose_form(rng, split)
     worked = write_response(rng, GOOD, name, sentences, check, split)
-    return {"instruction": wording, "check": check, "worked": worked}
+    level = rng.choice((OTHER_TOPIC, CUT, BREAKS) if check else (OTHER_TOPIC, CUT))  # each of them is fluent
+    flawed = write_response(rng, level, name, sentences, check, split)
+    return {"instruction": wording, "check": check, "worked": worked, "flawed": flawed}
 
 
 def reasoning(rng: random.Random, split: str, level: int | None = None) -> dict:
@@ -183,7 +251,9 @@ def reasoning(rng: random.Random, split: str, level: int | None = None) -> dict:
             worked, answer = f"{a} + {b} - {c}", a + b - c
             question = f"{who} has {a} {what}, finds {b} more and gives {c} away. How many {what} are left?"
         if (zlib.crc32(asked.encode()) % 5 == 0) == (split == "heldout"):
-            return {"question": question, "answer": str(answer), "worked": f"{worked} = \\boxed{{{answer}}}"}
+            wrong = answer + rng.choice((-3, -2, -1, 1, 2, 3, 10))
+            return {"question": question, "answer": str(answer), "worked": f"{worked} = \\boxed{{{answer}}}",
+                    "flawed": f"{worked} = \\boxed{{{wrong}}}"}
 
 
 def records(kind: str, split: str, count: int, n: int = 0) -> list[dict]:
