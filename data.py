@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -477,6 +478,8 @@ def read_reasoning(record: dict) -> Prompt:
     else:
         name, answer = first_field(record, "answer", "solution")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        if not abs(answer) < math.inf:
+            raise ValueError(f"field {name!r}: {answer!r} is no finite number")
         answer = str(answer)
     answer = text_of(name, answer).rpartition("####")[2].strip()
     try:

@@ -1,11 +1,14 @@
-"""Write the right line numbers into docs/questions.md: `python tests/anchors.py`. tests/test_readme.py checks them."""
+"""Write the right line numbers into docs/questions.md and into the README's diffs: `python tests/anchors.py`.
+
+Line numbers move with every change of the code. tests/test_readme.py checks them.
+"""
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def renewed(match: re.Match) -> str:
+def renewed_anchor(match: re.Match) -> str:
     """The anchor of one name, at the line that defines it."""
     name, path = match[1], match[2]
     own = name.rpartition(".")[2]
@@ -15,5 +18,24 @@ def renewed(match: re.Match) -> str:
     raise SystemExit(f"docs/questions.md names {name}, and {path} does not define it")
 
 
+def renewed_diff(match: re.Match) -> str:
+    """A diff whose hunks begin at the line where their old text stands today."""
+    path, added = match[1], 0  # added: lines that the hunks before put into the file
+    code = (ROOT / path).read_text()
+    hunks = []
+    for hunk in re.split(r"^@@.*@@\n", match[2], flags=re.MULTILINE)[1:]:
+        old = [line[1:] for line in hunk.splitlines() if line[0] in " -"]
+        new = [line[1:] for line in hunk.splitlines() if line[0] in " +"]
+        if code.count("\n".join(old)) != 1:
+            raise SystemExit(f"README.md: a diff of {path} finds its lines not once: {old}")
+        first = code[: code.index("\n".join(old))].count("\n") + 1
+        hunks.append(f"@@ -{first},{len(old)} +{first + added},{len(new)} @@\n{hunk}")
+        added += len(new) - len(old)
+    return f"--- a/{path}\n+++ b/{path}\n" + "".join(hunks)
+
+
 page = ROOT / "docs" / "questions.md"
-page.write_text(re.sub(r"\[`([^`]+)`\]\(\.\./([\w/.]+)#L\d+\)", renewed, page.read_text(encoding="utf-8")))
+page.write_text(re.sub(r"\[`([^`]+)`\]\(\.\./([\w/.]+)#L\d+\)", renewed_anchor, page.read_text(encoding="utf-8")))
+readme = ROOT / "README.md"
+text = readme.read_text(encoding="utf-8")
+readme.write_text(re.sub(r"--- a/(\S+)\n\+\+\+ .*\n((?:@@.*\n(?:[ +-].*\n)+)+)", renewed_diff, text))

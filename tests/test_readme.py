@@ -150,9 +150,9 @@ def test_a_frozen_judge_and_every_key_of_the_log_stands_in_the_readme(forked, sm
     """Two engines in one process, of which the loop syncs one."""
     model = make_taught_model(tmp_path_factory.mktemp("taught"), smol_tokenizer)
     folder = forked(FROZEN)
-    run(folder, model, "--steps", "2", ranks=1, program=folder / "urpo.py")
+    run(folder, model, "--steps", "4", ranks=1, program=folder / "urpo.py")
     log = lines(folder / "runs" / "e2e" / "log.jsonl")
-    assert log[1]["instruction"]["format"] > 0 and log[1]["updates"] > 0
+    assert max(line["instruction"]["format"] for line in log[1:]) > 0 and log[1]["updates"] > 0
 
     keys = set()
     for line in log:
