@@ -2,8 +2,8 @@
 
     python toy/pipeline.py runs/whole
 
-Four supervised stages make a base that knows the formats and has half of each skill. A fifth, by a demonstrator who
-errs at a known rate, makes it unsure, so that reinforcement learning has something to choose from. Then URPO, and the
+Five supervised stages make a base that knows the formats and some of each skill. A sixth, by a demonstrator who errs
+at a known rate, makes it unsure, so that reinforcement learning has something to choose from. Then URPO, and the
 held-out figures before and after. A stage whose result stands in the folder is not repeated: after a break, the same
 command goes on. docs/seed.md tells what each stage is for.
 """
@@ -26,21 +26,14 @@ STAGES = (
     "--steps 40 --mix 8:2:1 --batch 11 --lr 3e-4",
     "--steps 100 --mix 4:4:1 --batch 18 --lr 3e-4 --seed 1",
     "--steps 40 --mix 2:9:1 --batch 24 --lr 2e-4 --seed 2",
+    "--steps 130 --mix 10:1:1 --batch 24 --preferences toy:2 --constraints .7 --errors 0:.4:.6 --lr 3e-4 --seed 3",
+    "--steps 22 --mix 1:1:1 --batch 24 --preferences toy:2 --constraints .4 --errors .3:.4:.6 --lr 2e-4 --seed 4",
 )
 
 
 def run(*command) -> None:
     print("$", " ".join(map(str, command)), flush=True)
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
-
-
-def merged(adapter: Path, folder: Path) -> None:
-    """The raw model with an adapter merged in, as an ordinary model in `folder`."""
-    model, tokenizer = seed.load_adapter(adapter)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
 
 
 def pipeline(out: Path, ranks: int) -> None:
@@ -52,7 +45,10 @@ def pipeline(out: Path, ranks: int) -> None:
         start = folder
     model, trained = out / "model", out / "run" / "checkpoints" / "last" / "model"
     if not model.exists():
-        merged(start, model)
+        unfinished = model.with_name(f"model.{os.getpid()}")
+        for part in seed.merged(start):
+            part.save_pretrained(unfinished)
+        unfinished.rename(model)
     for name, measured in (("before", model), ("after", trained)):
         result = out / f"heldout-{name}.json"
         if name == "after" and not trained.exists():
@@ -64,3 +60,16 @@ def pipeline(out: Path, ranks: int) -> None:
             run(sys.executable, "eval.py", "heldout", "--model", measured, "--json", result)
     run(sys.executable, "eval.py", "compare", out / "heldout-before.json", out / "heldout-after.json")
     print(f"{(time.perf_counter() - started) / 60:.0f} minutes in this call")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for every stage, the model and the results")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of URPO")
+    args = parser.parse_args()
+    try:
+        pipeline(args.out.resolve(), args.ranks)
+    except InputError as error:
+        machine.stop(error)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # its own message stands above
