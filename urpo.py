@@ -118,13 +118,13 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    # G = 4, since a judge of 135M parameters lists four scores reliably and loses count at eight. Pairs in both orders,
-    # and twice as many of them, since such a judge learns from few rows and its self-scores are noisy.
+    # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs too: each of four answers four
+    # times, so that all meet. P in both orders, so that no position pays. More I, since self-scores are noisy.
     "smol": dict(
         model="seed", preferences="toy:2", reasoning="toy", instructions="toy",
-        steps=18, warmup_steps=8, mix="2:1:1", batch=24, group=4,
+        steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
         max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
-        both_orders=True, judgements=2, lr=1e-5,
+        both_orders=True, judgements=4, judge_list=2, audit_judge=2, lr=1e-5,
         row_tokens=1024, recompute=False, cpu_cache=0.5, save_every=0,
         precision=machine.SMOL_PRECISION, max_drift=machine.SMOL_DRIFT),
 }

