@@ -479,7 +479,7 @@ def read_reasoning(record: dict) -> Prompt:
         name, answer = first_field(record, "answer", "solution")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         if not abs(answer) < math.inf:
-            raise ValueError(f"field {name!r}: {answer!r} is no finite number")
+            raise ValueError(f"field {name!r}: {answer!r} is not finite")
         answer = str(answer)
     answer = text_of(name, answer).rpartition("####")[2].strip()
     try:
