@@ -75,7 +75,11 @@ def referee_figures(groups: list[Group]) -> dict:
             verdicts = [parse_scores(judgement["text"], len(judgement["order"])) for judgement in group.judgements]
         judgements += verdicts
     read = [scores for scores in judgements if scores]
-    figures = {"tau": mean(taus)} if preference else {"score_std": mean(pstdev(scores) for scores in read)}
+    if preference:
+        figures = {"tau": mean(taus)}
+    else:
+        cuts = [judgement["cut"] > 0 for group in groups for judgement in group.judgements if "cut" in judgement]
+        figures = {"score_std": mean(pstdev(scores) for scores in read), "cut": mean(cuts)}
     figures["format"] = len(read) / len(judgements) if judgements else None
     figures["first_position"] = first_position_preference(read) if read else None
     return figures

@@ -82,9 +82,10 @@ class Config:
     minibatches: int = flag(2, "updates per rollout batch; with 1 the ratio is 1 and the clip never bites (D14)")
     # sampling and judging
     temperature: float = flag(1.0, "of all sampling (D14); the trainer's log-probs use it too")
-    max_prompt_tokens: int = flag(4096, "longer rows are dropped at load; judge prompts are cut to fit")
+    max_prompt_tokens: int = flag(4096, "longer rows are dropped at load")
     max_answer_tokens: int = flag(2048, "of answers to R and I (D17)")
     max_referee_tokens: int = flag(1024, "of answers to P and of self-judgements")
+    max_judge_tokens: int = flag(24576, "of a judge's prompt; its answers are cut to one length to fit (D17)")
     judgements: int = flag(1, "K, how many times each open-ended answer is judged; the mean counts (D6)")
     judge_list: int = flag(0, "answers that one judgement compares; 0: all G (D6)")
     audit_judge: int = flag(0, "every k steps also judge answers to R, as a measurement; 0: never")
@@ -123,7 +124,7 @@ PRESETS = {
     "smol": dict(
         model="seed", preferences="toy:2", reasoning="toy", instructions="toy",
         steps=18, warmup_steps=8, mix="2:1:1", batch=24, group=4,
-        max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
+        max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40, max_judge_tokens=800,
         both_orders=True, judgements=2, lr=1e-5,
         row_tokens=1024, recompute=False, cpu_cache=0.5, save_every=0,
         precision=machine.SMOL_PRECISION, max_drift=machine.SMOL_DRIFT),
@@ -169,14 +170,15 @@ def self_score(config: Config, engine, tokenizer, groups: list[Group], step: int
         orders = judge_orders(config.group, config.judge_list or config.group, config.judgements, rng)
         for k, order in enumerate(orders):
             shown = [group.texts[i] for i in order]
-            judged.append((group, order))
-            prompts.append(data.encode_judgement(tokenizer, group.prompt.instruction, shown, config.max_prompt_tokens))
+            ids, cut = data.encode_judgement(tokenizer, group.prompt.instruction, shown, config.max_judge_tokens)
+            prompts.append(ids)
+            judged.append((group, order, cut))
             seeds.append(data.request_seed(config.seed, step, group.index, f"judge/{k}"))
     limits = [config.max_referee_tokens] * len(prompts)
     answers = machine.generate(engine, prompts, 1, limits, seeds, config.temperature)
-    for (group, order), ids, samples in zip(judged, prompts, answers):
+    for (group, order, cut), ids, samples in zip(judged, prompts, answers):
         prompt = tokenizer.decode(ids)
-        group.judgements.append({"order": order, "prompt": prompt, "text": samples[0].text})
+        group.judgements.append({"order": order, "cut": cut, "prompt": prompt, "text": samples[0].text})
 
 
 # ------------------------------------------------------------------------------- 4. reward, 5. old_logprobs
@@ -325,9 +327,9 @@ def set_up(config: Config, run: Path):
     names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
     sources, dropped = data.load_sources(
-        names, counts, tokenizer, config.max_prompt_tokens, config.judge_list or config.group,
-        config.toy_rows)
-    longest = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
+        names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
+        config.judge_list or config.group, config.toy_rows)
+    longest = flags.longest_sequence(config)
     plan.check_start(folder, len(tokenizer), longest, config.cpu_cache)
 
     log = runs.Log(run, config.rollouts_every)
