@@ -612,6 +612,11 @@ def load_sources(names: dict[str, str], counts: dict[str, int], tokenizer, limit
     return sources, dropped
 
 
+def checksums(sources: dict[str, list[Prompt]]) -> dict[str, int]:
+    """A number for the rows of each kind, by which a changed file is noticed."""
+    return {kind: zlib.crc32(repr(rows).encode()) for kind, rows in sources.items()}
+
+
 def better_first(row: Prompt) -> Prompt | None:
     """A pair with its better response first; None for a row that is no pair of unequal responses."""
     if len(row.truth) != 2 or row.truth[0] == row.truth[1]:

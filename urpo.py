@@ -47,7 +47,9 @@ from rewards import (
     group_advantages,
     group_rewards,
     judge_orders,
+    loss_denominator,
     mean,
+    token_weight,
 )
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
@@ -236,24 +238,19 @@ def check_drift(groups: list[Group], max_drift: float) -> dict[str, float | None
 
 
 def set_token_weights(groups: list[Group], loss: str) -> None:
-    """The weight of every answer token in the loss: the one place where the mean is defined (D15).
-
-        token-mean      w = 1 / (answer tokens of the global minibatch)
-        sequence-mean   w = 1 / (answers of the global minibatch) / (tokens of this answer)
+    """The weight of every answer token in the loss, whose mean is over the global minibatch (D15).
 
     Times the number of ranks, since FSDP averages gradients over them. Groups without a signal count in the
     denominator too. So the loss does not depend on how many ranks share the minibatch.
     """
-    count = 0
+    lengths = []
     for group in groups:
-        count += group.answer_tokens if loss == "token-mean" else len(group.answers)
-    total = all_reduce(count)
+        lengths += map(len, group.answers)
+    denominator = all_reduce(loss_denominator(lengths, loss))
     for group in groups:
         group.weights = []
         for answer in group.answers:
-            weight = dist.get_world_size() / total
-            if loss == "sequence-mean":
-                weight = weight / len(answer)
+            weight = dist.get_world_size() * token_weight(len(answer), denominator, loss)
             group.weights += [weight] * len(answer)
 
 
@@ -332,9 +329,9 @@ def set_up(config: Config, run: Path):
     longest = flags.longest_sequence(config)
     plan.check_start(folder, len(tokenizer), longest, config.cpu_cache)
 
-    log = runs.Log(run, config.rollouts_every)
-    about = {"rows_dropped_as_too_long": dropped}
-    first_step, saved = on_rank_0(f"writing {run}", lambda: log.open(asdict(config), about))
+    log = runs.Log(run, asdict(config))
+    about = {"rows_dropped_as_too_long": dropped, "sources": data.checksums(sources)}
+    first_step, saved = on_rank_0(f"writing {run}", lambda: log.open(about))
 
     policy = machine.load_policy(
         folder, len(tokenizer), config.precision, config.temperature,
