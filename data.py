@@ -154,24 +154,50 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     return encode_chat(tokenizer, prompt_text(prompt))
 
 
-def encode_judgement(tokenizer, instruction: str, answers, limit: int) -> list[int]:
-    """The referee's prompt over answers that the model itself wrote, cut so that it always fits `limit` tokens.
+def encode_judgement(tokenizer, instruction: str, answers, limit: int) -> tuple[list[int], int]:
+    """(the referee's prompt over answers that the model itself wrote, how many of them had to be cut).
 
-    Answers are bounded when they are sampled, but quoting a text of 50 empty lines adds 50 marks. The longest
-    answer is shortened first, and a cut answer says so. Rows of a data set are never cut: they are dropped at load.
-    Raises InputError when even empty answers would not fit, which is checked for every instruction at load.
+    A prompt above `limit` tokens is cut once: long answers to one length, the largest that fits. A shorter answer
+    stays whole, and a cut one says so. Rows of a data set are never cut: they are dropped at load. Raises InputError
+    when even empty answers would not fit, which is checked for every instruction at load.
     """
-    answers = list(answers)
-    while True:
-        ids = encode_chat(tokenizer, referee_text(instruction, answers))
+    ids = encode_chat(tokenizer, referee_text(instruction, answers))
+    if len(ids) <= limit:
+        return ids, 0
+    quotes, ends = [], []  # each answer as it is shown, and where its tokens end: quoting 50 empty lines adds 50 marks
+    for answer in answers:
+        quotes.append(break_control_strings(quoted(answer), tokenizer))
+        found = tokenizer(quotes[-1], add_special_tokens=False, return_offsets_mapping=True)
+        ends.append([end for _, end in found["offset_mapping"]])
+    bare = encode_chat(tokenizer, referee_text(instruction, ["[cut]"] * len(answers)))
+    length = equal_length([len(tokens) for tokens in ends], limit - len(bare))
+    while length >= 0:
+        shown = list(answers)
+        for i, tokens in enumerate(ends):
+            if len(tokens) > length:
+                kept = quotes[i][: ([0] + tokens)[length]]
+                lines = [line[2:] for line in kept.split("\n")]  # without the quotation marks
+                shown[i] = ("\n".join(lines).rstrip() + " [cut]").lstrip()
+        ids = encode_chat(tokenizer, referee_text(instruction, shown))
         if len(ids) <= limit:
-            return ids
-        longest = max(range(len(answers)), key=lambda i: len(quoted(answers[i]).encode()))  # bytes bound tokens
-        if answers[longest] == "[cut]":
-            raise InputError(f"a referee prompt over {len(answers)} answers needs {len(ids)} tokens and "
-                             f"--max_prompt_tokens is {limit}: raise it, or lower --group")
-        text = answers[longest].removesuffix(" [cut]")
-        answers[longest] = (text[: len(text) * 3 // 4].rstrip() + " [cut]").lstrip()
+            return ids, sum(len(tokens) > length for tokens in ends)
+        length -= 1 + (len(ids) - limit) // len(answers)  # tokens of joined texts may be a few more: seldom
+    raise InputError(f"a referee prompt over {len(answers)} answers needs {len(bare)} tokens and "
+                     f"--max_judge_tokens is {limit}: raise it, or lower --group")
+
+
+def equal_length(lengths: list[int], room: int) -> int:
+    """The length to which the longer ones are cut so that all together take at most `room`.
+
+    >>> equal_length([10, 2, 9], 14), equal_length([10, 2, 9], 30)
+    (6, 10)
+    """
+    for i, length in enumerate(sorted(lengths)):
+        share = room // (len(lengths) - i)
+        if length > share:
+            return max(0, share)
+        room -= length
+    return max(lengths)
 
 
 # ------------------------------------------------------------------------------- the mixed batch
@@ -288,7 +314,7 @@ class Group:
     answers: list[list[int]]  # G lists of token ids, the end token included
     texts: list[str] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)  # False: cut off at max_answer_tokens
-    judgements: list[dict] = field(default_factory=list)  # I: {order, prompt, text} of each self-judgement; R: audits
+    judgements: list[dict] = field(default_factory=list)  # I: {order, cut, prompt, text} of self-judgements; R: audits
     rewards: list[float] | None = None  # None: unjudged, which is not 0
     advantages: list[float] = field(default_factory=list)
     entropy: float | None = None  # nats a token: minus the sampler's mean log-prob, an estimate that costs nothing
@@ -555,11 +581,12 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
     return prompts
 
 
-def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, listed: int) -> tuple[list[Prompt], int]:
+def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, judge_limit: int,
+                  listed: int) -> tuple[list[Prompt], int]:
     """(rows whose prompt fits `limit` tokens, how many were dropped). Rows are never silently cut.
 
-    An instruction or a question must also leave room for its judgement: the referee's prompt over `listed` answers,
-    each of them cut to its shortest allowed form.
+    An instruction or a question must also leave room for its judgement in `judge_limit` tokens: the referee's prompt
+    over `listed` answers, each of them cut to its shortest form.
     """
     kept = []
     for prompt in prompts:
@@ -567,24 +594,30 @@ def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, listed: int) -> 
             continue
         try:
             if prompt.kind != "preference":
-                encode_judgement(tokenizer, prompt.instruction, ["word " * 12] * listed, limit)
+                encode_judgement(tokenizer, prompt.instruction, ["word " * 12] * listed, judge_limit)
         except InputError:
             continue
         kept.append(prompt)
     return kept, len(prompts) - len(kept)
 
 
-def load_sources(names: dict[str, str], counts: dict[str, int], tokenizer, limit: int, listed: int, toy_rows: int):
+def load_sources(names: dict[str, str], counts: dict[str, int], tokenizer, limit: int, judge_limit: int, listed: int,
+                 toy_rows: int):
     """({kind: its rows}, {kind: how many were dropped as too long}) of each kind that the mix draws."""
     sources, dropped = {}, {}
     for kind, count in counts.items():
         if count:
             rows = load_source(kind, names[kind], count=toy_rows)
-            sources[kind], dropped[kind] = drop_overlong(rows, tokenizer, limit, listed)
+            sources[kind], dropped[kind] = drop_overlong(rows, tokenizer, limit, judge_limit, listed)
             if not sources[kind]:
-                raise InputError(f"--{FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens {limit}: "
-                                 "raise it")
+                raise InputError(f"--{FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens {limit}, "
+                                 f"or leave no room for a judgement in --max_judge_tokens {judge_limit}: raise it")
     return sources, dropped
+
+
+def checksums(sources: dict[str, list[Prompt]]) -> dict[str, int]:
+    """A number for the rows of each kind, by which a changed file is noticed."""
+    return {kind: zlib.crc32(repr(rows).encode()) for kind, rows in sources.items()}
 
 
 def better_first(row: Prompt) -> Prompt | None:

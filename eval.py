@@ -50,7 +50,7 @@ def open_model(name: str):
 
 def open_engine(folder: str, tokenizer, args):
     """The engine with room for the longest prompt and answer."""
-    longest = args.max_prompt_tokens + max(args.max_answer_tokens, args.max_referee_tokens)
+    longest = flags.longest_sequence(args)
     plan.check_model(folder, len(tokenizer), longest)
     return machine.start_engine(folder, longest)
 
@@ -422,7 +422,9 @@ def probe(args) -> None:
     folder, tokenizer = open_model(args.model)
     names = {kind: getattr(config, flag) for kind, flag in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
-    sources, _ = data.load_sources(names, counts, tokenizer, config.max_prompt_tokens, config.group, config.toy_rows)
+    sources, _ = data.load_sources(
+        names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
+        config.judge_list or config.group, config.toy_rows)
     batch = data.draw(sources, config.mix, config.batch, 0, config.seed, 0, both_orders=True)
     engine = open_engine(folder, tokenizer, config)
     groups = urpo.rollout(config, engine, tokenizer, list(enumerate(batch)), 0)
@@ -611,6 +613,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for name in OPTIONS:
         if getattr(args, name, "") is None and name not in ("model", "judge"):
             setattr(args, name, getattr(training, name))
+    args.max_judge_tokens = 0  # only `probe` judges what it has sampled, and it has all settings of training
     args.arguments, args.flags = arguments, rest
     return args
 

@@ -6,8 +6,9 @@ import machine
 from data import InputError
 from rewards import judge_strides
 
-ABOVE_0 = """batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens row_tokens
-    logit_chunk rollouts_every toy_rows temperature lr grad_clip gpu_memory cpu_cache max_drift timeout""".split()
+ABOVE_0 = """batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens
+    max_judge_tokens row_tokens logit_chunk rollouts_every toy_rows temperature lr grad_clip gpu_memory cpu_cache
+    max_drift timeout""".split()
 AT_LEAST_0 = "judge_list audit_judge steps warmup_steps save_every keep lr_warmup importance_cap weight_decay".split()
 
 
@@ -66,3 +67,9 @@ def check_judging(size: int, listed: int, times: int) -> None:
     most = listed * len(judge_strides(size, listed))
     if times > most:
         raise InputError(f"--judgements {times}: lists of {listed} of {size} answers that differ are enough for {most}")
+
+
+def longest_sequence(settings) -> int:
+    """Tokens of the longest prompt with its answer, or of the longest judge's prompt with its judgement."""
+    answered = settings.max_prompt_tokens + max(settings.max_answer_tokens, settings.max_referee_tokens)
+    return max(answered, settings.max_judge_tokens + settings.max_referee_tokens)

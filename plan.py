@@ -69,8 +69,9 @@ def check_model(folder: str, vocabulary: int, tokens: int) -> int:
                          "give the tokenizer that belongs to it")
     longest = getattr(config, "max_position_embeddings", tokens)
     if tokens > longest:
-        raise InputError(f"--model {folder} reads {longest} tokens, and --max_prompt_tokens with the longer of "
-                         f"--max_answer_tokens and --max_referee_tokens are {tokens}: lower them")
+        raise InputError(f"--model {folder} reads {longest} tokens, and the longest prompt with its answer may have "
+                         f"{tokens}: lower --max_judge_tokens, --max_prompt_tokens, --max_answer_tokens or "
+                         "--max_referee_tokens")
     for path in Path(folder).glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt"):  # reads the header, and compares it with the size

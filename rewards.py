@@ -238,6 +238,32 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tu
     return torch.where(std < SMALLEST_SPREAD, 0.0, advantages).float()
 
 
+def loss_denominator(lengths: Sequence[int], loss: str) -> int:
+    """What the loss of a global minibatch is divided by (D15): its answer tokens, or with sequence-mean its answers.
+
+    lengths: tokens of each answer.
+    """
+    if loss not in ("token-mean", "sequence-mean"):
+        raise ValueError(f"unknown loss {loss!r}: use 'token-mean' or 'sequence-mean'")
+    return sum(lengths) if loss == "token-mean" else len(lengths)
+
+
+def token_weight(length: int, denominator: float, loss: str) -> float:
+    """The weight w of each token of an answer of `length` tokens: the one place where the mean is defined (D15).
+
+        token-mean      w = 1 / (answer tokens of the global minibatch)                               DAPO
+        sequence-mean   w = 1 / (answers of the global minibatch) / (tokens of this answer)           GRPO
+
+    >>> lengths = [6, 2]
+    >>> [token_weight(n, loss_denominator(lengths, "token-mean"), "token-mean") for n in lengths]
+    [0.125, 0.125]
+    >>> [token_weight(n, loss_denominator(lengths, "sequence-mean"), "sequence-mean") for n in lengths]
+    [0.08333333333333333, 0.25]
+    """
+    weight = 1 / denominator
+    return weight / length if loss == "sequence-mean" else weight
+
+
 def clipped_objective(ratio: torch.Tensor, advantage: torch.Tensor, low: float = 0.8,
                       high: float = 1.28) -> torch.Tensor:
     """min(rho A, clip(rho, low, high) A) for each token, to be maximised. The range is the paper's, from DAPO.

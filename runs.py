@@ -23,10 +23,49 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, ge
 
 import machine
 from data import KINDS, Group, InputError
-from rewards import SMALLEST_SPREAD, first_position_preference, kendall_tau, mean, parse_scores, self_rewards
+from rewards import (
+    SMALLEST_SPREAD,
+    first_position_preference,
+    kendall_tau,
+    loss_denominator,
+    mean,
+    parse_scores,
+    self_rewards,
+    token_weight,
+)
 from toy import world
 
 # ------------------------------------------------------------------------------- figures of a step
+
+
+def figures_of_step(groups: list[Group], minibatches: int, loss: str) -> dict[str, dict]:
+    """{kind: its figures} of a step, from the groups of its whole batch, in the order of the batch."""
+    shares = gradient_shares(groups, minibatches, loss)
+    figures = {}
+    for kind in KINDS:
+        part = [group for group in groups if group.prompt.kind == kind]
+        if part:
+            figures[kind] = {**figures_of_kind(part), "gradient_share": shares.get(kind)}
+    return figures
+
+
+def gradient_shares(groups: list[Group], minibatches: int, loss: str) -> dict[str, float]:
+    """The part of each kind in what pulls at the weights: its sum of w |A| over all answer tokens, over that of all.
+
+    w is a token's weight in the loss (rewards.token_weight), A its advantage. A mix by prompt count is no mix by
+    gradient: long answers pull more, and so do kinds whose answers differ. Empty where no group has a signal.
+    """
+    pull = dict.fromkeys([group.prompt.kind for group in groups], 0.0)
+    size = len(groups) // minibatches
+    for first in range(0, size * minibatches, size or 1):
+        minibatch = groups[first : first + size]
+        denominator = loss_denominator([len(answer) for group in minibatch for answer in group.answers], loss)
+        for group in minibatch:
+            for answer, advantage in zip(group.answers, group.advantages):
+                weight = token_weight(len(answer), denominator, loss)
+                pull[group.prompt.kind] += len(answer) * weight * abs(advantage)
+    total = sum(pull.values())
+    return {kind: part / total for kind, part in pull.items()} if total else {}
 
 
 def figures_of_kind(groups: list[Group]) -> dict:
@@ -75,7 +114,11 @@ def referee_figures(groups: list[Group]) -> dict:
             verdicts = [parse_scores(judgement["text"], len(judgement["order"])) for judgement in group.judgements]
         judgements += verdicts
     read = [scores for scores in judgements if scores]
-    figures = {"tau": mean(taus)} if preference else {"score_std": mean(pstdev(scores) for scores in read)}
+    if preference:
+        figures = {"tau": mean(taus)}
+    else:
+        cuts = [judgement["cut"] > 0 for group in groups for judgement in group.judgements if "cut" in judgement]
+        figures = {"score_std": mean(pstdev(scores) for scores in read), "cut": mean(cuts)}
     figures["format"] = len(read) / len(judgements) if judgements else None
     figures["first_position"] = first_position_preference(read) if read else None
     return figures
@@ -165,20 +208,27 @@ def cut_lines(path: Path, first_step: int) -> None:
         print(f"{path}: cut {cut} lines from step {first_step} on, which the run repeats", flush=True)
 
 
+def is_recorded(step: int, line: dict, rollouts_every: int) -> bool:
+    """Whether rollouts.jsonl holds the trajectories of a step: every k-th does, and each whose numbers broke down."""
+    return step % rollouts_every == 0 or bool(line.get("nonfinite_updates"))
+
+
 class Log:
     """config.json, log.jsonl and rollouts.jsonl of a run. For rank 0 alone."""
 
-    def __init__(self, run: Path, rollouts_every: int):
-        self.run, self.rollouts_every = run, rollouts_every
+    def __init__(self, run: Path, settings: dict):
+        self.run, self.settings = run, settings
 
-    def open(self, settings: dict, about: dict) -> tuple[int, Path | None]:
+    def open(self, about: dict) -> tuple[int, Path | None]:
         """(first step, checkpoint to load or None) of a new run, or with the setting `resume` of one that goes on."""
-        first_step, saved = last_checkpoint(self.run) if settings["resume"] else (0, None)
+        first_step, saved = last_checkpoint(self.run) if self.settings["resume"] else (0, None)
+        if saved:
+            check_resumed(saved, self.settings)
         self.run.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "rollouts.jsonl"):
             cut_lines(self.run / name, first_step)
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        about = {"config": settings, **about, "commit": git.stdout.strip() or None, **machine.about_machine()}
+        about = {"config": self.settings, **about, "commit": git.stdout.strip() or None, **machine.about_machine()}
         (self.run / "config.json").write_text(json.dumps(about, indent=1))
         return first_step, saved
 
@@ -189,16 +239,14 @@ class Log:
         """
         records = sorted(records, key=lambda record: record["index"])
         groups = [Group.from_record(record) for record in records]
-        kinds, shown, tokens = {}, [], 0
-        for kind in KINDS:
-            figures = figures_of_kind([group for group in groups if group.prompt.kind == kind])
-            if figures:
-                kinds[kind] = figures
-                tokens += figures["tokens"]
-                if figures["reward"] is not None:
-                    shown.append(f"{kind} {figures['reward']:.2f}")
+        kinds = figures_of_step(groups, self.settings["minibatches"], self.settings["loss"])
+        shown, tokens = [], 0
+        for kind, figures in kinds.items():
+            tokens += figures["tokens"]
+            if figures["reward"] is not None:
+                shown.append(f"{kind} {figures['reward']:.2f}")
         log = {"step": step, **kinds, **log, "tokens_per_second": tokens / sum(log["seconds"].values())}
-        if step % self.rollouts_every == 0:
+        if is_recorded(step, log, self.settings["rollouts_every"]):
             self.append("rollouts.jsonl", records)
         self.append("log.jsonl", [log])  # last: a step in the log has its trajectories
         return ", ".join(shown)
@@ -246,6 +294,29 @@ def save_checkpoint(folder: Path, policy, optimizer, schedule, tokenizer, settin
         finish_checkpoint(unfinished, folder, keep)
 
     machine.on_rank_0(f"writing {folder}", finish)
+
+
+# What a resumed run may change: how it goes on. Everything else decides which prompts come, or what `eval.py explain`
+# derives again by the settings in config.json, which must hold for all steps of a run.
+MAY_CHANGE = """name preset steps model lr lr_warmup weight_decay grad_clip clip_low clip_high importance_cap
+    precision row_tokens logit_chunk recompute gpu_memory cpu_cache max_drift timeout save_every keep""".split()
+
+
+def check_resumed(saved: Path, settings: dict) -> None:
+    """Name every setting that differs from the checkpoint's. Refuse those that a run must keep."""
+    before = json.loads((saved / "config.json").read_text())
+    refused = []
+    for name, value in settings.items():
+        if value != before.get(name) and name != "resume":
+            change = f"--{name} {before.get(name)} -> {value}"
+            if name in MAY_CHANGE:
+                print(f"{saved}: resumed with another setting: {change}", flush=True)
+            else:
+                refused.append(change)
+    if refused:
+        raise InputError(f"--resume: a run keeps these settings from its first step to its last, and {saved} was made "
+                         f"with others ({', '.join(refused)}): give the old ones, or start a new run with another "
+                         f"--name and --model {saved / 'model'}")
 
 
 def load_checkpoint(folder: Path, policy, optimizer, schedule) -> None:

@@ -47,7 +47,9 @@ from rewards import (
     group_advantages,
     group_rewards,
     judge_orders,
+    loss_denominator,
     mean,
+    token_weight,
 )
 
 PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
@@ -82,9 +84,10 @@ class Config:
     minibatches: int = flag(2, "updates per rollout batch; with 1 the ratio is 1 and the clip never bites (D14)")
     # sampling and judging
     temperature: float = flag(1.0, "of all sampling (D14); the trainer's log-probs use it too")
-    max_prompt_tokens: int = flag(4096, "longer rows are dropped at load; judge prompts are cut to fit")
+    max_prompt_tokens: int = flag(4096, "longer rows are dropped at load")
     max_answer_tokens: int = flag(2048, "of answers to R and I (D17)")
     max_referee_tokens: int = flag(1024, "of answers to P and of self-judgements")
+    max_judge_tokens: int = flag(24576, "of a judge's prompt; its answers are cut to one length to fit (D17)")
     judgements: int = flag(1, "K, how many times each open-ended answer is judged; the mean counts (D6)")
     judge_list: int = flag(0, "answers that one judgement compares; 0: all G (D6)")
     audit_judge: int = flag(0, "every k steps also judge answers to R, as a measurement; 0: never")
@@ -123,7 +126,7 @@ PRESETS = {
     "smol": dict(
         model="seed", preferences="toy:2", reasoning="toy", instructions="toy",
         steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
-        max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40,
+        max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40, max_judge_tokens=800,
         both_orders=True, judgements=4, judge_list=2, audit_judge=2, lr=1e-5,
         row_tokens=1024, recompute=False, cpu_cache=0.5, save_every=0,
         precision=machine.SMOL_PRECISION, max_drift=machine.SMOL_DRIFT),
@@ -169,14 +172,15 @@ def self_score(config: Config, engine, tokenizer, groups: list[Group], step: int
         orders = judge_orders(config.group, config.judge_list or config.group, config.judgements, rng)
         for k, order in enumerate(orders):
             shown = [group.texts[i] for i in order]
-            judged.append((group, order))
-            prompts.append(data.encode_judgement(tokenizer, group.prompt.instruction, shown, config.max_prompt_tokens))
+            ids, cut = data.encode_judgement(tokenizer, group.prompt.instruction, shown, config.max_judge_tokens)
+            prompts.append(ids)
+            judged.append((group, order, cut))
             seeds.append(data.request_seed(config.seed, step, group.index, f"judge/{k}"))
     limits = [config.max_referee_tokens] * len(prompts)
     answers = machine.generate(engine, prompts, 1, limits, seeds, config.temperature)
-    for (group, order), ids, samples in zip(judged, prompts, answers):
+    for (group, order, cut), ids, samples in zip(judged, prompts, answers):
         prompt = tokenizer.decode(ids)
-        group.judgements.append({"order": order, "prompt": prompt, "text": samples[0].text})
+        group.judgements.append({"order": order, "cut": cut, "prompt": prompt, "text": samples[0].text})
 
 
 # ------------------------------------------------------------------------------- 4. reward, 5. old_logprobs
@@ -234,24 +238,19 @@ def check_drift(groups: list[Group], max_drift: float) -> dict[str, float | None
 
 
 def set_token_weights(groups: list[Group], loss: str) -> None:
-    """The weight of every answer token in the loss: the one place where the mean is defined (D15).
-
-        token-mean      w = 1 / (answer tokens of the global minibatch)
-        sequence-mean   w = 1 / (answers of the global minibatch) / (tokens of this answer)
+    """The weight of every answer token in the loss, whose mean is over the global minibatch (D15).
 
     Times the number of ranks, since FSDP averages gradients over them. Groups without a signal count in the
     denominator too. So the loss does not depend on how many ranks share the minibatch.
     """
-    count = 0
+    lengths = []
     for group in groups:
-        count += group.answer_tokens if loss == "token-mean" else len(group.answers)
-    total = all_reduce(count)
+        lengths += map(len, group.answers)
+    denominator = all_reduce(loss_denominator(lengths, loss))
     for group in groups:
         group.weights = []
         for answer in group.answers:
-            weight = dist.get_world_size() / total
-            if loss == "sequence-mean":
-                weight = weight / len(answer)
+            weight = dist.get_world_size() * token_weight(len(answer), denominator, loss)
             group.weights += [weight] * len(answer)
 
 
@@ -325,14 +324,14 @@ def set_up(config: Config, run: Path):
     names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
     sources, dropped = data.load_sources(
-        names, counts, tokenizer, config.max_prompt_tokens, config.judge_list or config.group,
-        config.toy_rows)
-    longest = config.max_prompt_tokens + max(config.max_answer_tokens, config.max_referee_tokens)
+        names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
+        config.judge_list or config.group, config.toy_rows)
+    longest = flags.longest_sequence(config)
     plan.check_start(folder, len(tokenizer), longest, config.cpu_cache)
 
-    log = runs.Log(run, config.rollouts_every)
-    about = {"rows_dropped_as_too_long": dropped}
-    first_step, saved = on_rank_0(f"writing {run}", lambda: log.open(asdict(config), about))
+    log = runs.Log(run, asdict(config))
+    about = {"rows_dropped_as_too_long": dropped, "sources": data.checksums(sources)}
+    first_step, saved = on_rank_0(f"writing {run}", lambda: log.open(about))
 
     policy = machine.load_policy(
         folder, len(tokenizer), config.precision, config.temperature,

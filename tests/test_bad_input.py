@@ -185,10 +185,16 @@ COMMANDS = [
     ('urpo --name /x', "--name '/x': at most 100 letters, digits, '.', '_' and '-'; a folder in runs/"),
     ('urpo --name ..', "--name '..': at most 100 letters, digits, '.', '_' and '-'; a folder in runs/"),
     ('urpo --name a.b/c', "--name 'a.b/c': at most 100 letters, digits, '.', '_' and '-'; a folder in runs/"),
-    ('urpo --max_prompt_tokens 20', '--preferences: all 8 rows are longer than --max_prompt_tokens 20: raise it'),
+    ('urpo --max_prompt_tokens 20',
+     '--preferences: all 8 rows are longer than --max_prompt_tokens 20, or leave no room for a judgement in '
+     '--max_judge_tokens 800: raise it'),
     ('urpo --max_prompt_tokens 4000',
-     '--model model reads 1024 tokens, and --max_prompt_tokens with the longer of --max_answer_tokens and '
-     '--max_referee_tokens are 4048: lower them'),
+     '--model model reads 1024 tokens, and the longest prompt with its answer may have 4048: lower '
+     '--max_judge_tokens, --max_prompt_tokens, --max_answer_tokens or --max_referee_tokens'),
+    ('urpo --max_judge_tokens 5000',
+     '--model model reads 1024 tokens, and the longest prompt with its answer may have 5040: lower '
+     '--max_judge_tokens, --max_prompt_tokens, --max_answer_tokens or --max_referee_tokens'),
+    ('urpo --max_judge_tokens 0', '--max_judge_tokens 0: must be above 0, and finite'),
     ('urpo --preferences no/such.jsonl',
      '--preferences no/such.jsonl: no such file; give a .jsonl file, a hub id, or toy'),
     ('urpo --reasoning no/such.jsonl',
@@ -367,7 +373,7 @@ def test_a_bad_row_is_refused_with_its_file_and_line(refused, folders, flag, lin
 def test_a_prompt_longer_than_the_context_is_dropped_and_counted(tmp_path, smol_tokenizer):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"question": "one " * n, "answer": "2"}) + "\n" for n in (3, 500, 3)))
-    kept, dropped = data.drop_overlong(data.load_source("reasoning", str(source)), smol_tokenizer, 200, 4)
+    kept, dropped = data.drop_overlong(data.load_source("reasoning", str(source)), smol_tokenizer, 200, 800, 4)
     assert (len(kept), dropped) == (2, 1) and all(len(row.instruction) < 100 for row in kept)
 
 

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import data
+import flags
+import urpo
 from data import KINDS, Group, InputError, Prompt
 
 
@@ -43,21 +45,52 @@ ANSWERS = st.lists(st.one_of(st.text(max_size=300), st.integers(0, 300).map(lamb
 def test_a_judgement_fits_for_every_instruction_that_the_load_check_kept(smol_tokenizer, answers, spare):
     """Whatever four answers were sampled: had drop_overlong kept the instruction, its judgement must not stop a run."""
     instruction, limit = Prompt("instruction", "Tell me about owls."), 120 + spare
-    kept, _ = data.drop_overlong([instruction], smol_tokenizer, limit, group=4)
+    kept, _ = data.drop_overlong([instruction], smol_tokenizer, 4096, limit, group=4)
     if kept:
-        assert len(data.encode_judgement(smol_tokenizer, instruction.instruction, answers, limit)) <= limit
+        ids, cut = data.encode_judgement(smol_tokenizer, instruction.instruction, answers, limit)
+        text = smol_tokenizer.decode(ids)
+        assert len(ids) <= limit and text.count("[cut]") == cut
 
 
 def test_a_judgement_cuts_the_longest_answer_and_says_so(smol_tokenizer):
     answers = ["short", "long " * 400]
-    text = smol_tokenizer.decode(data.encode_judgement(smol_tokenizer, "Say hi.", answers, 300))
-    assert "> short\n" in text and "[cut]" in text
-    whole = smol_tokenizer.decode(data.encode_judgement(smol_tokenizer, "Say hi.", answers, 4096))
-    assert answers[1].strip() in whole and "[cut]" not in whole
+    ids, cut = data.encode_judgement(smol_tokenizer, "Say hi.", answers, 300)
+    text = smol_tokenizer.decode(ids)
+    assert "> short\n" in text and text.count("[cut]") == cut == 1
+    ids, cut = data.encode_judgement(smol_tokenizer, "Say hi.", answers, 4096)
+    whole = smol_tokenizer.decode(ids)
+    assert answers[1].strip() in whole and "[cut]" not in whole and cut == 0
+
+
+def test_long_answers_are_cut_to_one_length_in_one_go_and_use_the_room_that_there_is(smol_tokenizer, monkeypatch):
+    """Eight long answers of different lengths and a short one: none of the long ones is judged by less of its text."""
+    encoded, encode = [], data.encode_chat
+    monkeypatch.setattr(data, "encode_chat", lambda *arguments: encoded.append(1) or encode(*arguments))
+    rng = random.Random(0)
+    words = "owl tree river stone because running, 17 a bright - light\n".split(" ")
+    answers = [" ".join(rng.choices(words, k=k)) for k in (300, 350, 400, 450, 500, 600, 900, 2000)] + ["short"]
+    ids, cut = data.encode_judgement(smol_tokenizer, "Say hi.", answers, 1200)
+    assert cut == 8 and 1170 <= len(ids) <= 1200 and len(encoded) <= 4
+    lengths = []
+    for block in smol_tokenizer.decode(ids).split("\nResponse ")[1:]:
+        shown = [line for line in block.splitlines() if line.startswith("> ")]
+        lengths.append(len(smol_tokenizer.encode("\n".join(shown))))
+    assert max(lengths[:8]) - min(lengths[:8]) <= 4 and lengths[8] < 5
+
+
+def test_the_paper_preset_shows_its_judge_eight_whole_answers_in_the_context_of_its_model(smol_tokenizer):
+    config = urpo.Config(**urpo.PRESETS["paper"])
+    rng = random.Random(0)
+    answers = []
+    for _ in range(config.group):
+        ids = [rng.randrange(100, 49000) for _ in range(config.max_answer_tokens)]
+        answers.append(smol_tokenizer.decode(ids))
+    assert data.encode_judgement(smol_tokenizer, "word " * 1000, answers, config.max_judge_tokens)[1] == 0
+    assert flags.longest_sequence(config) <= 32768  # max_position_embeddings of Qwen2.5-7B-Instruct
 
 
 def test_an_impossible_judgement_names_the_remedy(smol_tokenizer):
-    with pytest.raises(InputError, match=r"--max_prompt_tokens is 50: raise it, or lower --group"):
+    with pytest.raises(InputError, match=r"--max_judge_tokens is 50: raise it, or lower --group"):
         data.encode_judgement(smol_tokenizer, "Say hi.", ["a", "b"], 50)
 
 
@@ -216,15 +249,15 @@ def test_hub_rows_read_like_the_same_rows_in_a_file(monkeypatch):
 
 def test_rows_that_do_not_fit_are_dropped_and_counted(smol_tokenizer):
     short, long = Prompt("reasoning", "What is 1 + 1?", answer="2"), Prompt("reasoning", "one " * 300, answer="2")
-    assert data.drop_overlong([short, long, short], smol_tokenizer, 200, 4) == ([short, short], 1)
+    assert data.drop_overlong([short, long, short], smol_tokenizer, 200, 800, 4) == ([short, short], 1)
     pair = Prompt("preference", "Say hi.", ("hi", "word " * 300), (1.0, 0.0))
-    assert data.drop_overlong([pair], smol_tokenizer, 200, 4) == ([], 1)
+    assert data.drop_overlong([pair], smol_tokenizer, 200, 800, 4) == ([], 1)
 
 
 def test_an_instruction_without_room_for_its_judgement_is_dropped(smol_tokenizer):
     row = Prompt("instruction", "word " * 100)
-    assert data.drop_overlong([row], smol_tokenizer, 200, group=2)[1] == 1
-    assert data.drop_overlong([row], smol_tokenizer, 400, group=2)[1] == 0
+    assert data.drop_overlong([row], smol_tokenizer, 800, 200, group=2)[1] == 1
+    assert data.drop_overlong([row], smol_tokenizer, 800, 400, group=2)[1] == 0
 
 
 def test_sources_are_read_for_the_kinds_of_the_mix_alone_and_what_was_dropped_is_counted(tmp_path, smol_tokenizer):
@@ -233,11 +266,11 @@ def test_sources_are_read_for_the_kinds_of_the_mix_alone_and_what_was_dropped_is
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     counts = {"preference": 0, "reasoning": 4, "instruction": 0}
     names = {"preference": "absent.jsonl", "reasoning": str(tmp_path / "r.jsonl"), "instruction": "absent.jsonl"}
-    sources, dropped = data.load_sources(names, counts, smol_tokenizer, 200, 4, 8)
+    sources, dropped = data.load_sources(names, counts, smol_tokenizer, 200, 800, 4, 8)
     assert sources == {"reasoning": [Prompt("reasoning", "What is 1 + 1?", answer="2")]} and dropped == {"reasoning": 1}
     names["reasoning"] = str(tmp_path / "long.jsonl")
-    with pytest.raises(InputError, match="--reasoning: all 1 rows are longer than --max_prompt_tokens 200: raise it"):
-        data.load_sources(names, counts, smol_tokenizer, 200, 4, 8)
+    with pytest.raises(InputError, match="--reasoning: all 1 rows are longer than --max_prompt_tokens 200, or leave "):
+        data.load_sources(names, counts, smol_tokenizer, 200, 800, 4, 8)
 
 
 # ---- a group's way to disk and back ----
@@ -248,10 +281,10 @@ RANKED = Group(4, Prompt("preference", "Say hi.", ("hi", "no"), (1.0, 0.0)), [5,
 SOLVED = Group(5, Prompt("reasoning", "1 + 1?", answer="2"), [5], [[7], [8]], texts=["2", "\u2028\n\"3\""],
                finished=[True, True], rewards=[1.0, 0.0], advantages=[0.7, -0.7], entropy=0.5)
 JUDGED = Group(6, Prompt("instruction", "Say hi.", check="lower"), [5], [[7], [8]], texts=["hi", "Hi"],
-               finished=[True, True], judgements=[{"order": [1, 0], "prompt": "p", "text": "<scores>3, 4</scores>"}],
-               rewards=[4.0, 3.0], advantages=[0.7, -0.7], entropy=0.0)
+               finished=[True, True],
+               judgements=[{"order": [1, 0], "cut": 0, "prompt": "p", "text": "<scores>3, 4</scores>"}], rewards=[4.0, 3.0], advantages=[0.7, -0.7], entropy=0.0)
 UNJUDGED = Group(7, Prompt("instruction", "Say hi."), [5], [[7], [8]], texts=["hi", "Hi"], finished=[True, True],
-                 judgements=[{"order": [1, 0], "prompt": "p", "text": "fine"}], advantages=[0.0, 0.0])
+                 judgements=[{"order": [1, 0], "cut": 0, "prompt": "p", "text": "fine"}], advantages=[0.0, 0.0])
 
 
 @pytest.mark.parametrize("group", [RANKED, SOLVED, JUDGED, UNJUDGED], ids=["ranked", "solved", "judged", "unjudged"])

@@ -163,9 +163,9 @@ def test_neither_rows_of_any_kind_nor_answers_become_structure(tokenizers, tmp_p
         source.write_text("".join(json.dumps(record) + "\n" for record in records))
         hostile, plain = (data.encode_prompt(tokenizer, row) for row in data.load_source(kind, str(source)))
         assert control_ids(tokenizer, hostile) == control_ids(tokenizer, plain), kind
-    judged = data.encode_judgement(tokenizer, forged, [forged, "b", forged], 10_000)
+    judged = data.encode_judgement(tokenizer, forged, [forged, "b", forged], 10_000)[0]
     assert control_ids(tokenizer, judged) == control_ids(tokenizer, data.encode_judgement(
-        tokenizer, "ask", ["a", "b", "c"], 10_000))
+        tokenizer, "ask", ["a", "b", "c"], 10_000)[0])
 
 
 @pytest.mark.parametrize("family", ["smol", "qwen", "llama", "metaspace"])
@@ -427,8 +427,8 @@ def test_a_probe_among_open_ended_answers_earns_the_judges_score_and_not_a_point
     prompt = Prompt("instruction", "Say hi.")
     text = forged if probe == "a forged verdict" else PROBES[probe](prompt)
     answers = [text, "Hi there.", "Hello."]
-    shown = smol_tokenizer.decode(data.encode_judgement(smol_tokenizer, prompt.instruction, answers, 800))
-    plain = smol_tokenizer.decode(data.encode_judgement(smol_tokenizer, prompt.instruction, ["a", "b", "c"], 800))
+    shown = smol_tokenizer.decode(data.encode_judgement(smol_tokenizer, prompt.instruction, answers, 800)[0])
+    plain = smol_tokenizer.decode(data.encode_judgement(smol_tokenizer, prompt.instruction, ["a", "b", "c"], 800)[0])
     assert structure(shown) == structure(plain)
     assert "> Hi there.\n" in shown and "> Hello.\n" in shown  # a long neighbour cuts nobody else
     judged = rewarded(prompt, answers, [{"order": [2, 0, 1], "text": "<scores>8, 2, 6</scores>"}])

@@ -21,7 +21,7 @@ def ranked(index, texts, rewards, **changes) -> Group:
 
 
 def judged(index, verdict, rewards, **changes) -> Group:
-    judgement = {"order": [1, 0], "prompt": "p", "text": verdict}
+    judgement = {"order": [1, 0], "cut": 0, "prompt": "p", "text": verdict}
     return Group(index, Prompt("instruction", "Say hi."), [5], [[7, 8, 9], [8]], texts=["hi", "hi"],
                  finished=[True, False], judgements=[judgement], rewards=rewards,
                  **{"advantages": [0.7, -0.7], "entropy": 3.0} | changes)
@@ -44,7 +44,7 @@ def test_the_figures_of_judged_groups_and_of_one_that_no_judgement_could_read():
     assert figures == {
         "prompts": 2, "unjudged": 1, "reward": 5.5, "reward_std": 2.5, "zero_spread": 0,
         "advantage_scale": pytest.approx(0.35), "length": 2, "tokens": 8, "finished": 0.5, "distinct": 1,
-        "entropy": 3.0, "score_std": 2.5, "format": 0.5, "first_position": -0.5}
+        "entropy": 3.0, "score_std": 2.5, "cut": 0, "format": 0.5, "first_position": -0.5}
 
 
 def test_what_could_not_be_measured_is_none_and_not_0():

@@ -98,6 +98,17 @@ def test_a_self_score_follows_its_answer_through_the_shuffle(monkeypatch, smol_t
     assert group.advantages == group_advantages(torch.tensor(group.rewards)).tolist()
 
 
+def test_a_judgement_over_cut_answers_is_counted(monkeypatch, smol_tokenizer):
+    whole, _ = judged_groups(monkeypatch, smol_tokenizer, ["<scores>9, 5, 1</scores>"])
+    long = Group(7, SHARE[2][1], [1], [[1], [2], [3]], texts=["one", "two " * 300, "three " * 300],
+                 finished=[True] * 3, advantages=[0.0] * 3)
+    engine = FakeEngine(monkeypatch, smol_tokenizer, ["<scores>9, 5, 1</scores>"])
+    urpo.self_score(tiny_config(max_judge_tokens=400), engine, smol_tokenizer, [long], step=0)
+    assert len(engine.calls[0].prompts[0]) <= 400 and long.judgements[0]["prompt"].count("[cut]") == 2
+    assert [group.judgements[0]["cut"] for group in (whole, long)] == [0, 2]
+    assert runs.figures_of_kind([whole, long])["cut"] == 0.5
+
+
 def test_judgements_are_seeded_and_shuffled_apart_and_the_readable_ones_averaged(monkeypatch, smol_tokenizer):
     verdicts = ["<scores>9, 5, 1</scores>", "cannot say", "<scores>8, 8, 2</scores>"] * 2
     group, engine = judged_groups(monkeypatch, smol_tokenizer, verdicts)
