@@ -25,7 +25,7 @@ from functools import lru_cache
 
 import torch
 
-from rewards import check_answer
+from rewards import check_answer, group_rewards, judge_orders
 
 KINDS = ("preference", "reasoning", "instruction")  # the order of --mix P:R:I
 FLAGS = {"preference": "preferences", "reasoning": "reasoning", "instruction": "instructions"}
@@ -362,6 +362,20 @@ class Group:
 
 
 RECORDED = ("prompt_ids", "answers", "texts", "finished", "judgements", "rewards", "advantages", "entropy")
+
+
+def judgement_orders(group: Group, step: int, seed: int, listed: int, judgements: int,
+                     audit_judge: int) -> list[list[int]]:
+    """Which answers of a group each of its judgements sees, in which order (D6). Empty: the group is not judged.
+
+    Judged is every instruction, and in every `audit_judge`-th step a question with right answers beside wrong ones.
+    """
+    if group.prompt.kind == "reasoning" and audit_judge and step % audit_judge == 0:
+        judged = len(set(group_rewards(group.prompt, group.texts, []))) > 1
+    else:
+        judged = group.prompt.kind == "instruction"
+    rng = random.Random(f"{seed}/{step}/{group.index}/order")
+    return judge_orders(len(group.texts), listed, judgements, rng) if judged else []
 
 
 # ------------------------------------------------------------------------------- control strings

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,7 +45,6 @@ from rewards import (
     clipped_tokens,
     group_advantages,
     group_rewards,
-    judge_orders,
     loss_denominator,
     mean,
     token_weight,
@@ -160,16 +158,10 @@ def self_score(config: Config, engine, tokenizer, groups: list[Group], step: int
     The tokens of a judgement get no gradient (D8), since nothing grounds them. The referee's skill comes from P alone.
     Every `audit_judge` steps it also judges right beside wrong answers to R: their rewards stay the verified ones.
     """
-    audited = config.audit_judge and step % config.audit_judge == 0
     judged, prompts, seeds = [], [], []
     for group in groups:
-        wanted = group.prompt.kind == "instruction"
-        if audited and group.prompt.kind == "reasoning":
-            wanted = len(set(group_rewards(group.prompt, group.texts, []))) > 1  # right answers and wrong ones
-        if not wanted:
-            continue
-        rng = random.Random(f"{config.seed}/{step}/{group.index}/order")
-        orders = judge_orders(config.group, config.judge_list or config.group, config.judgements, rng)
+        orders = data.judgement_orders(
+            group, step, config.seed, config.judge_list or config.group, config.judgements, config.audit_judge)
         for k, order in enumerate(orders):
             shown = [group.texts[i] for i in order]
             ids, cut = data.encode_judgement(tokenizer, group.prompt.instruction, shown, config.max_judge_tokens)

@@ -23,6 +23,8 @@ PANELS = {
     "tokens an answer": "preference.length reasoning.length instruction.length",
     "share of clipped tokens, below .05": "clipped_low clipped_high",
     "gradient norm before its clip: no spikes": "grad_norm",
+    "gradient_share: who pulls at the weights":
+        "preference.gradient_share reasoning.gradient_share instruction.gradient_share",
 }
 # The same in four panels, for a reader who has not met a log yet.
 BRIEF = {
@@ -65,7 +67,7 @@ def draw_curves(names: list[str], tables: list[pandas.DataFrame], settings: dict
     title = f"{', '.join(names)}, from model {settings.get('model', 'unknown')}; vertical line: end of the warm-up"
     drawing.suptitle(title, parse_math=False, wrap=True)
     grid = drawing.add_gridspec(5 if heldout else 4, 4)
-    seconds = drawing.add_subplot(grid[3, 2:])
+    seconds = drawing.add_subplot(grid[3, 3])
     parts = mean.filter(like="seconds.")
     if not parts.empty:
         seconds.stackplot(parts.index, parts.T, labels=parts.columns.str.removeprefix("seconds."))

@@ -282,7 +282,8 @@ SOLVED = Group(5, Prompt("reasoning", "1 + 1?", answer="2"), [5], [[7], [8]], te
                finished=[True, True], rewards=[1.0, 0.0], advantages=[0.7, -0.7], entropy=0.5)
 JUDGED = Group(6, Prompt("instruction", "Say hi.", check="lower"), [5], [[7], [8]], texts=["hi", "Hi"],
                finished=[True, True],
-               judgements=[{"order": [1, 0], "cut": 0, "prompt": "p", "text": "<scores>3, 4</scores>"}], rewards=[4.0, 3.0], advantages=[0.7, -0.7], entropy=0.0)
+               judgements=[{"order": [1, 0], "cut": 0, "prompt": "p", "text": "<scores>3, 4</scores>"}],
+               rewards=[4.0, 3.0], advantages=[0.7, -0.7], entropy=0.0)
 UNJUDGED = Group(7, Prompt("instruction", "Say hi."), [5], [[7], [8]], texts=["hi", "Hi"], finished=[True, True],
                  judgements=[{"order": [1, 0], "cut": 0, "prompt": "p", "text": "fine"}], advantages=[0.0, 0.0])
 

@@ -69,9 +69,9 @@ def test_the_figures_of_the_log_follow_from_the_trajectories(finished):
     log = lines(finished / "log.jsonl")
     recorded = list(runs.read_groups(finished / "rollouts.jsonl", []))
     for line in log:
-        for kind in data.KINDS:
-            groups = [group for step, group in recorded if step == line["step"] and group.prompt.kind == kind]
-            assert runs.figures_of_kind(groups) == line.get(kind, {})
+        groups = [group for step, group in recorded if step == line["step"]]
+        assert runs.figures_of_step(groups, 2, "token-mean") == {
+            kind: line[kind] for kind in data.KINDS if kind in line}
 
 
 def test_the_batch_of_a_step_is_the_one_that_draw_states(finished):

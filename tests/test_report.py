@@ -15,7 +15,7 @@ from eval import main
 from metrics import interval
 from report import page as page_module
 from report.curves import PANELS, read_figures
-from runs import figures_of_kind
+from runs import figures_of_step
 
 
 @pytest.fixture
@@ -66,10 +66,7 @@ def made_up_run(folder, steps=6, warmup=2, judge=some_scores, answer="An answer.
         for kind in data.KINDS[: 3 if step >= warmup else 2] * prompts:
             groups.append(made_up_group(rng, len(groups), rng.choice(toy[kind]), step, judge, answer, group))
         urpo.reward(config, groups)
-        line = {"step": step}
-        for kind in data.KINDS:
-            figures = figures_of_kind([made for made in groups if made.prompt.kind == kind])
-            line |= {kind: figures} if figures else {}
+        line = {"step": step, **figures_of_step(groups, 1, "token-mean")}
         log.append(line | {"seconds": dict.fromkeys(urpo.PARTS, 1.0), "drift_mean": 1e-5})
         records += [made.to_record(step) for made in groups]
     write_lines(folder / "log.jsonl", log)

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +230,43 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(new_trainer, tmp_p
         assert {state["step"].item() for state in other[1].state.values()} == {2}
 
 
+def resume_with(tmp_path, capsys, **changes):
+    """What a resume says whose settings differ from the checkpoint's, before anything is written."""
+    folder = write_checkpoint(tmp_path, 3)
+    settings = asdict(urpo.Config(name="mine"))
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "manifest.json").write_text(json.dumps(runs.file_list(folder)))
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n')
+    log = runs.Log(tmp_path, settings | {"resume": True} | changes)
+    try:
+        assert log.open({}) == (3, folder)
+    except InputError as error:
+        assert not (tmp_path / "config.json").exists()
+        return str(error)
+    return capsys.readouterr().out
+
+
+def test_a_resume_names_every_setting_that_differs(process_group, tmp_path, capsys):
+    out = resume_with(tmp_path, capsys, lr=3e-6, steps=2000, keep=2)
+    for change in ("--steps 1000 -> 2000", "--lr 1e-06 -> 3e-06", "--keep 0 -> 2"):
+        assert f"step_3: resumed with another setting: {change}\n" in out
+    assert out.count("->") == 3 and "->" not in resume_with(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("seed", 1), ("mix", "2:1:1"), ("batch", 96), ("warmup_steps", 0), ("both_orders", True), ("toy_rows", 8),
+    ("preferences", "other.jsonl"), ("max_prompt_tokens", 100), ("tau", "strict"), ("advantage", "center"),
+    ("loss", "sequence-mean"), ("minibatches", 1), ("group", 4), ("judgements", 2), ("rollouts_every", 2)])
+def test_a_resume_refuses_what_moves_the_stream_of_prompts_or_what_explain_derives_by(tmp_path, capsys, name, value):
+    error = resume_with(tmp_path, capsys, **{name: value, "lr": 3e-6})
+    assert f"({'--' + name} {getattr(urpo.Config(), name)} -> {value}): give the old ones, or start a new run" in error
+    assert error.endswith("step_3/model") and "--lr" not in error
+
+
+def test_every_setting_that_may_change_exists():
+    assert set(runs.MAY_CHANGE) <= {field.name for field in fields(urpo.Config)}
+
+
 # ---- a disk that is full ----
 
 @pytest.mark.parametrize("limit, part", [(10_000, "trainer"), (500_000, "trainer"), (900_000, "trainer"),
@@ -263,9 +301,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_plain_error_and_the_one_before_it
 
 def test_a_run_folder_that_cannot_be_written_is_one_plain_error(process_group, tmp_path):
     (tmp_path / "runs").write_text("a file where a folder should be")
-    log = runs.Log(tmp_path / "runs" / "mine", 1)
+    log = runs.Log(tmp_path / "runs" / "mine", {"resume": False})
     with pytest.raises(InputError, match="writing .*mine failed: .*Not a directory.*; make room or mend the permiss"):
-        machine.on_rank_0(f"writing {log.run}", lambda: log.open({"resume": False}, {}))
+        machine.on_rank_0(f"writing {log.run}", lambda: log.open({}))
 
 
 # ---- the command ----

@@ -44,7 +44,8 @@ def test_the_figures_of_judged_groups_and_of_one_that_no_judgement_could_read():
     assert figures == {
         "prompts": 2, "unjudged": 1, "reward": 5.5, "reward_std": 2.5, "zero_spread": 0,
         "advantage_scale": pytest.approx(0.35), "length": 2, "tokens": 8, "finished": 0.5, "distinct": 1,
-        "entropy": 3.0, "score_std": 2.5, "cut": 0, "format": 0.5, "first_position": -0.5}
+        "entropy": 3.0, "score_std": 2.5, "cut": 0, "format": 0.5, "first_position": -0.5, "judge_tau": None, "gold": None,
+        "gold_constraint": None}
 
 
 def test_what_could_not_be_measured_is_none_and_not_0():
@@ -62,11 +63,26 @@ def test_questions_have_no_figures_of_a_referee():
     assert figures["reward"] == 0.5 and not {"tau", "format", "first_position", "score_std"} & set(figures)
 
 
+def test_the_share_of_a_kind_in_the_gradient_is_that_of_its_weighted_advantages():
+    """One update over P and I, a second one over R alone: tokens count there by 1/6 and 1/3."""
+    groups = [ranked(0, ["a", "b"], [-1.0, 1.0], advantages=[1.0, -1.0]),
+              judged(1, "<scores>3, 8</scores>", [8.0, 3.0], advantages=[0.5, -0.5]),
+              Group(2, Prompt("reasoning", "q"), [5], [[7], [7]], advantages=[2.0, 0.0]),
+              Group(3, Prompt("reasoning", "q"), [5], [[7]], advantages=[0.0])]
+    pull = {"preference": 2 / 6, "instruction": 4 * 0.5 / 6, "reasoning": 2 / 3}
+    assert runs.gradient_shares(groups, 2, "token-mean") == pytest.approx(
+        {kind: part / sum(pull.values()) for kind, part in pull.items()})
+    pull = {"preference": 2 / 4, "instruction": 1 / 4, "reasoning": 2 / 3}  # each of 4 answers, then each of 3
+    assert runs.gradient_shares(groups, 2, "sequence-mean") == pytest.approx(
+        {kind: part / sum(pull.values()) for kind, part in pull.items()})
+    assert runs.gradient_shares(groups[3:], 1, "token-mean") == runs.gradient_shares([], 2, "token-mean") == {}
+
+
 # ---- the log and the trajectories ----
 
 def open_log(run, first_step=0, rollouts_every=1) -> runs.Log:
     """A log as a run opens it that goes on at `first_step`."""
-    log = runs.Log(run, rollouts_every)
+    log = runs.Log(run, {"rollouts_every": rollouts_every, "minibatches": 1, "loss": "token-mean"})
     run.mkdir(exist_ok=True)
     for name in ("log.jsonl", "rollouts.jsonl"):
         runs.cut_lines(run / name, first_step)
@@ -78,8 +94,8 @@ def lines(path) -> list[dict]:
 
 
 def test_a_new_run_writes_what_it_was_started_with(process_group, tmp_path):
-    log = runs.Log(tmp_path / "runs" / "mine", 1)
-    assert log.open({"resume": False, "seed": 7}, {"weights": "model"}) == (0, None)
+    log = runs.Log(tmp_path / "runs" / "mine", {"resume": False, "seed": 7})
+    assert log.open({"weights": "model"}) == (0, None)
     about = runs.read_about(tmp_path / "runs" / "mine")
     assert about["config"] == {"resume": False, "seed": 7} and about["weights"] == "model"
     assert about["ranks"] == 1 and about["versions"]["torch"] and about["device"] and "commit" in about
@@ -94,11 +110,20 @@ def test_a_step_is_one_line_of_the_log_and_one_line_a_group(tmp_path):
     assert shown == "preference 0.00, instruction 5.50"
     assert [line["step"] for line in lines(tmp_path / "log.jsonl")] == [0, 1, 2]
     line = lines(tmp_path / "log.jsonl")[-1]
-    assert line["preference"] == runs.figures_of_kind(groups[1:]) and "reasoning" not in line
-    assert line["instruction"] == runs.figures_of_kind(groups[:1])
+    assert line["preference"] == {**runs.figures_of_kind(groups[1:]), "gradient_share": 1 / 3}
+    assert line["instruction"] == {**runs.figures_of_kind(groups[:1]), "gradient_share": pytest.approx(2 / 3)}
+    assert "reasoning" not in line
     assert line["loss"] == 0.5 and line["tokens_per_second"] == 6 / 4
     recorded = list(runs.read_groups(tmp_path / "rollouts.jsonl", []))
     assert recorded == [(0, groups[1]), (0, groups[0]), (2, groups[1]), (2, groups[0])]
+
+
+def test_a_step_that_was_not_finite_is_recorded_off_the_stride(tmp_path):
+    log = open_log(tmp_path, rollouts_every=3)
+    for step, nonfinite in enumerate([0, 0, 1, 0]):
+        groups = [ranked(0, ["a", "b"], [-1.0, 1.0]).to_record(step)]
+        log.write(step, groups, {"nonfinite_updates": nonfinite, "seconds": {"draw": 1.0}})
+    assert [step for step, _ in runs.read_groups(tmp_path / "rollouts.jsonl", [])] == [0, 2, 3]
 
 
 def test_a_resumed_log_repeats_no_step_and_drops_a_torn_line_and_says_so(tmp_path, capsys):
