@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import torch
+from tqdm import tqdm
 
 from rewards import check_answer, group_rewards, judge_orders
 
@@ -143,10 +144,22 @@ def quoted(text: str) -> str:
 def encode_chat(tokenizer, text: str) -> list[int]:
     """Token ids of one user turn and the opening of the assistant's turn. Control strings in the text are broken."""
     if not tokenizer.chat_template:
-        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruct model "
-                         "or add chat_template.jinja to its folder")
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; give --chat_template "
+                         "plain_turns.jinja, or use an instruct model")
     turn = {"role": "user", "content": break_control_strings(text, tokenizer)}
     return tokenizer.apply_chat_template([turn], add_generation_prompt=True, return_dict=False)
+
+
+def stop_ids(tokenizer) -> list[int]:
+    """The tokens that end an answer: the tokenizer's eos, and what the chat template sets after an assistant's turn.
+
+    An instruct model has one token for both. A base model's eos is another one, and its answers would run on.
+    """
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    _, shown, rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
+    after = tokenizer.encode(rest, add_special_tokens=False)[:1] if shown else []
+    ends = {tokenizer.eos_token_id} | (control_ids(tokenizer) & set(after))
+    return sorted(ends - {None})
 
 
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
@@ -381,14 +394,20 @@ def judgement_orders(group: Group, step: int, seed: int, listed: int, judgements
 # ------------------------------------------------------------------------------- control strings
 
 
+@lru_cache(maxsize=4)
+def control_ids(tokenizer) -> frozenset[int]:
+    """The ids of all special and added tokens. White space that is a token is no structure."""
+    names = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    return frozenset(tokenizer.convert_tokens_to_ids(name) for name in names if name.strip())
+
+
 def control_spans(text: str, tokenizer) -> list[tuple[int, int]]:
     """Where the tokenizer reads a special or added token: (start, end) of each, in characters.
 
-    The check is on token ids, since a tokenizer may change letters first ("＜" to "<"). White space that is a token
-    and a letter that the tokenizer does not know are no structure.
+    The check is on token ids, since a tokenizer may change letters first ("＜" to "<"). A letter that the tokenizer
+    does not know is no structure.
     """
-    names = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    control = {tokenizer.convert_tokens_to_ids(name) for name in names if name.strip()}
+    control = control_ids(tokenizer)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = []
     for token, (start, end) in zip(found["input_ids"], found["offset_mapping"]):
@@ -510,9 +529,17 @@ def read_preference(record: dict) -> Prompt:
     return Prompt("preference", question, tuple(responses), tuple(map(float, truth)))
 
 
+# DAPO-Math-17k asks for the answer in a form of its own. One prompt must not ask for two forms, so this goes.
+ASKS_FOR_ANSWER = re.compile(
+    r"^Solve the following math problem step by step\. The last line of your response should be of the form "
+    r"Answer: \$Answer \(without quotes\) where \$Answer is the answer to the problem\.\s+"
+    r"|\s+Remember to put your answer on its own line after \"Answer:\"\.\s*$")
+
+
 def read_reasoning(record: dict) -> Prompt:
     """{question, answer} | GSM8K ("... #### 42") | DAPO-Math-17k {prompt, reward_model: {ground_truth}}"""
     question = question_of(*first_field(record, "question", "problem", "prompt"))
+    question = ASKS_FOR_ANSWER.sub("", question)
     if isinstance(record.get("reward_model"), dict):
         name, answer = first_field(record["reward_model"], "ground_truth")
     else:
@@ -565,31 +592,47 @@ def hub_records(kind: str, source: str, split: str):
                          f"({reason}); check the id and the network, or use a .jsonl file or toy") from None
 
 
+def file_records(kind: str, source: str):
+    """The lines of a local file, one at a time. Empty ones are left out, and counted as lines."""
+    if not os.path.isfile(source):
+        raise InputError(f"--{FLAGS[kind]} {source}: no such file; give a .jsonl file, a hub id, or toy")
+    with open(source, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
+
+
+def progress(rows, what: str):
+    """The same rows, with a bar on rank 0 when it takes long."""
+    return tqdm(rows, what, delay=10, leave=False, disable=os.environ.get("RANK", "0") != "0")
+
+
 def load_source(kind: str, source: str, split: str = "train", count: int = 4096) -> list[Prompt]:
     """All prompts of one kind, read by the fields that a record has.
 
-    `source`: `toy`, `count` rows of our own small world; `toy:2`, its pairs alone; a local .jsonl; or a hub id.
+    `source`: `toy`, `count` rows of our own small world; `toy:2`, its pairs alone; a local .jsonl; or a hub id, whose
+    repeated rows are read once: the hub's DAPO-Math-17k holds each question a hundred times.
     Raises InputError naming file, line, field and what to do.
     """
     name, _, n = source.partition(":")
+    once = False
     if name == "toy":
         from toy import world
 
         if n and (kind != "preference" or not re.fullmatch("[2-8]", n)):
             raise InputError(f"--{FLAGS[kind]} {source}: toy takes a number of responses, 2 to 8, for --preferences "
                              "alone; for example toy:2")
-        records = world.records(kind, split, count, int(n or 0))
+        records = enumerate(world.records(kind, split, count, int(n or 0)), 1)
     elif source.endswith((".jsonl", ".json")) or os.path.exists(source):
-        if not os.path.isfile(source):
-            raise InputError(f"--{FLAGS[kind]} {source}: no such file; give a .jsonl file, a hub id, or toy")
-        with open(source, "rb") as lines:
-            records = list(lines)
+        records = file_records(kind, source)
     else:
-        records = hub_records(kind, source, split)
-    prompts = []
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, bytes) or record.strip():  # empty lines of a file are left out
-            prompts.append(read_row(kind, f"{source}:{number}", record))
+        records, once = enumerate(hub_records(kind, source, split), 1), True
+    prompts, seen = [], set()
+    for number, record in progress(records, f"reading {source}"):
+        prompt = read_row(kind, f"{source}:{number}", record)
+        if not (once and prompt in seen):
+            prompts.append(prompt)
+            seen.add(prompt)
     if not prompts:
         raise InputError(f"{source}: no rows for --{FLAGS[kind]}")
     return prompts
@@ -603,7 +646,7 @@ def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, judge_limit: int
     over `listed` answers, each of them cut to its shortest form.
     """
     kept = []
-    for prompt in prompts:
+    for prompt in progress(prompts, "measuring prompts"):
         if len(encode_prompt(tokenizer, prompt)) > limit:
             continue
         try:
@@ -615,13 +658,15 @@ def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, judge_limit: int
     return kept, len(prompts) - len(kept)
 
 
-def load_sources(names: dict[str, str], counts: dict[str, int], tokenizer, limit: int, judge_limit: int, listed: int,
-                 toy_rows: int):
-    """({kind: its rows}, {kind: how many were dropped as too long}) of each kind that the mix draws."""
+def load_sources(names: dict[str, list[str]], counts: dict[str, int], tokenizer, limit: int, judge_limit: int,
+                 listed: int, toy_rows: int):
+    """({kind: rows of all its sources}, {kind: how many were dropped as too long}) of each kind that the mix draws."""
     sources, dropped = {}, {}
     for kind, count in counts.items():
         if count:
-            rows = load_source(kind, names[kind], count=toy_rows)
+            rows = []
+            for name in names[kind]:
+                rows += load_source(kind, name, count=toy_rows)
             sources[kind], dropped[kind] = drop_overlong(rows, tokenizer, limit, judge_limit, listed)
             if not sources[kind]:
                 raise InputError(f"--{FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens {limit}, "

@@ -40,10 +40,10 @@ from toy import world
 # ------------------------------------------------------------------------------- asking a model
 
 
-def open_model(name: str):
+def open_model(name: str, chat_template: str = ""):
     """(folder, tokenizer) of a model that can chat and has weights."""
     folder = plan.model_folder(name)
-    tokenizer = plan.load_tokenizer(folder)
+    tokenizer = plan.load_tokenizer(folder, chat_template)
     data.encode_chat(tokenizer, "")  # refuses a tokenizer without chat template, before rows are read
     return folder, tokenizer
 
@@ -52,7 +52,7 @@ def open_engine(folder: str, tokenizer, args):
     """The engine with room for the longest prompt and answer."""
     longest = flags.longest_sequence(args)
     plan.check_model(folder, len(tokenizer), longest)
-    return machine.start_engine(folder, longest)
+    return machine.start_engine(folder, longest, chat_template=tokenizer.chat_template)
 
 
 encoded = lru_cache(maxsize=2**16)(data.encode_prompt)  # `fitting` measures what `ask` then sends
@@ -419,7 +419,7 @@ def probe(args) -> None:
     config.mix = ":".join(str(min(1, int(share))) for share in config.mix.split(":"))
     config.batch = args.rows * config.mix.count("1")
     flags.check(config, 1)
-    folder, tokenizer = open_model(args.model)
+    folder, tokenizer = open_model(args.model, config.chat_template)
     names = {kind: getattr(config, flag) for kind, flag in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
     sources, _ = data.load_sources(

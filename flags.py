@@ -22,6 +22,8 @@ def parse(settings: type, presets: dict[str, dict], arguments: list[str]):
     parser = HfArgumentParser(settings, description="URPO; see README.md", allow_abbrev=False)
     parser.error = refuse
     preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
+    if preset == "auto" and machine.missing_gpu():
+        raise InputError(machine.missing_gpu())
     preset = machine.PRESET if preset == "auto" else preset
     parser.set_defaults(**presets[preset])
     config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True,

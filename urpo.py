@@ -56,6 +56,8 @@ PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "s
 
 
 def flag(default, help):
+    if isinstance(default, list):  # a setting that takes several values: --preferences A B
+        return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -68,10 +70,12 @@ class Config:
     seed: int = flag(0, "of data order, candidate order and sampling")
     resume: bool = flag(False, "continue runs/<name> from its last checkpoint")
     # model and data
-    model: str = flag("Qwen/Qwen2.5-7B-Instruct", "paper: Qwen2.5-7B. A folder, a hub id, raw, or seed (docs/seed.md)")
-    preferences: str = flag("Skywork/Skywork-Reward-Preference-80K-v0.2", "P source: .jsonl, hub id or toy (D11)")
-    reasoning: str = flag("BytedTsinghua-SIA/DAPO-Math-17k", "R source (D11; paper silent)")
-    instructions: str = flag("HuggingFaceH4/no_robots", "I source (D11; paper silent)")
+    model: str = flag("Qwen/Qwen2.5-7B", "paper: Qwen2.5-7B. A folder, a hub id, raw, or seed (docs/seed.md)")
+    chat_template: str = flag("", "file with a template for a base that has none: plain_turns.jinja (D20)")
+    preferences: list[str] = flag(["openbmb/UltraFeedback", "Skywork/Skywork-Reward-Preference-80K-v0.2"],
+                                  "P sources: .jsonl, hub id or toy (D11; paper silent)")
+    reasoning: list[str] = flag(["BytedTsinghua-SIA/DAPO-Math-17k"], "R sources (D11; paper silent)")
+    instructions: list[str] = flag(["HuggingFaceH4/no_robots"], "I sources (D11; paper silent)")
     toy_rows: int = flag(4096, "rows a kind when the source is toy")
     # the loop
     steps: int = flag(1000, "steps in all, warm-up included (paper silent)")
@@ -110,7 +114,7 @@ class Config:
     gpu_memory: float = flag(0.6, "share of the GPU that vLLM may take while it is awake")
     cpu_cache: float = flag(1.0, "GiB that vLLM takes for keys and values on each rank of a CPU")
     # stop, record
-    max_drift: float = flag(0.1, "stop when mean |trainer - sampler| log-prob exceeds this: the sampler is stale")
+    max_drift: float = flag(0.1, "most nats between trainer and sampler; later steps also see the first (D16)")
     timeout: float = flag(30.0, "minutes after which ranks give up waiting for one that stalls")
     save_every: int = flag(100, "steps between checkpoints; the last step is always saved; 0: only the last")
     keep: int = flag(0, "newest checkpoints to keep; 0: all")
@@ -118,11 +122,13 @@ class Config:
 
 
 PRESETS = {
-    "paper": {},
+    # A bf16 sampler is .01 to .02 nats a token away from the trainer, which the cap corrects. A checkpoint of 7B takes
+    # 107 GB, so two stay.
+    "paper": dict(importance_cap=2.0, keep=2),
     # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs too: each of four answers four
     # times, so that all meet. P in both orders, so that no position pays. More I, since self-scores are noisy.
     "smol": dict(
-        model="seed", preferences="toy:2", reasoning="toy", instructions="toy",
+        model="seed", preferences=["toy:2"], reasoning=["toy"], instructions=["toy"],
         steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
         max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40, max_judge_tokens=800,
         both_orders=True, judgements=4, judge_list=2, audit_judge=2, lr=1e-5,
@@ -204,11 +210,25 @@ def old_logprobs(config: Config, policy: machine.Policy, groups: list[Group]) ->
 # ------------------------------------------------------------------------------- 6. update
 
 
-def check_drift(groups: list[Group], max_drift: float) -> dict[str, float | None]:
+def drift_limit(max_drift: float, first_drift: float | None) -> float:
+    """The mean drift above which a step stops the run, nats a token (D16, ours).
+
+    `max_drift` bounds every step. What bf16 and the kernels of this machine make of these weights shows in the first
+    step that had a drift; five times as much means that something else has come in. A tenth of `max_drift` is always
+    allowed, for in fp32 the first drift may be as good as nothing.
+
+    >>> drift_limit(0.1, None), drift_limit(0.1, 0.015), drift_limit(0.1, 0.03), round(drift_limit(0.001, 1e-6), 6)
+    (0.1, 0.075, 0.1, 0.0001)
+    """
+    if first_drift is None:
+        return max_drift
+    return min(max_drift, max(5 * first_drift, max_drift / 10))
+
+
+def check_drift(groups: list[Group], limit: float) -> dict[str, float | None]:
     """Distance between the trainer's log-probs at rollout weights and the sampler's own, nats a token (D16).
 
-    Measured before the first optimiser step, of every group with a signal. Raises FloatingPointError above
-    `max_drift`.
+    Measured before the first optimiser step, of every group with a signal. Raises FloatingPointError above `limit`.
     """
     distances = []
     for group in groups:
@@ -222,10 +242,10 @@ def check_drift(groups: list[Group], max_drift: float) -> dict[str, float | None
         return {"drift_mean": None, "drift_max": None}
     drift_mean = all_reduce(sum(distances)) / tokens
     drift_max = all_reduce(max(distances, default=0.0), dist.ReduceOp.MAX)
-    if not drift_mean <= max_drift:
-        raise FloatingPointError(f"drift: trainer and sampler differ by {drift_mean:.4f} nats a token, above "
-                                 f"--max_drift {max_drift}: the sampler does not hold the trainer's weights, "
-                                 "or its precision is too low")
+    if not drift_mean <= limit:
+        raise FloatingPointError(f"drift: trainer and sampler differ by {drift_mean:.4f} nats a token, above the limit "
+                                 f"{limit:.3g} (--max_drift, or five times the first step's): the sampler does not "
+                                 "hold the trainer's weights, or its precision is too low")
     return {"drift_mean": drift_mean, "drift_max": drift_max}
 
 
@@ -246,7 +266,8 @@ def set_token_weights(groups: list[Group], loss: str) -> None:
             group.weights += [weight] * len(answer)
 
 
-def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: list[Group]) -> dict:
+def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: list[Group],
+           first_drift: float | None = None) -> dict:
     """Part 6: one optimiser step a minibatch, maximising
 
         J = sum over tokens of  w * min(rho A, clip(rho, 0.8, 1.28) A),   rho = pi(token) / pi_old(token)   [paper]
@@ -282,7 +303,7 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
             part["clipped_high"] += high
 
         if m == 0:
-            drift = check_drift(groups, config.max_drift)
+            drift = check_drift(groups, drift_limit(config.max_drift, first_drift))
         if not rows:  # their number is the same on all ranks, so all skip together
             total["skipped_updates"] += 1
             continue
@@ -312,14 +333,14 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
 def set_up(config: Config, run: Path):
     """Everything that the loop needs, ready for its first step: of a new run, or of one that goes on."""
     folder = on_rank_0(f"preparing --model {config.model}", lambda: plan.model_folder(config.model))
-    tokenizer = plan.load_tokenizer(folder)
+    tokenizer = plan.load_tokenizer(folder, config.chat_template)
+    longest = flags.longest_sequence(config)
+    plan.check_start(folder, len(tokenizer), longest, asdict(config))
     names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
     sources, dropped = data.load_sources(
         names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
         config.judge_list or config.group, config.toy_rows)
-    longest = flags.longest_sequence(config)
-    plan.check_start(folder, len(tokenizer), longest, config.cpu_cache)
 
     log = runs.Log(run, asdict(config))
     about = {"rows_dropped_as_too_long": dropped, "sources": data.checksums(sources)}
@@ -331,7 +352,9 @@ def set_up(config: Config, run: Path):
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     schedule = machine.warmup_schedule(optimizer, config.lr_warmup)
-    engine = machine.start_engine(folder, longest, config.cpu_cache, config.gpu_memory)
+    sequences = config.batch // dist.get_world_size() * config.group
+    engine = machine.start_engine(
+        folder, longest, config.cpu_cache, config.gpu_memory, sequences, tokenizer.chat_template)
     if saved:
         runs.load_checkpoint(saved, policy, optimizer, schedule)
         machine.sync(engine, policy)
@@ -345,6 +368,7 @@ def train(config: Config) -> None:
     tokenizer, sources, policy, optimizer, schedule, engine, log, first_step = set_up(config, run)
     signals = machine.catch_signals()
     steps = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank != 0)
+    first_drift = on_rank_0("reading the log", lambda: runs.first_drift(run))
     not_finite = 0  # steps in a row whose updates were all skipped as not finite
     for step in steps:
         clock = machine.Clock(PARTS)
@@ -375,7 +399,8 @@ def train(config: Config) -> None:
         clock("old_logprobs")
 
         # 6. update: minibatches, clipped loss, drift against the sampler, gradient clip, AdamW
-        figures = update(config, policy, optimizer, schedule, groups)
+        figures = update(config, policy, optimizer, schedule, groups, first_drift)
+        first_drift = first_drift or figures["drift_mean"]
         clock("update")
 
         # 7. sync: new weights into the engine; log, checkpoint
@@ -383,7 +408,7 @@ def train(config: Config) -> None:
         records = machine.gather([group.to_record(step) for group in groups])
         clock("sync")
         figures["seconds"] = clock.seconds
-        figures["peak_memory_gib"] = machine.peak_memory_gib()
+        figures["peak_memory_gib"] = machine.peak_memory_gib(clock)
         steps.set_postfix_str(on_rank_0(f"writing {run}", lambda: log.write(step, records, figures)))
         not_finite = 0 if figures["updates"] else not_finite + (figures["nonfinite_updates"] > 0)
         if not_finite == 3:
@@ -402,7 +427,11 @@ def train(config: Config) -> None:
 
 def main() -> None:
     try:
-        config = flags.parse(Config, PRESETS, sys.argv[1:])
+        asked, arguments = plan.split_arguments(sys.argv[1:])
+        config = flags.parse(Config, PRESETS, arguments)
+        if asked.plan:
+            print(plan.show(asdict(config), asked.nproc, asked.nodes, asked.gpu_gib))
+            return
         flags.check(config, world=int(os.environ.get("WORLD_SIZE", 1)))
         runs.check_folder(config.name, config.resume)
         machine.start_ranks(config.timeout)

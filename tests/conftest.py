@@ -167,4 +167,4 @@ def no_model(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
     monkeypatch.setattr(plan, "model_folder", lambda model: model)
     monkeypatch.setattr(plan, "check_model", lambda *_: 0)
-    monkeypatch.setattr(machine, "start_engine", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr(machine, "start_engine", lambda *_, **__: pytest.fail("an engine was started"))

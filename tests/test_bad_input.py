@@ -15,7 +15,6 @@ import pytest
 
 import data
 import machine
-import plan
 import runs
 from conftest import ROOT, free_port
 from data import InputError
@@ -385,17 +384,6 @@ def test_a_run_that_exists_is_not_overwritten_but_can_be_resumed(tmp_path, monke
         runs.check_folder("mine", resume=False)
     runs.check_folder("mine", resume=True)
     runs.check_folder("other", resume=False)
-
-
-def test_more_ranks_than_the_memory_holds_are_refused_with_a_number_that_fits(folders):
-    size = plan.check_model(str(folders / "model"), 49152, 1024)
-    with pytest.raises(InputError) as caught:
-        plan.check_memory(size, 10_000, 1.0)
-    message = str(caught.value)
-    assert "10000 ranks" in message and "GiB are free" in message
-    fitting = int(message.split("--nproc_per_node=")[1].split(",")[0])
-    assert 0 < fitting < 10_000
-    plan.check_memory(size, 1, 1.0)
 
 
 def test_a_message_quotes_anything_on_one_line_without_escapes_and_not_at_any_length():

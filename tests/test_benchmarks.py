@@ -155,7 +155,7 @@ class Engine:
 def engine(monkeypatch, no_model):
     def start(answer):
         engine = Engine(answer)
-        monkeypatch.setattr(machine, "start_engine", lambda *_: engine)
+        monkeypatch.setattr(machine, "start_engine", lambda *_, **__: engine)
         monkeypatch.setattr(machine, "generate", engine.generate)
         return engine
     return start

@@ -265,10 +265,10 @@ def test_sources_are_read_for_the_kinds_of_the_mix_alone_and_what_was_dropped_is
         lines = [json.dumps({"question": row, "answer": "2"}) for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     counts = {"preference": 0, "reasoning": 4, "instruction": 0}
-    names = {"preference": "absent.jsonl", "reasoning": str(tmp_path / "r.jsonl"), "instruction": "absent.jsonl"}
+    names = {"preference": ["absent.jsonl"], "reasoning": [str(tmp_path / "r.jsonl")], "instruction": ["absent.jsonl"]}
     sources, dropped = data.load_sources(names, counts, smol_tokenizer, 200, 800, 4, 8)
     assert sources == {"reasoning": [Prompt("reasoning", "What is 1 + 1?", answer="2")]} and dropped == {"reasoning": 1}
-    names["reasoning"] = str(tmp_path / "long.jsonl")
+    names["reasoning"] = [str(tmp_path / "long.jsonl")]
     with pytest.raises(InputError, match="--reasoning: all 1 rows are longer than --max_prompt_tokens 200, or leave "):
         data.load_sources(names, counts, smol_tokenizer, 200, 800, 4, 8)
 

@@ -76,7 +76,7 @@ def test_the_figures_of_the_log_follow_from_the_trajectories(finished):
 
 def test_the_batch_of_a_step_is_the_one_that_draw_states(finished):
     config = urpo.Config(**json.loads((finished / "config.json").read_text())["config"])
-    sources = {kind: data.load_source(kind, getattr(config, data.FLAGS[kind]), count=config.toy_rows)
+    sources = {kind: data.load_source(kind, getattr(config, data.FLAGS[kind])[0], count=config.toy_rows)
                for kind in data.KINDS}
     for step in range(6):
         batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step,

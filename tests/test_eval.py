@@ -186,7 +186,7 @@ def generate(engine, prompts, n, *_, **__):
 
 
 def test_heldout_from_files_to_json(tmp_path, monkeypatch, no_model, capsys):
-    monkeypatch.setattr(machine, "start_engine", lambda *_: None)
+    monkeypatch.setattr(machine, "start_engine", lambda *_, **__: None)
     monkeypatch.setattr(machine, "generate", generate)
     (tmp_path / "P.jsonl").write_text('{"prompt": "Hi", "chosen": "good", "rejected": "bad"}\n'
                                       '{"prompt": "Hi", "responses": ["bad", "good"], "scores": [1, 7]}\n'

@@ -35,7 +35,7 @@ def write_checkpoint(run_folder: Path, steps: int, keep: int = 0) -> Path:
     (unfinished / "trainer").mkdir(parents=True)
     (unfinished / "trainer" / "state").write_bytes(os.urandom(1000))
     (unfinished / "config.json").write_text('{"seed": 0}')
-    runs.finish_checkpoint(unfinished, folder, keep)
+    runs.finish_checkpoint(unfinished, folder, keep, runs.file_list(unfinished))
     return folder
 
 
@@ -96,7 +96,7 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one_whole(tm
             try:
                 unfinished.mkdir()
                 (unfinished / "state").write_text("new")
-                runs.finish_checkpoint(unfinished, folder / "checkpoints" / "step_3", keep)
+                runs.finish_checkpoint(unfinished, folder / "checkpoints" / "step_3", keep, runs.file_list(unfinished))
             except Crash:
                 crashed = True
         steps, found = runs.last_checkpoint(folder)

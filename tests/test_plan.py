@@ -1,0 +1,184 @@
+"""plan.py: the formula of memory against fake tensors and the laptop's run, of time against published steps; messages.
+
+The figures of others and what they stand for are cited in docs/gpu.md.
+"""
+import doctest
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+
+import plan
+import urpo
+from conftest import ROOT
+from data import InputError
+
+SEVEN_B = plan.planned_shape("Qwen/Qwen2.5-7B")
+
+
+def settings(preset="paper", **changes) -> dict:
+    return asdict(urpo.Config(**urpo.PRESETS[preset])) | changes
+
+
+def fake_update(model: str, world: int, prompt: int, answer: int, chunk: int) -> dict:
+    """GiB that torch's own memory tracker counts, without a GPU and without computing anything."""
+    case = {"config": dict(zip(plan.FIELDS, plan.SHAPES[model])), "world": world, "prompt": prompt, "answer": answer,
+            "group": 8, "chunk": chunk, "vocabulary": 151665}
+    done = subprocess.run([sys.executable, ROOT / "tests" / "fake_update.py", json.dumps(case)], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("model, world, prompt, answer, chunk", [
+    ("Qwen/Qwen2.5-7B", 8, 512, 1984, 1024),  # 16,384 tokens: a layer at work is the peak
+    ("Qwen/Qwen2.5-7B", 8, 512, 192, 1024),  # 2,048 tokens: the whole gradient of embedding and head is
+    ("Qwen/Qwen2.5-1.5B", 1, 512, 960, 1024),  # one GPU: the logits are
+], ids=["layer", "root", "head"])
+def test_states_within_5_and_the_peak_of_the_update_within_20_percent_of_fake_tensors(
+        model, world, prompt, answer, chunk):
+    found = fake_update(model, world, prompt, answer, chunk)
+    shape = plan.planned_shape(model)
+    tokens = prompt + 8 * answer
+    assert found["tokens"] == tokens
+    asked = settings(row_tokens=tokens, max_prompt_tokens=prompt, max_answer_tokens=answer, max_referee_tokens=answer,
+                     logit_chunk=chunk)
+    rows = plan.gpu_memory(shape, asked, world, 80)
+    state = rows["parameters"]["update"]
+    assert state == pytest.approx(found["current"]["SHARDED_PARAM"], rel=0.05)
+    assert rows["gradients"]["update"] == pytest.approx(found["current"]["SHARDED_GRAD"], rel=0.05)
+    assert rows["moments"]["update"] == pytest.approx(2 * found["current"]["SHARDED_PARAM"], rel=0.05)
+    planned = 2 * state + plan.update_peak(plan.update_pieces(shape, asked, world))
+    assert planned == pytest.approx(found["peak"]["Total"], rel=0.2)
+
+
+@pytest.mark.parametrize("world, measured", [(2, 10.6), (1, 6.4)], ids=["make demo", "a step of case (a)"])
+def test_the_plan_of_a_cpu_is_within_15_percent_of_what_runs_on_this_model_took(world, measured):
+    """make demo took 10.6 GiB (docs/results.md), the bench's case (a) 6.4 (docs/speed.md): rows of 1,024 tokens, .5 GiB
+    of cache, nothing recomputed."""
+    sizes = settings("smol", row_tokens=1024, recompute=False, cpu_cache=0.5, max_prompt_tokens=800, group=4,
+                     max_answer_tokens=48, max_referee_tokens=40)
+    rows = plan.cpu_memory(plan.planned_shape("raw"), sizes, world)
+    assert world * rows["together"]["update"] == pytest.approx(measured, rel=0.15)
+
+
+# ---- time ----
+
+EIGHT_B = plan.planned_shape("OctoThinker/OctoThinker-8B-Hybrid-Base")  # the shape of Llama-3.1-8B
+# (what, GPUs, kinds as step_seconds takes them, published seconds). One update of all tokens, all log-probs anew.
+PUBLISHED = [
+    ("Llama-3.1-8B, FSDP2: NVIDIA-NeMo/RL#959", 8, [(64, 32, 150, 777, 4096)],
+     {"update": 38, "rollout": 57, "old_logprobs": 19, "sync": 4}),
+]
+
+
+@pytest.mark.parametrize("what, world, kinds, published", PUBLISHED)
+def test_the_time_of_a_step_is_within_half_of_published_ones(what, world, kinds, published):
+    """Padded rows repeat a prompt for each answer; ours do not, so each answer is its own prompt here."""
+    kinds = [(prompts * group, 1, tokens, mean, limit) for prompts, group, tokens, mean, limit in kinds]
+    found = plan.step_seconds(EIGHT_B, world, kinds, (0, 0), minibatches=10**9)
+    for part, seconds in published.items():
+        assert found[part] == pytest.approx(seconds, rel=0.5), part
+    assert sum(found.values()) == pytest.approx(sum(published.values()), rel=0.35)
+
+
+# ---- what does not fit, and what to change ----
+
+def test_a_7b_model_on_two_cards_is_refused_before_its_first_step_and_the_advice_fits():
+    with pytest.raises(InputError) as caught:
+        plan.check_memory(SEVEN_B, settings(), 2, 79.0, 500.0)
+    message = str(caught.value)
+    assert "2 GPUs, 7.6B parameters: part " in message and "GiB of a GPU with 79.0 GiB" in message
+    assert "GPUs (python urpo.py --plan shows all)" in message  # no flag makes room for 61 GB of states and the rest
+    plan.check_memory(SEVEN_B, settings(), 8, 79.0, 500.0)
+
+
+def test_a_flag_is_named_where_a_flag_is_enough():
+    small = plan.planned_shape("Qwen/Qwen2.5-0.5B")
+    assert plan.what_to_change(small, settings(batch=48), 1, 23.5) == "--gpu_memory 0.5"
+    assert not plan.does_not_fit(small, settings(batch=48, gpu_memory=0.5), 1, 23.5)
+
+
+@pytest.mark.parametrize("gpu_gib", [8, 16, 24, 40, 48, 80, 140])
+@pytest.mark.parametrize("model", list(plan.SHAPES))
+def test_every_advice_fits_or_says_that_nothing_does(model, gpu_gib):
+    shape = plan.planned_shape(model)
+    advice = plan.what_to_change(shape, settings(), 1, gpu_gib)
+    if "nothing fits" in advice:
+        assert plan.does_not_fit(shape, settings(gpu_memory=0.2, row_tokens=2048, logit_chunk=256), 64, gpu_gib)
+        return
+    changed, world = {}, 1
+    for part in filter(None, advice.split(" and ")):
+        name, value = part.lstrip("-").split()
+        if value == "GPUs":
+            world = int(name)
+        else:
+            changed[name] = float(value) if name == "gpu_memory" else int(value)
+    assert not plan.does_not_fit(shape, settings(**changed), world, gpu_gib), advice
+
+
+def test_a_cache_too_small_for_four_answers_does_not_fit():
+    assert "cache holds 0.0 answers of full length" in plan.does_not_fit(SEVEN_B, settings(gpu_memory=0.2), 8, 79.0)
+
+
+def test_more_cpu_ranks_than_the_memory_holds_are_refused_with_a_number_that_fits():
+    shape = plan.planned_shape("raw")
+    with pytest.raises(InputError, match=r"8 ranks of a 135M model need about .* and 16.0 GiB are free: use "
+                                         r"--nproc_per_node=2, or a smaller model"):
+        plan.check_memory(shape, settings("smol"), 8, None, 16.0)
+    plan.check_memory(shape, settings("smol"), 2, None, 16.0)
+
+
+# ---- the command ----
+
+def test_the_parts_of_the_plan_are_those_of_the_loop():
+    assert plan.PARTS == urpo.PARTS
+
+
+def planned(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["urpo.py", "--plan", *arguments])
+    urpo.main()
+    return capsys.readouterr().out
+
+
+def test_the_plan_needs_no_gpu_no_model_and_no_network_and_takes_any_flag(monkeypatch, capsys):
+    text = planned(monkeypatch, capsys, "--gpu_gib", "79.6", "--nproc", "8", "--row_tokens", "8192")
+    assert "Qwen/Qwen2.5-7B: 7.62B parameters on 1 x 8 ranks, 80 GiB each" in text
+    for word in ("parameters ", "gradients", "moments", "gathered weights", "activations", "logits", "block mask",
+                 "sampler weights", "KV cache", "answers of full length", "host memory", "107", "a step: about",
+                 "the run: ", "it fits"):
+        assert word.replace("107", "106.6 GB a checkpoint") in text, word
+    assert "longest packed row: 20480 tokens" in text  # a group may be longer than --row_tokens
+    two = planned(monkeypatch, capsys, "--preset", "paper", "--nproc", "1", "--nodes", "2", "--gpu_gib", "79.6")
+    assert "on 2 x 1 ranks" in two and "does NOT fit: part " in two and "Use " in two
+
+
+def test_the_plan_of_the_laptop(monkeypatch, capsys):
+    text = planned(monkeypatch, capsys, "--preset", "smol", "--nproc", "2", "--model", "raw")
+    assert "raw: 0.13B parameters on 1 x 2 ranks" in text and "all ranks: " in text
+
+
+def test_a_model_shape_that_nobody_knows_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "stranger"}')
+    with pytest.raises(InputError, match="its config.json names no language model that transformers knows"):
+        plan.planned_shape(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 99, "n_embd": 32, "n_layer": 1, '
+                                          '"n_head": 2}')
+    with pytest.raises(InputError, match="GPT2LMHeadModel has no model.layers and lm_head"):
+        plan.planned_shape(str(tmp_path))
+
+
+def test_more_padded_ids_than_the_sampler_can_forbid_are_refused(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=4096, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+                num_key_value_heads=1).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="4096 token ids and its tokenizer only 3000.*takes 1024 at most: cut the"):
+        plan.check_model(str(tmp_path), 3000, 64)
+    assert plan.check_model(str(tmp_path), 4096 - 1024, 64).vocabulary == 4096
+
+
+def test_worked_examples_in_docstrings():
+    assert doctest.testmod(plan).failed == 0
