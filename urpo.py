@@ -361,6 +361,15 @@ def set_up(config: Config, run: Path):
     return tokenizer, sources, policy, optimizer, schedule, engine, log, first_step
 
 
+def count_not_finite(before: int, step: int, figures: dict) -> int:
+    """Steps in a row whose updates were all skipped as not finite. Raises FloatingPointError at the third."""
+    count = 0 if figures["updates"] else before + (figures["nonfinite_updates"] > 0)
+    if count == 3:
+        raise FloatingPointError(f"step {step}: no finite update for {count} steps: lower --lr, or look at the last "
+                                 "prompts in rollouts.jsonl")
+    return count
+
+
 def train(config: Config) -> None:
     """The seven parts, step after step."""
     rank = dist.get_rank()
@@ -369,7 +378,7 @@ def train(config: Config) -> None:
     signals = machine.catch_signals()
     steps = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank != 0)
     first_drift = on_rank_0("reading the log", lambda: runs.first_drift(run))
-    not_finite = 0  # steps in a row whose updates were all skipped as not finite
+    not_finite = 0
     for step in steps:
         clock = machine.Clock(PARTS)
 
@@ -410,10 +419,7 @@ def train(config: Config) -> None:
         figures["seconds"] = clock.seconds
         figures["peak_memory_gib"] = machine.peak_memory_gib(clock)
         steps.set_postfix_str(on_rank_0(f"writing {run}", lambda: log.write(step, records, figures)))
-        not_finite = 0 if figures["updates"] else not_finite + (figures["nonfinite_updates"] > 0)
-        if not_finite == 3:
-            raise FloatingPointError(f"step {step}: no finite update for {not_finite} steps: lower --lr, or look at "
-                                     "the last prompts in rollouts.jsonl")
+        not_finite = count_not_finite(not_finite, step, figures)
         done = step + 1  # after the log: a run killed in between repeats the step, and its lines are cut from the log
         stop = all_reduce(len(signals)) > 0  # a signal to any rank stops all ranks at the same step
         if stop or done == config.steps or (config.save_every and done % config.save_every == 0):
