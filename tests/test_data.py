@@ -45,7 +45,7 @@ ANSWERS = st.lists(st.one_of(st.text(max_size=300), st.integers(0, 300).map(lamb
 def test_a_judgement_fits_for_every_instruction_that_the_load_check_kept(smol_tokenizer, answers, spare):
     """Whatever four answers were sampled: had drop_overlong kept the instruction, its judgement must not stop a run."""
     instruction, limit = Prompt("instruction", "Tell me about owls."), 120 + spare
-    kept, _ = data.drop_overlong([instruction], smol_tokenizer, 4096, limit, group=4)
+    kept, _ = data.drop_overlong([instruction], smol_tokenizer, 4096, limit, listed=4)
     if kept:
         ids, cut = data.encode_judgement(smol_tokenizer, instruction.instruction, answers, limit)
         text = smol_tokenizer.decode(ids)
@@ -256,8 +256,8 @@ def test_rows_that_do_not_fit_are_dropped_and_counted(smol_tokenizer):
 
 def test_an_instruction_without_room_for_its_judgement_is_dropped(smol_tokenizer):
     row = Prompt("instruction", "word " * 100)
-    assert data.drop_overlong([row], smol_tokenizer, 800, 200, group=2)[1] == 1
-    assert data.drop_overlong([row], smol_tokenizer, 800, 400, group=2)[1] == 0
+    assert data.drop_overlong([row], smol_tokenizer, 800, 200, listed=2)[1] == 1
+    assert data.drop_overlong([row], smol_tokenizer, 800, 400, listed=2)[1] == 0
 
 
 def test_sources_are_read_for_the_kinds_of_the_mix_alone_and_what_was_dropped_is_counted(tmp_path, smol_tokenizer):

@@ -44,8 +44,8 @@ def test_the_figures_of_judged_groups_and_of_one_that_no_judgement_could_read():
     assert figures == {
         "prompts": 2, "unjudged": 1, "reward": 5.5, "reward_std": 2.5, "zero_spread": 0,
         "advantage_scale": pytest.approx(0.35), "length": 2, "tokens": 8, "finished": 0.5, "distinct": 1,
-        "entropy": 3.0, "score_std": 2.5, "cut": 0, "format": 0.5, "first_position": -0.5, "judge_tau": None, "gold": None,
-        "gold_constraint": None}
+        "entropy": 3.0, "score_std": 2.5, "cut": 0, "format": 0.5, "first_position": -0.5,
+        "judge_tau": None, "gold": None, "gold_constraint": None}
 
 
 def test_what_could_not_be_measured_is_none_and_not_0():
