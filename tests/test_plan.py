@@ -90,8 +90,9 @@ def test_a_7b_model_on_two_cards_is_refused_before_its_first_step_and_the_advice
     with pytest.raises(InputError) as caught:
         plan.check_memory(SEVEN_B, settings(), 2, 79.0, 500.0)
     message = str(caught.value)
-    assert "2 GPUs, 7.6B parameters: part " in message and "GiB of a GPU with 79.0 GiB" in message
-    assert "GPUs (python urpo.py --plan shows all)" in message  # no flag makes room for 61 GB of states and the rest
+    assert "2 GPUs, 7.6B parameters: part sync needs 9" in message and "GiB of a GPU with 79.0 GiB" in message
+    assert "use --gpu_memory 0.3 (python urpo.py --plan shows all)" in message
+    plan.check_memory(SEVEN_B, settings(gpu_memory=0.3), 2, 79.0, 500.0)
     plan.check_memory(SEVEN_B, settings(), 8, 79.0, 500.0)
 
 
