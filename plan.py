@@ -325,7 +325,9 @@ def planned_seconds(shape: Shape, settings: dict, world: int) -> dict[str, float
             kinds.append((prompts, settings["group"], PROMPT_SHARE[kind] * settings["max_prompt_tokens"],
                           ANSWER_SHARE * limit, limit))
     judged = counts["instruction"] * settings["judgements"]
-    return step_seconds(shape, world, kinds, (judged, JUDGE_SHARE * settings["max_prompt_tokens"]),
+    if settings["judge_list"]:  # lists of fewer answers, as many as show each answer once for every judgement
+        judged = judged * settings["group"] // settings["judge_list"]
+    return step_seconds(shape, world, kinds, (judged, JUDGE_SHARE * settings["max_judge_tokens"]),
                         settings["minibatches"])
 
 

@@ -1,0 +1,54 @@
+"""Two nodes, played by two agents of torchrun on loopback: they meet over TCP alone, and share a folder."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, free_port
+from tiny_run import SIZES, kill_all, lines, run, same_in_every_run, wait_for
+
+STEPS = ("--steps", "5", "--save_every", "2")
+
+
+def start_agent(folder, model, node: int, port: str, *arguments) -> subprocess.Popen:
+    """One node's torchrun with one rank, on a core of its own, as one of two ranks of one agent has one."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    cores = sorted(os.sched_getaffinity(0))
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two", "--local_addr=127.0.0.1"]
+    with open(folder / f"output-{node}", "w") as output:
+        return subprocess.Popen(
+            [sys.executable, *launcher, ROOT / "urpo.py", *SIZES, "--model", model, *STEPS, *arguments], cwd=folder,
+            env=environment, stdout=output, stderr=output,
+            preexec_fn=lambda: os.sched_setaffinity(0, {cores[node % len(cores)]}))
+
+
+def outputs(folder) -> str:
+    return "\n".join((folder / f"output-{node}").read_text()[-3000:] for node in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def one_agent(taught_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run(folder, taught_model, *STEPS)
+    return lines(folder / "runs" / "e2e" / "log.jsonl")
+
+
+def test_two_agents_train_as_one_agent_with_two_ranks_to_every_digit_and_resume_after_one_was_killed(
+        one_agent, taught_model, tmp_path):
+    log, port = tmp_path / "runs" / "e2e" / "log.jsonl", free_port()
+    agents = [start_agent(tmp_path, taught_model, node, port) for node in (0, 1)]
+    wait_for(lambda: len(lines(log)) >= 3, agents[0])
+    kill_all(agents[1])
+    assert agents[0].wait(timeout=300) != 0, "the agent that was left ended as if all were well"
+    assert "another rank died, or stalled" in outputs(tmp_path)
+    done = len(lines(log))
+    assert done < 5 and same_in_every_run(lines(log)) == same_in_every_run(one_agent)[:done]
+
+    port = free_port()
+    agents = [start_agent(tmp_path, taught_model, node, port, "--resume") for node in (0, 1)]
+    assert [agent.wait(timeout=600) for agent in agents] == [0, 0], outputs(tmp_path)
+    assert same_in_every_run(lines(log)) == same_in_every_run(one_agent)
