@@ -30,9 +30,11 @@ import flags
 import machine
 import metrics
 import plan
+import readers
 import urpo
-from data import InputError, Prompt, better_first, swapped
+from data import InputError, Prompt, swapped
 from metrics import interval, table
+from readers import better_first
 from rewards import mean, parse_scores, verify_answer
 from runs import write_whole
 from toy import world
@@ -125,7 +127,7 @@ def heldout_rows(args, tokenizer) -> dict[str, list[Prompt]]:
             continue
         name = "toy:2" if kind == "preference" and source == "toy" else source
         unique = {}
-        for row in data.load_source(kind, name, split="heldout", count=8 * args.rows):
+        for row in readers.load_source(kind, name, split="heldout", count=8 * args.rows):
             unique.setdefault((row.instruction, row.responses), row)
         found = list(unique.values())
         if kind == "preference":
@@ -220,12 +222,12 @@ def benchmark_pairs(args) -> tuple[list[tuple[str, str]], list[Prompt]]:
     source, home = args.preferences, {}
     for section, subsets in metrics.REWARDBENCH.items():
         home |= dict.fromkeys(subsets, section)
-    rows = data.load_source("preference", source, split=args.split)
+    rows = readers.load_source("preference", source, split=args.split)
     if os.path.exists(source):
         with open(source, "rb") as lines:
             records = [json.loads(line) for line in lines if line.strip()]
     else:
-        records = data.hub_records("preference", source, args.split)
+        records = readers.hub_records("preference", source, args.split)
     labels, pairs = [], []
     for record, row in zip(records, rows, strict=True):
         pair = better_first(row)
@@ -292,7 +294,7 @@ def reasoning(args) -> None:
     folder, tokenizer = open_model(args.model)
     sets, prompts = {}, []
     for source in args.reasoning:
-        rows = data.load_source("reasoning", source, split=split_of(source, args.split), count=512)
+        rows = readers.load_source("reasoning", source, split=split_of(source, args.split), count=512)
         rows = list(dict.fromkeys(rows))[: args.rows or None]  # a repeated row is no independent trial
         fits = fitting(rows, tokenizer, args.max_prompt_tokens, f"--data {source}")
         sets[source] = list(compress(rows, fits))
@@ -350,7 +352,7 @@ def write_answers(args) -> None:
         records = read_outputs(source, "instruction")
         rows = [Prompt("instruction", record["instruction"]) for record in records]
     else:
-        rows = data.load_source("instruction", source, split=split_of(source, args.split), count=64)
+        rows = readers.load_source("instruction", source, split=split_of(source, args.split), count=64)
         records = [{}] * len(rows)
     fits = fitting(rows, tokenizer, args.max_prompt_tokens, f"--data {source}")
     rows, records = list(compress(rows, fits)), list(compress(records, fits))
@@ -422,7 +424,7 @@ def probe(args) -> None:
     folder, tokenizer = open_model(args.model, config.chat_template)
     names = {kind: getattr(config, flag) for kind, flag in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
-    sources, _ = data.load_sources(
+    sources, _ = readers.load_sources(
         names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
         config.judge_list or config.group, config.toy_rows)
     batch = data.draw(sources, config.mix, config.batch, 0, config.seed, 0, both_orders=True)

@@ -36,6 +36,7 @@ import data
 import flags
 import machine
 import plan
+import readers
 import runs
 from data import Group, InputError
 from machine import all_reduce, on_rank_0
@@ -338,12 +339,12 @@ def set_up(config: Config, run: Path):
     plan.check_start(folder, len(tokenizer), longest, asdict(config))
     names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
-    sources, dropped = data.load_sources(
+    sources, dropped = readers.load_sources(
         names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
         config.judge_list or config.group, config.toy_rows)
 
     log = runs.Log(run, asdict(config))
-    about = {"rows_dropped_as_too_long": dropped, "sources": data.checksums(sources)}
+    about = {"rows_dropped_as_too_long": dropped, "sources": readers.checksums(sources)}
     first_step, saved = on_rank_0(f"writing {run}", lambda: log.open(about))
 
     policy = machine.load_policy(

@@ -18,6 +18,7 @@ import torch
 
 import data
 import plan
+import readers
 from data import FLAGS, KINDS, Group, InputError, prompt_text
 from rewards import REWARD_RANGE, group_advantages, group_rewards, parse_scores
 from runs import figures_of_step, is_recorded, read_about, read_groups, read_log
@@ -84,7 +85,7 @@ def find_tokenizer(run: Path, model: str, notes: list[str]):
 def find_sources(settings: dict, about: dict, tokenizer, notes: list[str]) -> dict | None:
     """The rows that the run drew from. Where they cannot be had, or are others by now: None, and a note."""
     try:
-        sources, _ = data.load_sources(
+        sources, _ = readers.load_sources(
             {kind: settings[name] for kind, name in FLAGS.items()},
             data.mix_counts(settings["mix"], settings["batch"], warmup=False), tokenizer,
             settings["max_prompt_tokens"], settings["max_judge_tokens"], settings["judge_list"] or settings["group"],
@@ -92,7 +93,7 @@ def find_sources(settings: dict, about: dict, tokenizer, notes: list[str]) -> di
     except InputError as error:
         notes.append(f"not compared: prompts with their sources ({error})")
         return None
-    if data.checksums(sources) != about.get("sources"):
+    if readers.checksums(sources) != about.get("sources"):
         notes.append("not compared: prompts with their sources, which are others than when the run began")
         return None
     return sources

@@ -1,7 +1,7 @@
 """Hostile input for everything that reads text from data or from a model, until a property breaks.
 
     python tests/fuzz.py hypothesis 100000     inputs built from pieces that mean something to a parser
-    python tests/fuzz.py atheris 100000        inputs bred for coverage of rewards.py and data.py
+    python tests/fuzz.py atheris 100000        inputs bred for coverage of rewards.py, data.py and readers.py
     python tests/fuzz.py symbolic 2000         answers that reach math_verify, in its own process
 
 An input is (number of a target, text). Each must end without an exception and within LIMIT seconds of CPU time, also
@@ -22,11 +22,13 @@ SIZE = 64 * 1024
 if __name__ == "__main__" and sys.argv[1:2] == ["atheris"]:
     import atheris
 
-    with atheris.instrument_imports(include=["rewards", "data"]):
+    with atheris.instrument_imports(include=["rewards", "data", "readers"]):
         import data
+        import readers
         import rewards
 else:
     import data
+    import readers
     import rewards
 
 
@@ -62,7 +64,7 @@ def quotation(text):
 def data_row(text):
     for kind in data.KINDS:
         try:
-            prompt = data.read_row(kind, "rows.jsonl:7", text.encode("utf-8", "surrogatepass"))
+            prompt = readers.read_row(kind, "rows.jsonl:7", text.encode("utf-8", "surrogatepass"))
         except data.InputError as error:
             message = str(error)
             assert message.startswith("rows.jsonl:7: ") and message.isprintable() and len(message) < 700

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-import data
 import machine
+import readers
 import runs
 from conftest import ROOT, free_port
 from data import InputError
@@ -372,7 +372,7 @@ def test_a_bad_row_is_refused_with_its_file_and_line(refused, folders, flag, lin
 def test_a_prompt_longer_than_the_context_is_dropped_and_counted(tmp_path, smol_tokenizer):
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"question": "one " * n, "answer": "2"}) + "\n" for n in (3, 500, 3)))
-    kept, dropped = data.drop_overlong(data.load_source("reasoning", str(source)), smol_tokenizer, 200, 800, 4)
+    kept, dropped = readers.drop_overlong(readers.load_source("reasoning", str(source)), smol_tokenizer, 200, 800, 4)
     assert (len(kept), dropped) == (2, 1) and all(len(row.instruction) < 100 for row in kept)
 
 

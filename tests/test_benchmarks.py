@@ -12,6 +12,7 @@ import scipy.stats
 
 import data
 import machine
+import readers
 from eval import main
 from metrics import (
     REWARDBENCH,
@@ -222,7 +223,7 @@ def test_toy_questions_and_instructions_come_from_the_heldout_split(tmp_path, en
     main(["reasoning", "--model", "m", "--rows", "40", "--samples", "1"])
     main(["alpacaeval", "--model", "m", "--data", "toy", "--outputs", str(tmp_path / "out.json")])
     known = {" ".join(data.prompt_text(row).split()) for kind in ("reasoning", "instruction")
-             for row in data.load_source(kind, "toy", split="heldout", count=600)}
+             for row in readers.load_source(kind, "toy", split="heldout", count=600)}
     assert asked and asked <= known
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 import flags
+import readers
 import urpo
 from data import KINDS, Group, InputError, Prompt
 
@@ -45,7 +46,7 @@ ANSWERS = st.lists(st.one_of(st.text(max_size=300), st.integers(0, 300).map(lamb
 def test_a_judgement_fits_for_every_instruction_that_the_load_check_kept(smol_tokenizer, answers, spare):
     """Whatever four answers were sampled: had drop_overlong kept the instruction, its judgement must not stop a run."""
     instruction, limit = Prompt("instruction", "Tell me about owls."), 120 + spare
-    kept, _ = data.drop_overlong([instruction], smol_tokenizer, 4096, limit, listed=4)
+    kept, _ = readers.drop_overlong([instruction], smol_tokenizer, 4096, limit, listed=4)
     if kept:
         ids, cut = data.encode_judgement(smol_tokenizer, instruction.instruction, answers, limit)
         text = smol_tokenizer.decode(ids)
@@ -234,7 +235,7 @@ def pair(instruction):
 def test_every_record_format_is_read(tmp_path, kind, record, row):
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps(record) + "\n\n" + json.dumps(record) + "\n")
-    assert data.load_source(kind, str(source)) == [row, row]
+    assert readers.load_source(kind, str(source)) == [row, row]
 
 
 def test_hub_rows_read_like_the_same_rows_in_a_file(monkeypatch):
@@ -243,21 +244,21 @@ def test_hub_rows_read_like_the_same_rows_in_a_file(monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or [
         {"question": "q", "answer": "#### 42"}])
-    assert data.load_source("reasoning", "openai/gsm8k:main") == [Prompt("reasoning", "q", answer="42")]
+    assert readers.load_source("reasoning", "openai/gsm8k:main") == [Prompt("reasoning", "q", answer="42")]
     assert asked == [(("openai/gsm8k", "main"), {"split": "train"})]
 
 
 def test_rows_that_do_not_fit_are_dropped_and_counted(smol_tokenizer):
     short, long = Prompt("reasoning", "What is 1 + 1?", answer="2"), Prompt("reasoning", "one " * 300, answer="2")
-    assert data.drop_overlong([short, long, short], smol_tokenizer, 200, 800, 4) == ([short, short], 1)
+    assert readers.drop_overlong([short, long, short], smol_tokenizer, 200, 800, 4) == ([short, short], 1)
     pair = Prompt("preference", "Say hi.", ("hi", "word " * 300), (1.0, 0.0))
-    assert data.drop_overlong([pair], smol_tokenizer, 200, 800, 4) == ([], 1)
+    assert readers.drop_overlong([pair], smol_tokenizer, 200, 800, 4) == ([], 1)
 
 
 def test_an_instruction_without_room_for_its_judgement_is_dropped(smol_tokenizer):
     row = Prompt("instruction", "word " * 100)
-    assert data.drop_overlong([row], smol_tokenizer, 800, 200, listed=2)[1] == 1
-    assert data.drop_overlong([row], smol_tokenizer, 800, 400, listed=2)[1] == 0
+    assert readers.drop_overlong([row], smol_tokenizer, 800, 200, listed=2)[1] == 1
+    assert readers.drop_overlong([row], smol_tokenizer, 800, 400, listed=2)[1] == 0
 
 
 def test_sources_are_read_for_the_kinds_of_the_mix_alone_and_what_was_dropped_is_counted(tmp_path, smol_tokenizer):
@@ -266,11 +267,11 @@ def test_sources_are_read_for_the_kinds_of_the_mix_alone_and_what_was_dropped_is
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     counts = {"preference": 0, "reasoning": 4, "instruction": 0}
     names = {"preference": ["absent.jsonl"], "reasoning": [str(tmp_path / "r.jsonl")], "instruction": ["absent.jsonl"]}
-    sources, dropped = data.load_sources(names, counts, smol_tokenizer, 200, 800, 4, 8)
+    sources, dropped = readers.load_sources(names, counts, smol_tokenizer, 200, 800, 4, 8)
     assert sources == {"reasoning": [Prompt("reasoning", "What is 1 + 1?", answer="2")]} and dropped == {"reasoning": 1}
     names["reasoning"] = [str(tmp_path / "long.jsonl")]
     with pytest.raises(InputError, match="--reasoning: all 1 rows are longer than --max_prompt_tokens 200, or leave "):
-        data.load_sources(names, counts, smol_tokenizer, 200, 800, 4, 8)
+        readers.load_sources(names, counts, smol_tokenizer, 200, 800, 4, 8)
 
 
 # ---- a group's way to disk and back ----

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import readers
 import runs
 import urpo
 from conftest import ROOT
@@ -76,7 +77,7 @@ def test_the_figures_of_the_log_follow_from_the_trajectories(finished):
 
 def test_the_batch_of_a_step_is_the_one_that_draw_states(finished):
     config = urpo.Config(**json.loads((finished / "config.json").read_text())["config"])
-    sources = {kind: data.load_source(kind, getattr(config, data.FLAGS[kind])[0], count=config.toy_rows)
+    sources = {kind: readers.load_source(kind, getattr(config, data.FLAGS[kind])[0], count=config.toy_rows)
                for kind in data.KINDS}
     for step in range(6):
         batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step,
@@ -90,6 +91,7 @@ SAMPLE = """
 import json, sys
 sys.path.insert(0, {root!r})
 import machine
+import readers
 if __name__ == "__main__":
     engine = machine.start_engine({folder!r}, 256)
     answers = machine.generate(engine, {prompts!r}, 1, [16] * 3, [0] * 3, 1.0)

@@ -16,6 +16,7 @@ import torch
 import data
 import flags
 import machine
+import readers
 import urpo
 from conftest import ROOT, VOCABULARY, gradients, random_groups
 from data import Group, InputError, Prompt
@@ -276,7 +277,7 @@ def test_rows_of_several_sources_of_one_kind_stand_together(tmp_path, smol_token
         row = {"prompt": name, "responses": ["r"] * len(scores), "scores": scores}
         (tmp_path / f"{name}.jsonl").write_text(data.json.dumps(row))
     names = {"preference": [str(tmp_path / "four.jsonl"), str(tmp_path / "two.jsonl")]}
-    sources, _ = data.load_sources(names, {"preference": 2}, smol_tokenizer, 900, 900, 4, 8)
+    sources, _ = readers.load_sources(names, {"preference": 2}, smol_tokenizer, 900, 900, 4, 8)
     assert [len(row.truth) for row in sources["preference"]] == [4, 2]
 
 
@@ -300,7 +301,7 @@ def test_dapos_own_request_for_an_answer_goes_and_ours_stays():
                 "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $x$.\n\n"
                 "Remember to put your answer on its own line after \"Answer:\".")
     record = {"prompt": [{"role": "user", "content": question}], "reward_model": {"ground_truth": "34"}}
-    row = data.read_reasoning(record)
+    row = readers.read_reasoning(record)
     assert row == Prompt("reasoning", "Find $x$.", answer="34")
     text = data.prompt_text(row)
     assert text.count("boxed") == 1 and "Answer:" not in text
@@ -317,5 +318,5 @@ def test_hub_rows_that_repeat_are_read_once_and_measured_once(monkeypatch, smol_
     monkeypatch.setattr(data, "encode_prompt", lambda *a: measured.append(1) or encode(*a))
     counts = {"preference": 0, "reasoning": 4, "instruction": 0}
     names = {"reasoning": ["some/set"]}
-    sources, dropped = data.load_sources(names, counts, smol_tokenizer, 400, 900, 4, 8)
+    sources, dropped = readers.load_sources(names, counts, smol_tokenizer, 400, 900, 4, 8)
     assert len(sources["reasoning"]) == 17 and len(measured) == 17 and dropped == {"reasoning": 0}

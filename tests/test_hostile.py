@@ -21,6 +21,7 @@ import data
 import fuzz
 import machine
 import plan
+import readers
 import rewards
 import runs
 import urpo
@@ -161,7 +162,7 @@ def test_neither_rows_of_any_kind_nor_answers_become_structure(tokenizers, tmp_p
     for kind, records in rows.items():
         source = tmp_path / f"{kind}.jsonl"
         source.write_text("".join(json.dumps(record) + "\n" for record in records))
-        hostile, plain = (data.encode_prompt(tokenizer, row) for row in data.load_source(kind, str(source)))
+        hostile, plain = (data.encode_prompt(tokenizer, row) for row in readers.load_source(kind, str(source)))
         assert control_ids(tokenizer, hostile) == control_ids(tokenizer, plain), kind
     judged = data.encode_judgement(tokenizer, forged, [forged, "b", forged], 10_000)[0]
     assert control_ids(tokenizer, judged) == control_ids(tokenizer, data.encode_judgement(
@@ -445,7 +446,7 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for pattern in ("*.py", "report/*.p
 
 
 def test_the_scan_below_sees_every_script():
-    rooms = {"urpo.py", "flags.py", "data.py", "rewards.py", "machine.py", "runs.py", "eval.py", "metrics.py"}
+    rooms = {"urpo.py", "flags.py", "plan.py", "data.py", "readers.py", "rewards.py", "machine.py", "runs.py", "eval.py", "metrics.py"}
     assert rooms <= set(SCRIPTS) and {script.split("/")[0] for script in SCRIPTS} >= {"report", "toy"}
     below = {path for path in ROOT.glob("[!.]*/**/*.py") if path.relative_to(ROOT).parts[0] not in ("tests", "runs")}
     assert below <= {ROOT / script for script in SCRIPTS}

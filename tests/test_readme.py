@@ -124,7 +124,7 @@ def forked(tmp_path):
 
 def evaluated(folder, expression):
     """The value of an expression over the modules of a forked copy."""
-    program = f"import json, data, rewards; print(json.dumps({expression}))"
+    program = f"import json, data, readers, rewards; print(json.dumps({expression}))"
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -137,7 +137,7 @@ def test_a_new_verifiable_reward(forked):
 
 def test_a_new_data_format(forked):
     record = '{"query": "1 + 1?", "answer": "2"}'
-    assert evaluated(forked(FORMAT), f'data.read_row("reasoning", "file:1", {record}).instruction') == "1 + 1?"
+    assert evaluated(forked(FORMAT), f'readers.read_row("reasoning", "file:1", {record}).instruction') == "1 + 1?"
 
 
 def test_another_rank_correlation(forked):

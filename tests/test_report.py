@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import readers
 import urpo
 from eval import main
 from metrics import interval
@@ -59,7 +60,7 @@ def made_up_run(folder, steps=6, warmup=2, judge=some_scores, answer="An answer.
     folder.mkdir(parents=True)
     config = urpo.Config(steps=steps, warmup_steps=warmup, group=group, model="made-up")
     (folder / "config.json").write_text(json.dumps({"config": vars(config), "commit": "0" * 40}))
-    toy = {kind: data.load_source(kind, "toy:3" if kind == "preference" else "toy", count=64) for kind in data.KINDS}
+    toy = {kind: readers.load_source(kind, "toy:3" if kind == "preference" else "toy", count=64) for kind in data.KINDS}
     log, records = [], []
     for step in range(steps):
         rng, groups = random.Random(step), []

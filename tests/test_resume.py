@@ -370,7 +370,7 @@ def load_sources(*arguments):
         raise data.InputError("only here")
 
 if __name__ == "__main__":
-    data.load_sources = load_sources
+    readers.load_sources = load_sources
     urpo.main()
 """
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import data
 import plan
+import readers
 from conftest import ROOT, assert_same_gradients, gradients
 from data import KINDS, InputError, Prompt
 from rewards import kendall_tau, parse_scores, verify_answer
@@ -56,7 +57,7 @@ def test_train_and_heldout_share_no_item(kind):
     texts = {}
     for split in ("train", "heldout"):
         rows = world.records(kind, split, 6000, n=5)
-        questions = {data.READERS[kind](row).instruction for row in rows}
+        questions = {readers.READERS[kind](row).instruction for row in rows}
         answers = set()
         for row in rows:
             answers.update(row.get("responses", []))
@@ -104,7 +105,7 @@ def test_the_order_of_responses_holds_by_construction():
 @pytest.mark.parametrize("n", [2, 5, 8])
 def test_the_number_of_responses_can_be_fixed(n):
     assert {len(row["responses"]) for row in world.records("preference", "train", 50, n)} == {n}
-    assert {len(row.responses) for row in data.load_source("preference", f"toy:{n}", count=50)} == {n}
+    assert {len(row.responses) for row in readers.load_source("preference", f"toy:{n}", count=50)} == {n}
 
 
 @pytest.mark.parametrize("check, good, bad", [
@@ -182,8 +183,8 @@ def test_worked_answers_earn_the_full_reward(split):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_readers_of_data_accept_every_row(kind, split):
     rows = world.records(kind, split, 500)
-    prompts = data.load_source(kind, "toy", split, 500)
-    assert prompts == [data.READERS[kind](row) for row in rows]
+    prompts = readers.load_source(kind, "toy", split, 500)
+    assert prompts == [readers.READERS[kind](row) for row in rows]
     for prompt, row in zip(prompts, rows, strict=True):
         if kind == "preference":
             assert prompt == Prompt(kind, row["prompt"], tuple(row["responses"]), tuple(row["scores"]))
@@ -197,8 +198,8 @@ def test_rows_are_printed_as_a_file_that_can_be_read(tmp_path):
     command = [sys.executable, ROOT / "toy" / "world.py", "preference", "train", "5"]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
     (tmp_path / "rows.jsonl").write_bytes(printed)
-    read = data.load_source("preference", str(tmp_path / "rows.jsonl"))
-    assert read == data.load_source("preference", "toy", count=5)
+    read = readers.load_source("preference", str(tmp_path / "rows.jsonl"))
+    assert read == readers.load_source("preference", "toy", count=5)
 
 
 # ---- the models raw and seed ----

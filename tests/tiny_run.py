@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
+import readers
 from conftest import ROOT, free_port
 
 # Every size is given, so that no change of the preset changes what these runs show.
@@ -31,7 +32,7 @@ def teach_score_lines(model, tokenizer, n=4):
     rng = random.Random(0)
     prompts = []
     for kind in data.KINDS:
-        for row in data.load_source(kind, "toy", count=8):
+        for row in readers.load_source(kind, "toy", count=8):
             prompts.append(data.encode_prompt(tokenizer, row))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):

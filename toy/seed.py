@@ -30,6 +30,7 @@ from transformers.utils import logging
 import data
 import machine
 import plan
+import readers
 from data import InputError
 from toy import world
 
@@ -111,7 +112,7 @@ def demonstrations(kind: str, n: int, seed: int, error_rate: float = 0.0, constr
     random.Random(seed).shuffle(rows)
     pairs = []
     for i, record in enumerate(rows):
-        prompt = data.READERS[kind](record)
+        prompt = readers.READERS[kind](record)
         orders = [prompt, data.swapped(prompt)] if kind == "preference" else [prompt]
         for j, order in enumerate(orders):
             errs = random.Random(f"error/{kind}/{seed}/{i}/{j}").random() < error_rate

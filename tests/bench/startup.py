@@ -22,6 +22,7 @@ import torch
 
 import data
 import plan
+import readers
 
 QUESTIONS, REPEATS = 17_398, 103
 WORDS = "Let $ABC$ be a triangle with $\\angle A = 60^\\circ$ and find the number of integers $n$ such that".split()
@@ -45,13 +46,13 @@ def main(folder: Path) -> None:
             for _ in range(REPEATS):
                 writer.write_table(table)
     loaded = datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(folder))
-    data.hub_records = lambda *arguments: loaded
+    readers.hub_records = lambda *arguments: loaded
     torch.set_num_threads(1)
     tokenizer = plan.load_tokenizer(plan.model_folder("raw"))
     names, counts = dict.fromkeys(data.KINDS, ["made/here"]), {"preference": 0, "reasoning": 8, "instruction": 0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu, clock = time.process_time(), time.perf_counter()
-    sources, dropped = data.load_sources(names, counts, tokenizer, 4096, 4096, 8, 0)
+    sources, dropped = readers.load_sources(names, counts, tokenizer, 4096, 4096, 8, 0)
     print(f"{len(loaded)} rows, {len(sources['reasoning'])} questions, {dropped['reasoning']} too long: "
           f"{time.process_time() - cpu:.0f} s of CPU time, {time.perf_counter() - clock:.0f} s, "
           f"{before / 2**20:.2f} GiB before, peak "
