@@ -260,8 +260,8 @@ def test_probe_runs_parts_1_to_4_of_a_step_and_says_what_is_missing(tmp_path, en
         return "<scores>9, 2</scores>" if "s3" not in prompt else "<scores>2, 4, 6, 8</scores>"
 
     engine(model)
-    main(["probe", "--model", "m", "--rows", "8", "--preset", "smol", "--toy_rows", "32", "--json",
-          str(tmp_path / "out.json")])
+    main(["probe", "--model", "m", "--rows", "8", "--preset", "smol", "--toy_rows", "32", "--judge_list", "0",
+          "--judgements", "1", "--json", str(tmp_path / "out.json")])
     out = capsys.readouterr().out
     assert "no gradient from P: 0% of groups have spread; judgements are readable but all samples agree" in out
     assert "it judges by position: --both_orders" in out and "no gradient from R" in out and "a gradient from I" in out
