@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+import fingerprint
 from data import Group, InputError, stop_ids
 
 GPU = torch.cuda.is_available()
@@ -415,17 +416,30 @@ def sleep(engine) -> None:
         engine.sleep(level=2)
 
 
-def sync(engine, policy: Policy) -> None:
-    """The trainer's weights into the engine, one tensor at a time. What its prefix cache holds is stale after that."""
+def sync(engine, policy: Policy) -> float:
+    """The trainer's weights into the engine, one tensor at a time. What its prefix cache holds is stale after that.
+
+    Returns the largest relative distance of a tensor that the engine now holds from the trainer's. Raises
+    FloatingPointError, on all ranks alike, where it is more than rounding makes.
+    """
     if GPU:  # not yet run
         torch.cuda.empty_cache()  # what the trainer's allocator keeps for later, the engine needs now
         engine.wake_up(tags=["weights"])
-    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": full_weights(policy)})
+    sketches: dict[str, Tensor] = {}
+    weights = fingerprint.sketched(full_weights(policy), torch.bfloat16 if GPU else torch.float32, sketches)
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if GPU:
         engine.wake_up(tags=["kv_cache"])
     else:  # vLLM multiplies by a packed copy of the head, and reload_weights leaves that of a tied head as it was
         engine.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
     engine.reset_prefix_cache()
+    found = fingerprint.differences(sketches, engine.apply_model(fingerprint.sampler_sketches)[0])
+    name = max(found, key=found.get)
+    worst = all_reduce(found[name], dist.ReduceOp.MAX)
+    if not worst <= fingerprint.LARGEST:
+        raise FloatingPointError(f"sync: the sampler does not hold the trainer's weights: {name} differs by "
+                                 f"{found[name]:.1e} on this rank, where rounding makes {fingerprint.LARGEST} at most")
+    return worst
 
 
 # ------------------------------------------------------------------------------- ranks

@@ -414,7 +414,7 @@ def train(config: Config) -> None:
         clock("update")
 
         # 7. sync: new weights into the engine; log, checkpoint
-        machine.sync(engine, policy)
+        figures["sync_difference"] = machine.sync(engine, policy)
         records = machine.gather([group.to_record(step) for group in groups])
         clock("sync")
         figures["seconds"] = clock.seconds

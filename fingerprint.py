@@ -1,0 +1,92 @@
+"""Does the sampler hold the trainer's weights? Every tensor is compared after every sync, by a sketch of it.
+
+A sketch of a matrix is its product with a fixed random vector: one number a row. It moves when any number of the
+matrix does, or when two matrices, rows or columns change places, and it costs what one token costs. The sampler may
+keep several matrices in one, or in a form that only multiplication reads: their sketches can be compared all the same.
+Drift cannot see as much: with bf16 its noise is .02 nats a token, and a sampler one small step behind moves it by .008.
+"""
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+# The largest relative distance of two sketches. Rounding in fp32 makes 3e-7, an AdamW step at a rate of 1e-6 2e-5.
+LARGEST = 2e-6
+
+
+@lru_cache(maxsize=16)
+def random_vector(size: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, generator=generator).to(device)
+
+
+def sketch(weight: Tensor) -> Tensor:
+    """One number for each row of a matrix, in fp32. A vector stands for itself.
+
+    >>> a = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> torch.equal(sketch(a.flip(0)), sketch(a).flip(0)), torch.allclose(sketch(a.flip(1)), sketch(a))
+    (True, False)
+    """
+    if weight.ndim == 1:
+        return weight.float()
+    vector = random_vector(weight.shape[1], weight.device)
+    return torch.cat([rows.float() @ vector for rows in weight.split(8192)])  # never a whole copy in fp32
+
+
+def sketched(weights, dtype: torch.dtype, sketches: dict[str, Tensor]):
+    """The trainer's (name, tensor) pairs as they pass by on their way to the sampler, which holds them in `dtype`."""
+    for name, weight in weights:
+        sketches[name] = sketch(weight.to(dtype))
+        yield name, weight
+
+
+def sampler_sketches(model: nn.Module) -> dict[str, tuple[list[str], Tensor]]:
+    """Of a model of vLLM: {its name of a tensor: (the trainer's names of its parts, its sketch)}.
+
+    On a CPU vLLM multiplies by a packed copy and keeps no other, but for the head and the embedding: then the copy is
+    asked for its product. The embedding is read by row, and so its plain tensor counts.
+    """
+    held = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.numel():
+            held[name] = weight.detach()
+    sketches = {}
+    for name, weight in held.items():
+        sketches[name] = (trainer_names(name, model.packed_modules_mapping), sketch(weight))
+    for name, module in model.named_modules():
+        if hasattr(module, "cpu_linear") and name != "model.embed_tokens":
+            columns = module.embedding_dim if hasattr(module, "embedding_dim") else module.input_size_per_partition
+            vector = random_vector(columns, torch.device("cpu"))
+            product = module.cpu_linear(vector[None], module.weight, None)[0]
+            sketches[f"{name}.weight, packed"] = (
+                trainer_names(f"{name}.weight", model.packed_modules_mapping), product)
+    return sketches
+
+
+def trainer_names(name: str, packed: dict[str, list[str]]) -> list[str]:
+    """What the trainer calls the parts of one tensor of the sampler.
+
+    >>> trainer_names("model.layers.0.mlp.gate_up_proj.weight", {"gate_up_proj": ["gate_proj", "up_proj"]})
+    ['model.layers.0.mlp.gate_proj.weight', 'model.layers.0.mlp.up_proj.weight']
+    """
+    path, _, kind = name.rpartition(".")
+    before, dot, module = path.rpartition(".")
+    return [f"{before}{dot}{part}.{kind}" for part in packed.get(module, [module])]
+
+
+def differences(trainer: dict[str, Tensor], sampler: dict[str, tuple[list[str], Tensor]]) -> dict[str, float]:
+    """{the sampler's name of a tensor: its relative distance from the trainer's}; infinite where one has no other."""
+    if "lm_head.weight" not in trainer:  # the head is the embedding
+        trainer = {**trainer, "lm_head.weight": trainer["model.embed_tokens.weight"]}
+    found, compared = {}, set()
+    for name, (parts, own) in sampler.items():
+        compared.update(parts)
+        found[name] = float("inf")
+        if trainer.keys() >= set(parts):
+            expected = torch.cat([trainer[part] for part in parts])
+            if len(own) >= len(expected):  # the sampler pads the vocabulary
+                distance = (own[: len(expected)].to(expected.device) - expected).norm()
+                found[name] = (distance / expected.norm().clamp(min=1e-30)).item() if distance else 0.0
+    for name in trainer.keys() - compared - {"lm_head.weight"}:
+        found[name] = float("inf")
+    return found
