@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import readers
 from conftest import ROOT, assert_same_gradients, gradients
 from data import KINDS, InputError, Prompt
 from rewards import kendall_tau, parse_scores, verify_answer
-from toy import seed, world
+from toy import pipeline, seed, world
 
 
 @pytest.mark.parametrize("module", [world, seed])
@@ -422,3 +423,52 @@ def test_a_mistake_is_one_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     message = "error: --mix 1:1: give three whole numbers P:R:I, for example 1:1:1\n"
     assert (done.returncode, done.stderr, done.stdout) == (2, message, "")
+
+
+# ---- the whole way from the raw model ----
+
+def test_the_pipeline_repeats_no_stage_that_is_done_and_each_starts_from_the_one_before(tmp_path, monkeypatch):
+    commands, merged, home = [], [], tmp_path / "runs" / "whole"
+
+    class Part:
+        def save_pretrained(self, folder):
+            folder.mkdir(exist_ok=True)
+
+    def run(*arguments):
+        commands.append(list(map(str, arguments)))
+        target = Path(commands[-1][-1])
+        if arguments[0] == "toy/seed.py":
+            target.mkdir(parents=True)
+            (target / "adapter_config.json").write_text("{}")
+        elif "heldout" in arguments:
+            target.write_text("{}")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    monkeypatch.setattr(seed, "merged", lambda adapter: merged.append(adapter) or (Part(), Part()))
+    for stage in (1, 2):  # as after a break: two stages are there
+        (home / "base" / f"stage-{stage}").mkdir(parents=True)
+        (home / "base" / f"stage-{stage}" / "adapter_config.json").write_text("{}")
+    pipeline.pipeline("whole", ["--steps", "3"])
+    starts = []
+    for command in commands:
+        if command[0] == "toy/seed.py":
+            starts.append(Path(command[command.index("--start") + 1]).name)
+    assert starts == [f"stage-{stage}" for stage in range(2, len(pipeline.STAGES))]
+    assert merged == [home / "base" / f"stage-{len(pipeline.STAGES)}"]
+    measured, trained, again, compared = commands[len(starts):]
+    assert measured[:4] == ["eval.py", "heldout", "--model", str(home / "base" / "model")]
+    assert again[3] == str(home / "checkpoints" / "last" / "model") and compared[1] == "compare"
+    assert trained[3] == "urpo.py" and trained[-4:] == ["--resume", "True", "--steps", "3"]
+    done = len(commands)
+    pipeline.pipeline("whole", [])
+    assert [command[1] for command in commands[done:]] == ["torch.distributed.run", "compare"]
+
+
+@pytest.mark.parametrize("stage", pipeline.STAGES)
+def test_every_stage_is_a_command_that_the_warm_start_takes(stage, monkeypatch):
+    taken = []
+    monkeypatch.setattr(seed, "warm_up", taken.append)
+    seed.main(["--start", "raw", *stage.split()])
+    rates = list(map(float, taken[0].errors.split(":")))
+    assert len(rates) == 3 and data.mix_counts(taken[0].mix, taken[0].batch, warmup=False)

@@ -1,6 +1,6 @@
 """The whole way from the raw SmolLM2-135M-Instruct to a model that URPO has trained, in one command:
 
-    python toy/pipeline.py runs/whole
+    python toy/pipeline.py --name whole        any other flag goes to urpo.py
 
 Five supervised stages make a base that knows the formats and some of each skill. A sixth, by a demonstrator who errs
 at a known rate, makes it unsure, so that reinforcement learning has something to choose from. Then URPO, and the
@@ -9,6 +9,7 @@ command goes on. docs/seed.md tells what each stage is for.
 """
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -26,49 +27,50 @@ STAGES = (
     "--steps 40 --mix 8:2:1 --batch 11 --lr 3e-4",
     "--steps 100 --mix 4:4:1 --batch 18 --lr 3e-4 --seed 1",
     "--steps 40 --mix 2:9:1 --batch 24 --lr 2e-4 --seed 2",
+    # The constraint in 7 of 10 pairs. Then the demonstrator who errs on all three kinds.
     "--steps 130 --mix 10:1:1 --batch 24 --preferences toy:2 --constraints .7 --errors 0:.4:.6 --lr 3e-4 --seed 3",
-    "--steps 22 --mix 1:1:1 --batch 24 --preferences toy:2 --constraints .4 --errors .3:.4:.6 --lr 2e-4 --seed 4",
+    "--steps 22 --mix 1:1:1 --batch 24 --preferences toy:2 --constraints .4 --errors .4:.4:.6 --lr 2e-4 --seed 4",
 )
 
 
-def run(*command) -> None:
-    print("$", " ".join(map(str, command)), flush=True)
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+def run(*arguments) -> None:
+    """A Python command, shown as it could be typed. Raises CalledProcessError when it fails."""
+    command = [sys.executable, *map(str, arguments)]
+    print("$", shlex.join(command), flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
-def pipeline(out: Path, ranks: int) -> None:
-    started, start = time.perf_counter(), "raw"
+def pipeline(name: str, flags: list[str]) -> None:
+    """All that is not yet in runs/<name>: base/stage-1 ..., base/model, the run itself, heldout-*.json."""
+    started, home, start = time.perf_counter(), ROOT / "runs" / name, "raw"
     for number, stage in enumerate(STAGES, 1):
-        folder = out / f"stage-{number}"
+        folder = home / "base" / f"stage-{number}"
         if not (folder / "adapter_config.json").exists():  # written last
-            run(sys.executable, "toy/seed.py", "--start", start, *stage.split(), "--out", folder)
+            run("toy/seed.py", "--start", start, *stage.split(), "--out", folder)
         start = folder
-    model, trained = out / "model", out / "run" / "checkpoints" / "last" / "model"
+    model, trained = home / "base" / "model", home / "checkpoints" / "last" / "model"
     if not model.exists():
         unfinished = model.with_name(f"model.{os.getpid()}")
         for part in seed.merged(start):
             part.save_pretrained(unfinished)
         unfinished.rename(model)
-    for name, measured in (("before", model), ("after", trained)):
-        result = out / f"heldout-{name}.json"
-        if name == "after" and not trained.exists():
-            link = ROOT / "runs" / f"pipeline-{out.name}"
-            run(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "urpo.py", "--preset", "smol",
-                "--model", model, "--name", link.name, "--resume", "True")
-            (out / "run").symlink_to(link)
+    results = [home / "heldout-before.json", home / "heldout-after.json"]
+    for measured, result in zip((model, trained), results):
+        if measured == trained:  # goes on where a break left it; a run that is done ends at once
+            run("-m", "torch.distributed.run", "--nproc_per_node=2", "urpo.py", "--preset", "smol", "--model", model,
+                "--name", name, "--resume", "True", *flags)
         if not result.exists():
-            run(sys.executable, "eval.py", "heldout", "--model", measured, "--json", result)
-    run(sys.executable, "eval.py", "compare", out / "heldout-before.json", out / "heldout-after.json")
+            run("eval.py", "heldout", "--model", measured, "--json", result)
+    run("eval.py", "compare", *results)
     print(f"{(time.perf_counter() - started) / 60:.0f} minutes in this call")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for every stage, the model and the results")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of URPO")
-    args = parser.parse_args()
+    parser.add_argument("--name", default="whole", help="the folder under runs/")
+    args, flags = parser.parse_known_args()
     try:
-        pipeline(args.out.resolve(), args.ranks)
+        pipeline(args.name, flags)
     except InputError as error:
         machine.stop(error)
     except subprocess.CalledProcessError as error:

