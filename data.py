@@ -8,7 +8,7 @@ URPO (arXiv 2507.17515) recasts all alignment data as prompts of ONE loop [paper
 
 From top to bottom: Prompt; the referee's template (D1, D19); token ids; the mixed batch, a pure function of (seed,
 step); Group, a prompt with its answers; control strings; readers of data formats. The README lists our decisions D1
-to D19.
+to D20.
 """
 
 from __future__ import annotations
