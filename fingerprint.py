@@ -52,14 +52,16 @@ def sampler_sketches(model: nn.Module) -> dict[str, tuple[list[str], Tensor]]:
             held[name] = weight.detach()
     sketches = {}
     for name, weight in held.items():
-        sketches[name] = (trainer_names(name, model.packed_modules_mapping), sketch(weight))
+        parts = trainer_names(name, model.packed_modules_mapping)
+        sketches[name] = (parts, sketch(weight))
     for name, module in model.named_modules():
         if hasattr(module, "cpu_linear") and name != "model.embed_tokens":
-            columns = module.embedding_dim if hasattr(module, "embedding_dim") else module.input_size_per_partition
+            is_head = hasattr(module, "embedding_dim")
+            columns = module.embedding_dim if is_head else module.input_size_per_partition
             vector = random_vector(columns, torch.device("cpu"))
             product = module.cpu_linear(vector[None], module.weight, None)[0]
-            sketches[f"{name}.weight, packed"] = (
-                trainer_names(f"{name}.weight", model.packed_modules_mapping), product)
+            parts = trainer_names(f"{name}.weight", model.packed_modules_mapping)
+            sketches[f"{name}.weight, packed"] = (parts, product)
     return sketches
 
 
@@ -76,9 +78,10 @@ def trainer_names(name: str, packed: dict[str, list[str]]) -> list[str]:
 
 def differences(trainer: dict[str, Tensor], sampler: dict[str, tuple[list[str], Tensor]]) -> dict[str, float]:
     """{the sampler's name of a tensor: its relative distance from the trainer's}; infinite where one has no other."""
-    if "lm_head.weight" not in trainer:  # the head is the embedding
-        trainer = {**trainer, "lm_head.weight": trainer["model.embed_tokens.weight"]}
-    found, compared = {}, set()
+    trainer = dict(trainer)
+    trainer.setdefault("lm_head.weight", trainer["model.embed_tokens.weight"])  # then the head is the embedding
+    compared = {"lm_head.weight"}
+    found = {}
     for name, (parts, own) in sampler.items():
         compared.update(parts)
         found[name] = float("inf")
@@ -87,6 +90,21 @@ def differences(trainer: dict[str, Tensor], sampler: dict[str, tuple[list[str], 
             if len(own) >= len(expected):  # the sampler pads the vocabulary
                 distance = (own[: len(expected)].to(expected.device) - expected).norm()
                 found[name] = (distance / expected.norm().clamp(min=1e-30)).item() if distance else 0.0
-    for name in trainer.keys() - compared - {"lm_head.weight"}:
+    for name in trainer.keys() - compared:
         found[name] = float("inf")
     return found
+
+
+def drift_limit(max_drift: float, first_drift: float | None) -> float:
+    """The mean drift above which a step stops the run, nats a token (D16, ours).
+
+    `max_drift` bounds every step. What bf16 and the kernels of this machine make of these weights shows in the first
+    step that had a drift; five times as much means that something else has come in. A tenth of `max_drift` is always
+    allowed, for in fp32 the first drift may be as good as nothing.
+
+    >>> drift_limit(0.1, None), drift_limit(0.1, 0.015), drift_limit(0.1, 0.03), round(drift_limit(0.001, 1e-6), 6)
+    (0.1, 0.075, 0.1, 0.0001)
+    """
+    if first_drift is None:
+        return max_drift
+    return min(max_drift, max(5 * first_drift, max_drift / 10))

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fingerprint
 from data import Group, InputError, stop_ids
+from readers import each_row
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -532,6 +533,16 @@ def gather(items: list) -> list | None:
     parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(items, parts)
     return parts and [item for part in parts for item in part]
+
+
+def each_row_once(fits, rows: list) -> list[bool]:
+    """Whether each row fits; every rank measures a part, and all get the whole."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts, found = [None] * world, [False] * len(rows)
+    dist.all_gather_object(parts, each_row(fits, rows[rank::world]))
+    for other, part in enumerate(parts):
+        found[other::world] = part
+    return found
 
 
 def share_evenly(groups: list[Group], world: int) -> list[list[Group]]:

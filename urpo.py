@@ -33,6 +33,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import fingerprint
 import flags
 import machine
 import plan
@@ -211,21 +212,6 @@ def old_logprobs(config: Config, policy: machine.Policy, groups: list[Group]) ->
 # ------------------------------------------------------------------------------- 6. update
 
 
-def drift_limit(max_drift: float, first_drift: float | None) -> float:
-    """The mean drift above which a step stops the run, nats a token (D16, ours).
-
-    `max_drift` bounds every step. What bf16 and the kernels of this machine make of these weights shows in the first
-    step that had a drift; five times as much means that something else has come in. A tenth of `max_drift` is always
-    allowed, for in fp32 the first drift may be as good as nothing.
-
-    >>> drift_limit(0.1, None), drift_limit(0.1, 0.015), drift_limit(0.1, 0.03), round(drift_limit(0.001, 1e-6), 6)
-    (0.1, 0.075, 0.1, 0.0001)
-    """
-    if first_drift is None:
-        return max_drift
-    return min(max_drift, max(5 * first_drift, max_drift / 10))
-
-
 def check_drift(groups: list[Group], limit: float) -> dict[str, float | None]:
     """Distance between the trainer's log-probs at rollout weights and the sampler's own, nats a token (D16).
 
@@ -304,7 +290,7 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
             part["clipped_high"] += high
 
         if m == 0:
-            drift = check_drift(groups, drift_limit(config.max_drift, first_drift))
+            drift = check_drift(groups, fingerprint.drift_limit(config.max_drift, first_drift))
         if not rows:  # their number is the same on all ranks, so all skip together
             total["skipped_updates"] += 1
             continue
@@ -337,11 +323,12 @@ def set_up(config: Config, run: Path):
     tokenizer = plan.load_tokenizer(folder, config.chat_template)
     longest = flags.longest_sequence(config)
     plan.check_start(folder, len(tokenizer), longest, asdict(config))
+    data.encode_chat(tokenizer, "")  # refuses a tokenizer without chat template, on every rank
     names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
     sources, dropped = readers.load_sources(
         names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
-        config.judge_list or config.group, config.toy_rows)
+        config.judge_list or config.group, config.toy_rows, machine.each_row_once)
 
     log = runs.Log(run, asdict(config))
     about = {"rows_dropped_as_too_long": dropped, "sources": readers.checksums(sources)}
@@ -437,7 +424,9 @@ def main() -> None:
         asked, arguments = plan.split_arguments(sys.argv[1:])
         config = flags.parse(Config, PRESETS, arguments)
         if asked.plan:
-            print(plan.show(asdict(config), asked.nproc, asked.nodes, asked.gpu_gib))
+            nproc = asked.nproc or (8 if config.preset == "paper" else 2)
+            flags.check(config, nproc * asked.nodes)
+            print(plan.show(asdict(config), nproc, asked.nodes, asked.gpu_gib))
             return
         flags.check(config, world=int(os.environ.get("WORLD_SIZE", 1)))
         runs.check_folder(config.name, config.resume)

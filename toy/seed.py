@@ -128,8 +128,8 @@ def learn(model, tokenizer, batch, rows: int = 6) -> dict[str, float]:
     """Set the gradients for one batch of (prompt, worked answer). Returns its loss and each kind's, in nats a token.
 
     The loss is the mean negative log-likelihood of all answer tokens, the end token included. "constraint" is that of
-    the pairs in which only a broken constraint tells the worse response; "preference" that of the others. Sequences of about the same length go
-    through the model together, padded at the end, where no earlier token sees the padding.
+    the pairs in which only a broken constraint tells the worse response; "preference" that of the others. Sequences of
+    about the same length go through the model together, padded at the end, where no earlier token sees the padding.
     """
     encoded = []
     for prompt, text in batch:
