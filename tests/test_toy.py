@@ -265,6 +265,8 @@ def test_demonstrations_are_true_and_show_each_ranking_in_both_orders():
         assert verify_answer(text, prompt.answer) == 1
     for prompt, text in seed.demonstrations("instruction", 3, seed=0):
         assert world.complies(prompt.check, text)
+    assert sorted(map(str, seed.demonstrations("preference", 3, seed=1))) == sorted(map(str, pairs))
+    assert seed.demonstrations("preference", 3, seed=1) != pairs
 
 
 @pytest.mark.parametrize("kind, rate", [("preference", 0.3), ("reasoning", 0.4), ("instruction", 0.6)])
@@ -287,8 +289,6 @@ def test_a_share_of_the_pairs_is_about_the_constraint():
     pairs = seed.demonstrations("preference", 2, 0, 0.0, 0.7)
     share = sum(world.BREAKS in prompt.truth for prompt, _ in pairs) / len(pairs)
     assert share == pytest.approx(0.7, abs=0.01)
-    assert sorted(map(str, seed.demonstrations("preference", 3, seed=1))) == sorted(map(str, pairs))
-    assert seed.demonstrations("preference", 3, seed=1) != pairs
 
 
 @pytest.fixture(scope="session")
