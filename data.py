@@ -161,6 +161,12 @@ def stop_ids(tokenizer) -> list[int]:
     return sorted(ends - {None})
 
 
+def answer_text(tokenizer, ids: list[int], stops: list[int]) -> str:
+    """The text of an answer, without the token that ended it."""
+    written = ids[:-1] if ids[-1:] and ids[-1] in stops else ids
+    return tokenizer.decode(written, skip_special_tokens=True)
+
+
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of any prompt, ready for the model to go on."""
     return encode_chat(tokenizer, prompt_text(prompt))

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import fingerprint
-from data import Group, InputError, stop_ids
+from data import Group, InputError, answer_text, stop_ids
 from readers import each_row
 
 GPU = torch.cuda.is_available()
@@ -405,8 +405,7 @@ def generate(engine, prompts: list[list[int]], n: int, max_tokens: list[int], se
         answers.append([])
         for sample in output.outputs:
             ids = list(sample.token_ids)
-            written = ids[:-1] if ids[-1] in stops else ids
-            text = tokenizer.decode(written, skip_special_tokens=True)
+            text = answer_text(tokenizer, ids, stops)
             answers[-1].append(Sample(ids, text, sample.finish_reason == "stop", list(sample.logprobs.logprobs)))
     return answers
 

@@ -24,8 +24,8 @@ from rewards import REWARD_RANGE, group_advantages, group_rewards, parse_scores
 from runs import figures_of_step, is_recorded, read_about, read_groups, read_log
 
 SETTINGS = """tau advantage loss minibatches rollouts_every seed mix batch warmup_steps both_orders group judgements
-    judge_list audit_judge max_prompt_tokens max_answer_tokens max_referee_tokens max_judge_tokens model toy_rows
-    preferences reasoning instructions""".split()  # what is read here of those in config.json
+    judge_list audit_judge max_prompt_tokens max_answer_tokens max_referee_tokens max_judge_tokens model chat_template
+    toy_rows preferences reasoning instructions""".split()  # what is read here of those in config.json
 
 
 def explain(run: str, step: int | None = None, prompt: int | None = None, check_all: bool = False) -> bool:
@@ -40,7 +40,7 @@ def explain(run: str, step: int | None = None, prompt: int | None = None, check_
     if not path.is_file() or missing:
         raise InputError(f"{run}: nothing to derive from: no rollouts.jsonl, or no config.json, or one without "
                          f"{', '.join(missing) or 'fault'}, which another version wrote")
-    tokenizer = find_tokenizer(Path(run), settings["model"], notes)
+    tokenizer = find_tokenizer(Path(run), settings["model"], settings["chat_template"], notes)
     sources = find_sources(settings, about, tokenizer, notes) if check_all and tokenizer else None
     lines = {line["step"]: line for line in log}
     wrong, answers, found = [], 0, Counter()  # found: prompts of each step in rollouts.jsonl
@@ -72,11 +72,13 @@ def explain(run: str, step: int | None = None, prompt: int | None = None, check_
 # ------------------------------------------------------------------------------- what a run is compared with
 
 
-def find_tokenizer(run: Path, model: str, notes: list[str]):
+def find_tokenizer(run: Path, model: str, chat_template: str, notes: list[str]):
     """The tokenizer of the run's newest checkpoint, else of its model. Where there is none: None, and a note."""
     last = run / "checkpoints" / "last" / "model"
     try:
-        return plan.load_tokenizer(str(last) if last.is_dir() else plan.model_folder(model))
+        if last.is_dir():
+            return plan.load_tokenizer(str(last))
+        return plan.load_tokenizer(plan.model_folder(model), chat_template)
     except InputError as error:
         notes.append(f"not compared: token ids with texts, judges' prompts and sources with the record ({error})")
         return None
@@ -152,12 +154,12 @@ def record_differences(step: int, group: Group, settings: dict, tokenizer) -> li
 
 def text_differences(where: str, group: Group, settings: dict, tokenizer) -> list[str]:
     """Where the texts of a group are not those of its token ids, and prompts not those of its texts."""
-    wrong = []
+    wrong, stops = [], data.stop_ids(tokenizer)
     if group.prompt_ids != data.encode_prompt(tokenizer, group.prompt):
         wrong.append(f"{where}: prompt_ids are not the token ids of this prompt")
     for i, (ids, text) in enumerate(zip(group.answers, group.texts), 1):
         known = all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids)
-        if not known or tokenizer.decode(ids, skip_special_tokens=True) != text:
+        if not known or data.answer_text(tokenizer, ids, stops) != text:
             wrong.append(f"{where}, answer {i}: the text is not what the token ids say")
     for k, judgement in enumerate(group.judgements, 1):
         shown = [group.texts[i] for i in judgement["order"]]

@@ -32,7 +32,7 @@ def witnesses(record):
     """The tokenizer and the sources of the run, which are loaded once."""
     *_, about, path = record
     notes = []
-    tokenizer = explain.find_tokenizer(path, about["config"]["model"], notes)
+    tokenizer = explain.find_tokenizer(path, about["config"]["model"], "", notes)
     sources = explain.find_sources(about["config"], about, tokenizer, notes)
     assert tokenizer and sources and not notes
     return tokenizer, sources
@@ -298,7 +298,7 @@ def test_sources_that_changed_since_are_no_difference_and_are_said(record, witne
     notes = []
     settings = about["config"] | {"toy_rows": 41}
     assert explain.find_sources(settings, about, witnesses[0], notes) is None
-    settings = about["config"] | {"reasoning": "gone.jsonl"}
+    settings = about["config"] | {"reasoning": ["gone.jsonl"]}
     assert explain.find_sources(settings, about, witnesses[0], notes) is None
     assert notes[0] == "not compared: prompts with their sources, which are others than when the run began"
     assert notes[1].startswith("not compared: prompts with their sources (--reasoning gone.jsonl: no such file")

@@ -30,7 +30,7 @@ def fails(arguments, capsys, status=2):
 @pytest.fixture(autouse=True)
 def without_tokenizer(monkeypatch):
     """The runs here are made up, and their ids mean nothing. A real run is altered in test_alterations.py."""
-    def refuse(folder):
+    def refuse(folder, chat_template=""):
         raise InputError(f"{folder}: no model here")
 
     monkeypatch.setattr("plan.load_tokenizer", refuse)
