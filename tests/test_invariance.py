@@ -61,7 +61,7 @@ class Recorder:
     """In place of the optimiser: keeps each update's gradient, whole, and leaves the weights as they are."""
 
     def __init__(self, policy):
-        self.policy, self.gradients = policy, []
+        self.policy, self.gradients, self.param_groups = policy, [], [{"lr": 0.0}]
 
     def step(self):
         self.gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in self.policy.parameters()]))

@@ -240,9 +240,36 @@ def test_a_stale_sampler_stops_the_run_before_any_weight_moves(make_policy, mini
             p.mul_(1.05)
     optimizer = RecordingOptimizer(policy)
     urpo.old_logprobs(config, policy, groups)
-    with pytest.raises(FloatingPointError, match="above --max_drift 0.001: the sampler does not hold the trainer's"):
+    with pytest.raises(FloatingPointError, match="above the limit 0.001 .*: the sampler does not hold the trainer's"):
         urpo.update(config, policy, optimizer, SCHEDULE, groups)
     assert optimizer.steps == []
+
+
+def test_a_drift_of_five_times_the_first_steps_stops_a_later_step_though_it_is_below_max_drift(make_policy):
+    groups = random_groups(3)
+    config, policy = in_step_with_sampler(make_policy, groups, shift=4e-4)  # max_drift is 1e-3
+    optimizer = RecordingOptimizer(policy)
+    urpo.old_logprobs(config, policy, groups)
+    with pytest.raises(FloatingPointError, match="above the limit 0.0003 "):
+        urpo.update(config, policy, optimizer, SCHEDULE, groups, first_drift=6e-5)
+    assert optimizer.steps == []
+    urpo.update(config, policy, optimizer, SCHEDULE, groups, first_drift=1e-4)
+    assert len(optimizer.steps) == 1
+
+
+@pytest.mark.parametrize("times, weight", [(2, 0.5), (1 / 1.5, 1.5), (1 / 3, 2.0), (1, 1.0)])
+def test_importance_correction_weighs_by_trainer_over_sampler_and_at_most_by_its_cap(make_policy, times, weight):
+    """The sampler took tokens `times` as often as the trainer would have: each counts 1 / times, at most 2."""
+    gradients_of = []
+    for cap in (0.0, 2.0):
+        groups = random_groups(3)
+        config, policy = in_step_with_sampler(make_policy, groups, shift=math.log(times), importance_cap=cap,
+                                              max_drift=9.0)
+        optimizer = RecordingOptimizer(policy)
+        urpo.update(config, policy, optimizer, SCHEDULE, groups)
+        gradients_of.append(optimizer.steps[0])
+    plain, corrected = gradients_of
+    assert_same_gradients(corrected, {name: weight * gradient for name, gradient in plain.items()}, 1e-4)
 
 
 def test_drift_that_is_not_a_number_stops_the_run(make_policy):
@@ -283,7 +310,7 @@ class RecordingOptimizer:
     """Keeps each minibatch's gradient and leaves the weights as they are."""
 
     def __init__(self, policy):
-        self.policy, self.steps = policy, []
+        self.policy, self.steps, self.param_groups = policy, [], [{"lr": 0.0}]
 
     def step(self):
         self.steps.append(gradients(self.policy, "lm."))
