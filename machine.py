@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from data import Group, InputError, stop_ids
 
@@ -518,6 +519,17 @@ def gather(items: list) -> list | None:
     parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(items, parts)
     return parts and [item for part in parts for item in part]
+
+
+def each_row_once(fits, rows: list) -> list[bool]:
+    """Whether each row fits; every rank measures a part, and all get the whole."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts, found = [None] * world, [False] * len(rows)
+    bar = tqdm(rows[rank::world], "measuring prompts", delay=10, leave=False, disable=rank != 0)
+    dist.all_gather_object(parts, [fits(row) for row in bar])
+    for other, part in enumerate(parts):
+        found[other::world] = part
+    return found
 
 
 def share_evenly(groups: list[Group], world: int) -> list[list[Group]]:

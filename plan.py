@@ -443,11 +443,10 @@ def split_arguments(arguments: list[str]):
 
 
 def show(settings: dict, nproc: int, nodes: int, gpu_gib: float) -> str:
-    """The plan as text. 0 stands for: as it is here, or 8 GPUs of 80 GB (79 GiB) where the preset wants GPUs."""
+    """The plan as text. gpu_gib 0 stands for the GPU here, or one of 80 GB (79 GiB) where the preset wants GPUs."""
     here, host = machine.free_gib()
     on_gpu = bool(gpu_gib) or here is not None or settings["preset"] == "paper"
     gpu_gib = (gpu_gib or here or 79.0) if on_gpu else None
-    nproc = nproc or (8 if on_gpu else 2)
     world = nproc * nodes
     shape = planned_shape(settings["model"])
     rows = gpu_memory(shape, settings, world, gpu_gib) if on_gpu else cpu_memory(shape, settings, world)

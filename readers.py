@@ -223,28 +223,34 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
     return prompts
 
 
-def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, judge_limit: int,
-                  listed: int) -> tuple[list[Prompt], int]:
+def each_row(fits, rows: list[Prompt]) -> list[bool]:
+    return [fits(row) for row in progress(rows, "measuring prompts")]
+
+
+def drop_overlong(prompts: list[Prompt], tokenizer, limit: int, judge_limit: int, listed: int,
+                  each=each_row) -> tuple[list[Prompt], int]:
     """(rows whose prompt fits `limit` tokens, how many were dropped). Rows are never silently cut.
 
     An instruction or a question must also leave room for its judgement in `judge_limit` tokens: the referee's prompt
-    over `listed` answers, each of them cut to its shortest form.
+    over `listed` answers, each of them cut to its shortest form. `each` may share the work out over the ranks.
     """
-    kept = []
-    for prompt in progress(prompts, "measuring prompts"):
+
+    def fits(prompt: Prompt) -> bool:
         if len(encode_prompt(tokenizer, prompt)) > limit:
-            continue
+            return False
         try:
             if prompt.kind != "preference":
                 encode_judgement(tokenizer, prompt.instruction, ["word " * 12] * listed, judge_limit)
         except InputError:
-            continue
-        kept.append(prompt)
+            return False
+        return True
+
+    kept = [prompt for prompt, good in zip(prompts, each(fits, prompts)) if good]
     return kept, len(prompts) - len(kept)
 
 
 def load_sources(names: dict[str, list[str]], counts: dict[str, int], tokenizer, limit: int, judge_limit: int,
-                 listed: int, toy_rows: int):
+                 listed: int, toy_rows: int, each=each_row):
     """({kind: rows of all its sources}, {kind: how many were dropped as too long}) of each kind that the mix draws."""
     sources, dropped = {}, {}
     for kind, count in counts.items():
@@ -252,7 +258,7 @@ def load_sources(names: dict[str, list[str]], counts: dict[str, int], tokenizer,
             rows = []
             for name in names[kind]:
                 rows += load_source(kind, name, count=toy_rows)
-            sources[kind], dropped[kind] = drop_overlong(rows, tokenizer, limit, judge_limit, listed)
+            sources[kind], dropped[kind] = drop_overlong(rows, tokenizer, limit, judge_limit, listed, each)
             if not sources[kind]:
                 raise InputError(f"--{FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens {limit}, "
                                  f"or leave no room for a judgement in --max_judge_tokens {judge_limit}: raise it")

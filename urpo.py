@@ -337,11 +337,12 @@ def set_up(config: Config, run: Path):
     tokenizer = plan.load_tokenizer(folder, config.chat_template)
     longest = flags.longest_sequence(config)
     plan.check_start(folder, len(tokenizer), longest, asdict(config))
+    data.encode_chat(tokenizer, "")  # refuses a tokenizer without chat template, on every rank
     names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
     sources, dropped = readers.load_sources(
         names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
-        config.judge_list or config.group, config.toy_rows)
+        config.judge_list or config.group, config.toy_rows, machine.each_row_once)
 
     log = runs.Log(run, asdict(config))
     about = {"rows_dropped_as_too_long": dropped, "sources": readers.checksums(sources)}
@@ -437,7 +438,9 @@ def main() -> None:
         asked, arguments = plan.split_arguments(sys.argv[1:])
         config = flags.parse(Config, PRESETS, arguments)
         if asked.plan:
-            print(plan.show(asdict(config), asked.nproc, asked.nodes, asked.gpu_gib))
+            nproc = asked.nproc or (8 if config.preset == "paper" else 2)
+            flags.check(config, nproc * asked.nodes)
+            print(plan.show(asdict(config), nproc, asked.nodes, asked.gpu_gib))
             return
         flags.check(config, world=int(os.environ.get("WORLD_SIZE", 1)))
         runs.check_folder(config.name, config.resume)

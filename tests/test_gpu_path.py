@@ -317,8 +317,8 @@ def test_hub_rows_that_repeat_are_read_once_and_measured_once(monkeypatch, smol_
     rows = [{"question": f"What is {i % 17} + 1?", "answer": str(i % 17 + 1)} for i in range(1700)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
     measured = []
-    encode = data.encode_prompt
-    monkeypatch.setattr(data, "encode_prompt", lambda *a: measured.append(1) or encode(*a))
+    encode = readers.encode_prompt
+    monkeypatch.setattr(readers, "encode_prompt", lambda *a: measured.append(1) or encode(*a))
     counts = {"preference": 0, "reasoning": 4, "instruction": 0}
     names = {"reasoning": ["some/set"]}
     sources, dropped = readers.load_sources(names, counts, smol_tokenizer, 400, 900, 4, 8)

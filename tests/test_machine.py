@@ -138,6 +138,26 @@ def test_sharing_loses_no_group_gives_all_ranks_as_many_and_about_the_same_work(
         assert max(work) <= sum(work) / world + max(size_of([group]) for group in groups)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
+def test_every_row_is_measured_by_one_rank_and_known_to_all(monkeypatch, count):
+    rows = list(range(count))
+    measured, parts = [], {}
+    for rank in (1, 2, 0):  # what each rank gives to the others
+        monkeypatch.setattr(machine.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(machine.dist, "get_world_size", lambda: 3)
+
+        def gather(into, own, rank=rank):
+            parts[rank] = own
+            into[:] = [parts.get(other, []) for other in range(3)]
+
+        monkeypatch.setattr(machine.dist, "all_gather_object", gather)
+        if rank != 0:
+            machine_rows = rows[rank::3]
+            parts[rank] = [measured.append(row) or row % 2 == 0 for row in machine_rows]
+    found = machine.each_row_once(lambda row: measured.append(row) or row % 2 == 0, rows)
+    assert found == [row % 2 == 0 for row in rows] and sorted(measured) == rows
+
+
 def test_rebalancing_keeps_the_groups_of_each_minibatch(process_group):
     groups = random_groups(6)
     for group in groups:

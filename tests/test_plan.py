@@ -157,6 +157,13 @@ def test_the_plan_needs_no_gpu_no_model_and_no_network_and_takes_any_flag(monkey
     assert "on 2 x 1 ranks" in two and "does NOT fit: part " in two and "Use " in two
 
 
+def test_ranks_that_do_not_divide_the_batch_are_refused_by_the_plan_with_one_that_fits(monkeypatch, capsys):
+    monkeypatch.setattr(urpo.machine, "STORE", None)
+    with pytest.raises(SystemExit):
+        planned(monkeypatch, capsys, "--gpu_gib", "80", "--nproc", "7")
+    assert "does not split over 7 ranks, 2 minibatches: use a multiple of 14, for example 196" in capsys.readouterr().err
+
+
 def test_the_plan_of_the_laptop(monkeypatch, capsys):
     text = planned(monkeypatch, capsys, "--preset", "smol", "--nproc", "2", "--model", "raw")
     assert "raw: 0.13B parameters on 1 x 2 ranks" in text and "all ranks: " in text
