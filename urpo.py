@@ -44,6 +44,7 @@ from rewards import (
     REWARD_RANGE,
     clipped_objective,
     clipped_tokens,
+    drift_limit,
     group_advantages,
     group_rewards,
     loss_denominator,
@@ -209,21 +210,6 @@ def old_logprobs(config: Config, policy: machine.Policy, groups: list[Group]) ->
 
 
 # ------------------------------------------------------------------------------- 6. update
-
-
-def drift_limit(max_drift: float, first_drift: float | None) -> float:
-    """The mean drift above which a step stops the run, nats a token (D16, ours).
-
-    `max_drift` bounds every step. What bf16 and the kernels of this machine make of these weights shows in the first
-    step that had a drift; five times as much means that something else has come in. A tenth of `max_drift` is always
-    allowed, for in fp32 the first drift may be as good as nothing.
-
-    >>> drift_limit(0.1, None), drift_limit(0.1, 0.015), drift_limit(0.1, 0.03), round(drift_limit(0.001, 1e-6), 6)
-    (0.1, 0.075, 0.1, 0.0001)
-    """
-    if first_drift is None:
-        return max_drift
-    return min(max_drift, max(5 * first_drift, max_drift / 10))
 
 
 def check_drift(groups: list[Group], limit: float) -> dict[str, float | None]:
@@ -437,12 +423,10 @@ def main() -> None:
     try:
         asked, arguments = plan.split_arguments(sys.argv[1:])
         config = flags.parse(Config, PRESETS, arguments)
+        flags.check(config, world=plan.ranks(asked, config.preset))
         if asked.plan:
-            nproc = asked.nproc or (8 if config.preset == "paper" else 2)
-            flags.check(config, nproc * asked.nodes)
-            print(plan.show(asdict(config), nproc, asked.nodes, asked.gpu_gib))
+            print(plan.show(asdict(config), asked))
             return
-        flags.check(config, world=int(os.environ.get("WORLD_SIZE", 1)))
         runs.check_folder(config.name, config.resume)
         machine.start_ranks(config.timeout)
         train(config)

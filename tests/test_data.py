@@ -29,7 +29,7 @@ def test_worked_examples_in_docstrings():
 
 def test_a_tokenizer_without_chat_template_is_refused():
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    with pytest.raises(InputError, match="no chat template; use an instruct model"):
+    with pytest.raises(InputError, match="no chat template; give --chat_template plain_turns.jinja, or"):
         data.encode_chat(bare, "hi")
 
 

@@ -23,7 +23,6 @@ import torch
 import data
 import plan
 import readers
-import readers
 
 QUESTIONS, REPEATS = 17_398, 103
 WORDS = "Let $ABC$ be a triangle with $\\angle A = 60^\\circ$ and find the number of integers $n$ such that".split()
