@@ -252,7 +252,8 @@ COMMANDS = [
      "--chat_template good.jsonl: it names no 'messages', so it would drop every prompt; give a template in Jinja, for "
      'example plain_turns.jinja'),
     ('urpo --preferences good.jsonl no/such.jsonl',
-     'good.jsonl:1: no field ...; correct or remove this row. --preferences reads one JSON object a line, in UTF-8: ...'),
+     'good.jsonl:1: no field ...; correct or remove this row. --preferences reads one JSON object a line, in UTF-8: '
+     '...'),
     ('urpo --reasoning good.jsonl no/such.jsonl',
      '--reasoning no/such.jsonl: no such file; give a .jsonl file, a hub id, or toy'),
     ('urpo --model cut-off', 'cut-off/model.safetensors: damaged or cut off (...); copy it again'),
