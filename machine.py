@@ -30,10 +30,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import fingerprint
 from data import Group, InputError, answer_text, stop_ids
-from readers import each_row
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -41,7 +41,8 @@ PRESET = "paper" if GPU else "smol"  # what --preset auto means here
 SMOL_PRECISION = "bfloat16" if GPU else "float32"  # a CPU computes in fp32, with its sampler 1e-5 nats away
 SMOL_DRIFT = 0.1 if GPU else 1e-3
 OLDEST_DRIVER = {"12": "525", "13": "580"}  # that runs a CUDA of this major version, on Linux
-ROW_BLOCK, SHORTEST_ROW = (128, 256) if GPU else (1, 1)  # lengths of rows that FlexAttention takes without trouble
+ROW_BLOCK = 128 if GPU else 1  # rows of such a multiple, and of such a length at least, suit FlexAttention
+SHORTEST_ROW = 256 if GPU else 1
 # Large pages for large tensors: a CPU's update takes 1/8 less time. Torch reads this at its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -105,7 +106,8 @@ def build_row(groups: list[Group]) -> Row:
             group_of.extend([g] * len(part))
             answer_of.extend([a] * len(part))
             lengths[g].append(len(part))
-    padding = max(SHORTEST_ROW, -(-len(ids) // ROW_BLOCK) * ROW_BLOCK) - len(ids)
+    blocks = -(-len(ids) // ROW_BLOCK)
+    padding = max(SHORTEST_ROW, blocks * ROW_BLOCK) - len(ids)
     if padding > 0:  # on a GPU: a group of its own, which no other token sees
         ids.extend([0] * padding)
         position.extend(range(padding))
@@ -538,7 +540,8 @@ def each_row_once(fits, rows: list) -> list[bool]:
     """Whether each row fits; every rank measures a part, and all get the whole."""
     rank, world = dist.get_rank(), dist.get_world_size()
     parts, found = [None] * world, [False] * len(rows)
-    dist.all_gather_object(parts, each_row(fits, rows[rank::world]))
+    bar = tqdm(rows[rank::world], "measuring prompts", delay=10, leave=False, disable=rank != 0)
+    dist.all_gather_object(parts, [fits(row) for row in bar])
     for other, part in enumerate(parts):
         found[other::world] = part
     return found
@@ -618,14 +621,18 @@ def free_gib() -> tuple[float | None, float]:
     import psutil
 
     host = psutil.virtual_memory().available / 2**30
-    return (torch.cuda.mem_get_info()[0] / 2**30 if GPU else None), host
+    if not GPU:
+        return None, host
+    free, _ = torch.cuda.mem_get_info()
+    return free / 2**30, host
 
 
 def missing_gpu() -> str:
     """What to do when this torch was built for GPUs and sees none; "" otherwise."""
     if GPU or not torch.version.cuda:
         return ""
-    driver = OLDEST_DRIVER.get(torch.version.cuda.split(".")[0], "that torch names")
+    major = torch.version.cuda.split(".")[0]
+    driver = OLDEST_DRIVER.get(major, "that torch names")
     return (f"this torch is built for CUDA {torch.version.cuda} and sees no GPU. That CUDA needs an NVIDIA driver of "
             f"{driver} or newer (nvidia-smi shows yours). --preset smol trains on the CPU")
 

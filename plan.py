@@ -442,12 +442,20 @@ def split_arguments(arguments: list[str]):
     return own, rest
 
 
-def show(settings: dict, nproc: int, nodes: int, gpu_gib: float) -> str:
-    """The plan as text. gpu_gib 0 stands for the GPU here, or one of 80 GB (79 GiB) where the preset wants GPUs."""
+def ranks(asked, preset: str) -> int:
+    """Of the plan; without one, of this run."""
+    if not asked.plan:
+        return int(os.environ.get("WORLD_SIZE", 1))
+    asked.nproc = asked.nproc or (8 if preset == "paper" else 2)
+    return asked.nproc * asked.nodes
+
+
+def show(settings: dict, asked) -> str:
+    """The plan as text. Without --gpu_gib: the GPU here, or one of 80 GB (79 GiB) where the preset wants GPUs."""
     here, host = machine.free_gib()
-    on_gpu = bool(gpu_gib) or here is not None or settings["preset"] == "paper"
-    gpu_gib = (gpu_gib or here or 79.0) if on_gpu else None
-    world = nproc * nodes
+    on_gpu = bool(asked.gpu_gib) or here is not None or settings["preset"] == "paper"
+    gpu_gib = (asked.gpu_gib or here or 79.0) if on_gpu else None
+    nproc, nodes, world = asked.nproc, asked.nodes, ranks(asked, settings["preset"])
     shape = planned_shape(settings["model"])
     rows = gpu_memory(shape, settings, world, gpu_gib) if on_gpu else cpu_memory(shape, settings, world)
     place = f"{gpu_gib:.0f} GiB each" if on_gpu else f"{host:.0f} GiB free in all"

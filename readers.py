@@ -93,7 +93,9 @@ def read_preference(record: dict) -> Prompt:
         responses, truth = [], []
         for completion in record["completions"]:
             responses.append(completion["response"])
-            truth.append(completion["overall_score"])
+            # The mean of four ratings. The set's overall_score is wrong in places: it turns the worst, 1, into 10.
+            score = completion.get("fine-grained_score")
+            truth.append(completion["overall_score"] if score is None else score)
     elif "responses" in record:
         question = question_of(*first_field(record, "prompt", "instruction"))
         responses, truth = record["responses"], record.get("scores")
@@ -192,11 +194,15 @@ def progress(rows, what: str):
     return tqdm(rows, what, delay=10, leave=False, disable=os.environ.get("RANK", "0") != "0")
 
 
+MOST_UNREADABLE = 0.02  # of the rows of a hub's set; above that our reader is wrong for it
+
+
 def load_source(kind: str, source: str, split: str = "train", count: int = 4096) -> list[Prompt]:
     """All prompts of one kind, read by the fields that a record has.
 
     `source`: `toy`, `count` rows of our own small world; `toy:2`, its pairs alone; a local .jsonl; or a hub id, whose
-    repeated rows are read once: the hub's DAPO-Math-17k holds each question a hundred times.
+    repeated rows are read once (DAPO-Math-17k holds each question a hundred times), and whose few unreadable rows are
+    left out and counted.
     Raises InputError naming file, line, field and what to do.
     """
     name, _, n = source.partition(":")
@@ -212,12 +218,23 @@ def load_source(kind: str, source: str, split: str = "train", count: int = 4096)
         records = file_records(kind, source)
     else:
         records, once = enumerate(hub_records(kind, source, split), 1), True
-    prompts, seen = [], set()
+    prompts, seen, unreadable, number = [], set(), [], 0
     for number, record in progress(records, f"reading {source}"):
-        prompt = read_row(kind, f"{source}:{number}", record)
+        try:
+            prompt = read_row(kind, f"{source}:{number}", record)
+        except InputError as error:
+            if not once:
+                raise
+            unreadable.append(error)  # a row of the hub, which the user cannot correct
+            continue
         if not (once and prompt in seen):
             prompts.append(prompt)
             seen.add(prompt)
+    if len(unreadable) > MOST_UNREADABLE * number:
+        raise unreadable[0]
+    if unreadable and os.environ.get("RANK", "0") == "0":
+        print(f"{source}: {len(unreadable)} of {number} rows cannot be read and are left out, the first: "
+              f"{unreadable[0]}", flush=True)
     if not prompts:
         raise InputError(f"{source}: no rows for --{FLAGS[kind]}")
     return prompts

@@ -423,12 +423,10 @@ def main() -> None:
     try:
         asked, arguments = plan.split_arguments(sys.argv[1:])
         config = flags.parse(Config, PRESETS, arguments)
+        flags.check(config, world=plan.ranks(asked, config.preset))
         if asked.plan:
-            nproc = asked.nproc or (8 if config.preset == "paper" else 2)
-            flags.check(config, nproc * asked.nodes)
-            print(plan.show(asdict(config), nproc, asked.nodes, asked.gpu_gib))
+            print(plan.show(asdict(config), asked))
             return
-        flags.check(config, world=int(os.environ.get("WORLD_SIZE", 1)))
         runs.check_folder(config.name, config.resume)
         machine.start_ranks(config.timeout)
         train(config)

@@ -244,8 +244,18 @@ COMMANDS = [
      '--model damaged-tokenizer: no tokenizer that loads, here or on the hub as far as we can see (...); check the '
      'name, or save model and tokenizer there'),
     ('urpo --model no-template',
-     'no-template: the tokenizer has no chat template; use an instruct model or add chat_template.jinja to its '
-     'folder'),
+     'no-template: the tokenizer has no chat template; give --chat_template plain_turns.jinja, or use an instruct '
+     'model'),
+    ('urpo --chat_template no.jinja',
+     '--chat_template no.jinja: cannot be read (...); give a file in Jinja, for example plain_turns.jinja'),
+    ('urpo --chat_template good.jsonl',
+     "--chat_template good.jsonl: it names no 'messages', so it would drop every prompt; give a template in Jinja, for "
+     'example plain_turns.jinja'),
+    ('urpo --preferences good.jsonl no/such.jsonl',
+     'good.jsonl:1: no field ...; correct or remove this row. --preferences reads one JSON object a line, in UTF-8: '
+     '...'),
+    ('urpo --reasoning good.jsonl no/such.jsonl',
+     '--reasoning no/such.jsonl: no such file; give a .jsonl file, a hub id, or toy'),
     ('urpo --model cut-off', 'cut-off/model.safetensors: damaged or cut off (...); copy it again'),
     ('urpo --model no-header', 'no-header/model.safetensors: damaged or cut off (...); copy it again'),
     ('urpo --name file', 'runs/file is no folder: move it away, or run elsewhere'),

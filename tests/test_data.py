@@ -29,7 +29,7 @@ def test_worked_examples_in_docstrings():
 
 def test_a_tokenizer_without_chat_template_is_refused():
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    with pytest.raises(InputError, match="no chat template.*plain_turns.jinja, or use an instruct model"):
+    with pytest.raises(InputError, match="no chat template; give --chat_template plain_turns.jinja, or"):
         data.encode_chat(bare, "hi")
 
 
@@ -246,6 +246,31 @@ def test_hub_rows_read_like_the_same_rows_in_a_file(monkeypatch):
         {"question": "q", "answer": "#### 42"}])
     assert readers.load_source("reasoning", "openai/gsm8k:main") == [Prompt("reasoning", "q", answer="42")]
     assert asked == [(("openai/gsm8k", "main"), {"split": "train"})]
+
+
+def ultrafeedback(*scores) -> dict:
+    completions = [{"response": f"r{i}", "overall_score": 10.0, "fine-grained_score": score}
+                   for i, score in enumerate(scores)]
+    return {"source": "flan", "instruction": "q", "completions": completions}
+
+
+def test_ultrafeedback_is_ranked_by_the_mean_of_its_ratings_since_its_overall_score_turns_the_worst_into_the_best():
+    row = readers.read_preference(ultrafeedback(1.0, 4.5, 3.25, 5.0))
+    assert row.truth == (1.0, 4.5, 3.25, 5.0) and row.responses == ("r0", "r1", "r2", "r3")
+
+
+def test_a_few_unreadable_rows_of_the_hub_are_left_out_and_said_but_not_many(monkeypatch, capsys):
+    import datasets
+
+    monkeypatch.delenv("RANK", raising=False)
+    rows = [ultrafeedback(1.0, 2.0 + i / 1000) for i in range(98)] + [ultrafeedback(1.0)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
+    assert len(readers.load_source("preference", "some/set")) == 98
+    assert "some/set: 1 of 99 rows cannot be read and are left out, the first: some/set:99: field 'responses': 1 of " \
+        in capsys.readouterr().out
+    rows[:] = rows[-10:]
+    with pytest.raises(InputError, match="^some/set:10: field 'responses': 1 of them, and 2 to 8 are ranked together"):
+        readers.load_source("preference", "some/set")
 
 
 def test_rows_that_do_not_fit_are_dropped_and_counted(smol_tokenizer):

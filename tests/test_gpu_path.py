@@ -4,6 +4,7 @@
 tests/gpu/first_ten_minutes.py is for that.
 """
 import inspect
+import json
 import random
 import re
 import subprocess
@@ -275,7 +276,7 @@ def test_the_papers_preset_follows_the_paper_in_its_base_and_corrects_for_a_bf16
 def test_rows_of_several_sources_of_one_kind_stand_together(tmp_path, smol_tokenizer):
     for name, scores in (("two", [1, 0]), ("four", [3, 2, 1, 0])):
         row = {"prompt": name, "responses": ["r"] * len(scores), "scores": scores}
-        (tmp_path / f"{name}.jsonl").write_text(data.json.dumps(row))
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     names = {"preference": [str(tmp_path / "four.jsonl"), str(tmp_path / "two.jsonl")]}
     sources, _ = readers.load_sources(names, {"preference": 2}, smol_tokenizer, 900, 900, 4, 8)
     assert [len(row.truth) for row in sources["preference"]] == [4, 2]
@@ -295,7 +296,7 @@ def test_the_readme_says_not_yet_run_until_there_are_figures_of_a_gpu():
     readme, figures = (ROOT / "README.md").read_text(), ROOT / "docs" / "gpu.json"
     assert ("**Not yet run.**" in readme) == (not figures.exists())
     if figures.exists():
-        checks = data.json.loads(figures.read_text())["checks"]
+        checks = json.loads(figures.read_text())["checks"]
         assert f"{sum(check['good'] for check in checks)} of {len(checks)} checks" in readme
 
 
@@ -317,8 +318,8 @@ def test_hub_rows_that_repeat_are_read_once_and_measured_once(monkeypatch, smol_
     rows = [{"question": f"What is {i % 17} + 1?", "answer": str(i % 17 + 1)} for i in range(1700)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
     measured = []
-    encode = data.encode_prompt
-    monkeypatch.setattr(data, "encode_prompt", lambda *a: measured.append(1) or encode(*a))
+    encode = readers.encode_prompt
+    monkeypatch.setattr(readers, "encode_prompt", lambda *a: measured.append(1) or encode(*a))
     counts = {"preference": 0, "reasoning": 4, "instruction": 0}
     names = {"reasoning": ["some/set"]}
     sources, dropped = readers.load_sources(names, counts, smol_tokenizer, 400, 900, 4, 8)

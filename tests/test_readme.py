@@ -34,7 +34,7 @@ def test_every_function_that_the_readme_names_exists(name):
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"--([a-z_]+)", README))))
 def test_every_flag_that_the_readme_names_exists(flag):
     settings = {field.name for field in fields(urpo.Config)}
-    others = {"nproc_per_node", "help", "all", "step", "prompt", "unidiff", "plan", "shutdown"}  # of other programs
+    others = {"nproc_per_node", "help", "all", "step", "prompt", "unidiff", "plan", "shutdown"}  # of others
     assert flag in settings | others
 
 

@@ -39,6 +39,29 @@ def write_checkpoint(run_folder: Path, steps: int, keep: int = 0) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_the_checksums_of_a_checkpoint_are_shared_out_over_the_ranks_and_none_is_missing(tmp_path, parts):
+    for number in range(5):
+        (tmp_path / f"part_{number}").mkdir()
+        (tmp_path / f"part_{number}" / "state").write_bytes(os.urandom(100 + number))
+    (tmp_path / "manifest.json").write_text("{}")
+    found, shares = {}, []
+    for part in range(parts):
+        own = runs.file_list(tmp_path, part, parts)
+        assert not found.keys() & own.keys()
+        found |= own
+        shares.append(len(own))
+    assert found == runs.file_list(tmp_path) and len(found) == 5 and max(shares) - min(shares) <= 1
+
+
+def test_the_first_drift_of_a_run_is_that_of_the_first_step_that_had_one(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("")
+    assert runs.first_drift(tmp_path) is None
+    log.write_text('{"step": 0, "drift_mean": null}\n{"step": 1, "drift_mean": 0.02}\n{"step": 2, "drift_mean": 0.5}\n')
+    assert runs.first_drift(tmp_path) == 0.02
+
+
 def names(run_folder: Path) -> list[str]:
     return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
 
