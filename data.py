@@ -158,13 +158,15 @@ def stop_ids(tokenizer) -> list[int]:
     _, shown, rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
     after = tokenizer.encode(rest, add_special_tokens=False)[:1] if shown else []
     ends = {tokenizer.eos_token_id} | (control_ids(tokenizer) & set(after))
-    return sorted(ends - {None})
+    ends.discard(None)
+    return sorted(ends)
 
 
 def answer_text(tokenizer, ids: list[int], stops: list[int]) -> str:
     """The text of an answer, without the token that ended it."""
-    written = ids[:-1] if ids[-1:] and ids[-1] in stops else ids
-    return tokenizer.decode(written, skip_special_tokens=True)
+    if ids and ids[-1] in stops:
+        ids = ids[:-1]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:

@@ -264,21 +264,6 @@ def token_weight(length: int, denominator: float, loss: str) -> float:
     return weight / length if loss == "sequence-mean" else weight
 
 
-def drift_limit(max_drift: float, first_drift: float | None) -> float:
-    """The mean drift above which a step stops the run, nats a token (D16, ours).
-
-    `max_drift` bounds every step. What bf16 and the kernels of this machine make of these weights shows in the first
-    step that had a drift; five times as much means that something else has come in. A tenth of `max_drift` is always
-    allowed, for in fp32 the first drift may be as good as nothing.
-
-    >>> drift_limit(0.1, None), drift_limit(0.1, 0.015), drift_limit(0.1, 0.03), round(drift_limit(0.001, 1e-6), 6)
-    (0.1, 0.075, 0.1, 0.0001)
-    """
-    if first_drift is None:
-        return max_drift
-    return min(max_drift, max(5 * first_drift, max_drift / 10))
-
-
 def clipped_objective(ratio: torch.Tensor, advantage: torch.Tensor, low: float = 0.8,
                       high: float = 1.28) -> torch.Tensor:
     """min(rho A, clip(rho, low, high) A) for each token, to be maximised. The range is the paper's, from DAPO.
