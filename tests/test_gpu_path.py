@@ -3,7 +3,6 @@
 `machine.GPU` is set by hand here, and what only CUDA has is replaced. Nothing in this file says that a GPU works:
 tests/gpu/first_ten_minutes.py is for that.
 """
-import inspect
 import json
 import random
 import re
@@ -206,7 +205,36 @@ def test_flex_attention_is_asked_for_and_gets_the_block_mask(as_on_a_gpu, make_p
         last_hidden_state=torch.zeros(1, len(options["input_ids"][0]), 64)))
     policy(machine.build_row(random_groups(1)))
     assert given[0]["attention_mask"].shape[-2:] == (256, 256)
-    assert "flex_attention" in inspect.getsource(machine.load_policy)
+
+    from transformers import AutoModelForCausalLM
+
+    class Loaded(Exception):
+        pass
+
+    def load(folder, **options):
+        given.append(options)
+        raise Loaded
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(Loaded):
+        machine.load_policy("folder", VOCABULARY, "bfloat16", 1.0, 64, True)
+    assert given[1]["attn_implementation"] == "flex_attention" and given[1]["dtype"] == "auto"
+
+
+def test_layers_are_freed_after_their_forward_pass_on_a_gpu(as_on_a_gpu, monkeypatch):
+    import torch.distributed.fsdp as fsdp
+
+    asked = []
+    monkeypatch.setattr(machine.dist, "init_device_mesh", lambda device, sizes: SimpleNamespace(size=lambda: 8))
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **options: asked.append(options["reshard_after_forward"]))
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    lm = torch.nn.Module()
+    lm.model = torch.nn.Module()
+    lm.model.layers = layers
+    policy = machine.Policy(lm, 2, 1.0, 64, True)
+    policy.compute = torch.bfloat16
+    machine.shard_policy(policy)
+    assert asked == [True] * 3
 
 
 def test_gradients_are_reduced_after_every_row_on_a_gpu(as_on_a_gpu):
@@ -237,9 +265,20 @@ def test_a_rank_without_a_gpu_is_told_how_many_there_are(as_on_a_gpu, monkeypatc
         machine.start_ranks(1)
 
 
-def test_free_memory_is_the_cards_own(as_on_a_gpu):
+def test_ranks_meet_over_gloo_and_nccl_on_the_card_of_their_own_number(as_on_a_gpu, monkeypatch):
+    asked = []
+    for name, value in dict(RANK="3", LOCAL_RANK="3", WORLD_SIZE="8", MASTER_ADDR="x", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine, "STORE", None)
+    monkeypatch.setattr(machine.dist, "rendezvous", lambda *a, **k: iter([("store", 3, 8)]))
+    monkeypatch.setattr(machine.dist, "init_process_group", lambda backend, **options: asked.append(backend))
+    assert machine.start_ranks(1) == (3, 8)
+    assert asked == ["cpu:gloo,cuda:nccl"] and "set_device" in as_on_a_gpu
+
+
+def test_free_memory_and_the_name_are_the_cards_own(as_on_a_gpu, process_group):
     assert machine.free_gib()[0] == 60.0
-    assert machine.about_machine.__doc__
+    assert machine.about_machine()["device"] == "H100"
 
 
 @pytest.mark.parametrize("cuda, driver", [("13.0", "580"), ("12.8", "525")])
