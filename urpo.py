@@ -1,7 +1,7 @@
 """URPO: one LLM that learns to answer and to judge its own answers in a single GRPO loop (arXiv 2507.17515).
 
-Read this file from top to bottom and you have read the algorithm. One step has seven parts; the same numbers
-and names stand in README.md, in the log's timings and in the tests:
+Read this file from top to bottom and you have read the algorithm; its equations stand in rewards.py. One step has
+seven parts; the same numbers and names stand in README.md, in the log's timings and in the tests:
 
     1. draw          a mixed batch of preference (P), reasoning (R) and instruction (I) prompts at P:R:I
     2. rollout       G answers a prompt, sampled by vLLM from the current weights
@@ -16,7 +16,8 @@ One policy; no critic, no reward model, no KL and no reference model (beta = 0);
     torchrun --nproc_per_node=2 urpo.py      SmolLM2-135M on a CPU, from the seed base; --help prints every default
     torchrun --nproc_per_node=8 urpo.py      Qwen2.5-7B on eight GPUs (not yet run)
 
-Names carry the shape of a tensor: B rows, T tokens, G group, N answer tokens, V vocabulary, H hidden.
+The end of a tensor's name is its shape: logprob_N holds one value for each of N answer tokens. G is always the number
+of answers in a group.
 """
 
 from __future__ import annotations
@@ -96,11 +97,11 @@ class Config:
     judge_list: int = flag(0, "answers that one judgement compares; 0: all G (D6)")
     audit_judge: int = flag(0, "every k steps also judge answers to R, as a measurement; 0: never")
     both_orders: bool = flag(False, "draw each P row in both orders, so that no position pays (paper silent)")
-    tau: Literal["b", "strict"] = flag("b", "scipy's tau-b | (C - D) / gold-strict pairs (D3)")
+    tau: Literal["b", "strict"] = flag("b", "scipy's tau-b | strict: a tied pair of scores earns 0 (D3)")
     # objective
     clip_low: float = flag(0.8, "lower end of the ratio (paper: 0.8)")
     clip_high: float = flag(1.28, "upper end of the ratio (paper: 1.28)")
-    advantage: Literal["std", "center"] = flag("std", "(r - mean) / std | rewards in [0, 1], r - mean (D9)")
+    advantage: Literal["std", "center"] = flag("std", "center: r - mean, of rewards mapped to [0, 1] (D9)")
     loss: Literal["token-mean", "sequence-mean"] = flag("token-mean", "over the global minibatch: DAPO | GRPO (D15)")
     importance_cap: float = flag(0.0, "0: off; else weight tokens by min(trainer/sampler probability, cap) (D16)")
     # optimiser
@@ -111,12 +112,12 @@ class Config:
     # machine
     precision: Literal["bfloat16", "float32"] = flag("bfloat16", "of the trainer's compute; master weights are fp32")
     row_tokens: int = flag(16384, "tokens in one packed row, the micro-batch of log-probs and update")
-    logit_chunk: int = flag(1024, "answer tokens whose logits are made at once (with --recompute: alive at once)")
+    logit_chunk: int = flag(1024, "answer tokens whose logits are made at once; freed only with --recompute")
     recompute: bool = flag(True, "recompute layers and logits in the backward pass, to save memory")
     gpu_memory: float = flag(0.6, "share of the GPU that vLLM may take while it is awake")
     cpu_cache: float = flag(1.0, "GiB that vLLM takes for keys and values on each rank of a CPU")
     # stop, record
-    max_drift: float = flag(0.1, "most nats between trainer and sampler; later steps also see the first (D16)")
+    max_drift: float = flag(0.1, "nats a token from trainer to sampler; or 5 times the first step's (D16)")
     timeout: float = flag(30.0, "minutes after which ranks give up waiting for one that stalls")
     save_every: int = flag(100, "steps between checkpoints; the last step is always saved; 0: only the last")
     keep: int = flag(0, "newest checkpoints to keep; 0: all")
@@ -127,8 +128,9 @@ PRESETS = {
     # A bf16 sampler is .01 to .02 nats a token away from the trainer, which the cap corrects. A checkpoint of 7B takes
     # 107 GB, so two stay.
     "paper": dict(importance_cap=2.0, keep=2),
-    # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs too: each of four answers four
-    # times, so that all meet. P in both orders, so that no position pays. More I, since self-scores are noisy.
+    # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs too. There are eight for four
+    # answers: each stands in four of them, and every two meet. P is shown in both orders, so that no position pays.
+    # There is more I, since self-scores are noisy.
     "smol": dict(
         model="seed", preferences=["toy:2"], reasoning=["toy"], instructions=["toy"],
         steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
@@ -190,7 +192,7 @@ def reward(config: Config, groups: list[Group]) -> None:
     """Part 4: the reward of every answer by its kind, then advantages within the group."""
     for group in groups:
         group.rewards = group_rewards(group.prompt, group.texts, group.judgements, config.tau)
-        if group.rewards is None:  # no judgement could be read: the group teaches nothing, and is counted (D8)
+        if group.rewards is None:  # of some answer no judgement can be read: the group teaches nothing, counted (D8)
             group.advantages = [0.0] * len(group.texts)
         else:
             rewards, kind = torch.tensor(group.rewards), group.prompt.kind
@@ -199,9 +201,10 @@ def reward(config: Config, groups: list[Group]) -> None:
 
 @torch.no_grad()
 def old_logprobs(config: Config, policy: machine.Policy, groups: list[Group]) -> None:
-    """Part 5: log pi_old by the trainer at rollout weights (D16), of the groups with a signal in later minibatches.
+    """Part 5: log pi_old by the trainer at rollout weights (D16), for every minibatch but the first.
 
-    The first minibatch needs none: part 6 meets it at these same weights, so its own forward pass gives them.
+    Part 6 meets the first one at these same weights, so its own forward pass gives them. Groups without a signal, whose
+    rewards are all equal, need none: their gradient is 0.
     """
     later = groups[len(groups) // config.minibatches :]
     active = [group for group in later if group.has_signal]
@@ -259,11 +262,11 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
 
         J = sum over tokens of  w * min(rho A, clip(rho, 0.8, 1.28) A),   rho = pi(token) / pi_old(token)   [paper]
 
-    with no KL term (beta = 0). Groups without a signal are left out: their gradient is exactly 0.
+    with no KL term (beta = 0). The weights w are ours (D15). Groups without a signal are left out: their gradient is exactly 0.
     """
     total = {"loss": 0.0, "grad_norm": 0.0, "clipped_low": 0.0, "clipped_high": 0.0, "tokens": 0.0,
              "updates": 0, "skipped_updates": 0, "nonfinite_updates": 0}
-    lr = optimizer.param_groups[0]["lr"]  # what the first update uses; a resumed schedule remembers another
+    lr = optimizer.param_groups[0]["lr"]  # not the schedule's: after a resume that is still the saved run's
     size = len(groups) // config.minibatches
     for m in range(config.minibatches):
         minibatch = groups[m * size : (m + 1) * size]
