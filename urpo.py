@@ -262,7 +262,8 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
 
         J = sum over tokens of  w * min(rho A, clip(rho, 0.8, 1.28) A),   rho = pi(token) / pi_old(token)   [paper]
 
-    with no KL term (beta = 0). The weights w are ours (D15). Groups without a signal are left out: their gradient is exactly 0.
+    with no KL term (beta = 0). The weights w are ours (D15). Groups without a signal are left out: their gradient is
+    exactly 0.
     """
     total = {"loss": 0.0, "grad_norm": 0.0, "clipped_low": 0.0, "clipped_high": 0.0, "tokens": 0.0,
              "updates": 0, "skipped_updates": 0, "nonfinite_updates": 0}
