@@ -447,7 +447,7 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for pattern in ("*.py", "report/*.p
 
 def test_the_scan_below_sees_every_script():
     rooms = {"urpo.py", "flags.py", "plan.py", "data.py", "readers.py", "rewards.py", "machine.py", "runs.py",
-             "eval.py", "metrics.py"}
+             "eval.py", "metrics.py", "fingerprint.py"}
     assert rooms <= set(SCRIPTS) and {script.split("/")[0] for script in SCRIPTS} >= {"report", "toy"}
     below = {path for path in ROOT.glob("[!.]*/**/*.py") if path.relative_to(ROOT).parts[0] not in ("tests", "runs")}
     assert below <= {ROOT / script for script in SCRIPTS}
