@@ -63,6 +63,7 @@ class Bench:
         self.model = model
         precision = "bfloat16" if machine.GPU else "float32"
         self.limit = 0.05 if machine.GPU else 1e-3  # nats a token, mean
+        self.awake = True
         self.config = urpo.Config(model=model, precision=precision, max_prompt_tokens=512, max_answer_tokens=64,
                                   max_referee_tokens=64, row_tokens=2048, group=4, cpu_cache=0.5, gpu_memory=0.4)
 
@@ -77,7 +78,16 @@ class Bench:
                                            self.tokenizer.chat_template)
         return f"{machine.about_machine()}"
 
+    def sleep(self) -> None:
+        machine.sleep(self.engine)
+        self.awake = False
+
+    def sync(self) -> None:
+        machine.sync(self.engine, self.policy)
+        self.awake = True
+
     def groups(self, seed: int = 0) -> list[Group]:
+        assert self.awake, "the engine is asked while it sleeps, which a CPU would not notice"
         prompts = [data.encode_chat(self.tokenizer, text) for text in PROMPTS]
         seeds = [seed + i for i in range(len(prompts))]
         answers = machine.generate(self.engine, prompts, 4, [48] * len(prompts), seeds, 1.0)
@@ -110,17 +120,17 @@ class Bench:
 
     def cycle(self, number: int) -> str:
         """New weights make the sampler stale, sleep and sync bring it back in step."""
-        self.perturb(0.3)
+        self.perturb(0.1)
         stale, _ = self.distance(number)
-        machine.sleep(self.engine)
-        machine.sync(self.engine, self.policy)
+        self.sleep()
+        self.sync()
         found = self.in_step(number)
         if not stale > 3 * self.limit:
             raise AssertionError(f"changed weights moved log-probs by {stale:.3f} only: the check shows nothing")
         return f"stale {stale:.2f}, then {found}"
 
-    def update(self) -> str:
-        for row in machine.accumulate(self.policy, machine.build_rows(self.groups(9), self.config.row_tokens)):
+    def update(self, groups: list[Group]) -> str:
+        for row in machine.accumulate(self.policy, machine.build_rows(groups, self.config.row_tokens)):
             (-row.weight_N * row.advantage_N * self.policy(row)).sum().backward()
         norm = machine.clip_gradient(self.policy, 1.0)
         self.optimizer.step()
@@ -133,11 +143,12 @@ class Bench:
         """Free memory after each phase; a second round must end as the first one did."""
         found = {}
         for round in (1, 2):
-            machine.sleep(self.engine)
+            groups = self.groups(9)
+            self.sleep()
             found[f"asleep {round}"] = self.free()
-            self.update()
+            self.update(groups)
             found[f"after an optimiser step {round}"] = self.free()
-            machine.sync(self.engine, self.policy)
+            self.sync()
             found[f"awake {round}"] = self.free()
         if machine.GPU and found["awake 2"] < found["awake 1"] - 0.5:
             raise AssertionError(f"memory is lost from round to round: {found}")
@@ -244,13 +255,12 @@ def main() -> None:
     bench = Bench(model)
     if check("1. driver, ranks, engine with sleep", bench.start):
         check("2. trainer and sampler agree, fresh", lambda: bench.in_step(0))
-        check("2. after sleep and wake", lambda: (machine.sleep(bench.engine), machine.sync(bench.engine, bench.policy),
-                                                  bench.in_step(0))[-1])
+        check("2. after sleep and wake", lambda: (bench.sleep(), bench.sync(), bench.in_step(0))[-1])
         for number in (1, 2, 3):
             check(f"2. after changed weights, cycle {number}", lambda: bench.cycle(number))
         check("3. memory before and after an optimiser step", bench.memory)
         check("5. padded ids, equal seeds", bench.padded_ids)
-        machine.sleep(bench.engine)
+        bench.sleep()
     if machine.GPU:
         for tokens in (300, 1000, 16384):
             check(f"4. compiled attention against dense attention, {tokens} tokens", lambda: attention(tokens))
