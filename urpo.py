@@ -369,7 +369,8 @@ def train(config: Config) -> None:
     tokenizer, sources, policy, optimizer, schedule, engine, log, first_step = set_up(config, run)
     signals = machine.catch_signals()
     steps = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank != 0)
-    first_drift = on_rank_0("reading the log", lambda: runs.first_drift(run))
+    joined = config.warmup_steps if first_step > config.warmup_steps else 0
+    first_drift = on_rank_0("reading the log", lambda: runs.first_drift(run, joined))
     not_finite = 0
     for step in steps:
         clock = machine.Clock(PARTS)
@@ -400,6 +401,8 @@ def train(config: Config) -> None:
         clock("old_logprobs")
 
         # 6. update: minibatches, clipped loss, drift against the sampler, gradient clip, AdamW
+        if step == config.warmup_steps:  # I joins, whose tokens are less sure: the first drift is measured anew
+            first_drift = None
         figures = update(config, policy, optimizer, schedule, groups, first_drift)
         first_drift = first_drift or figures["drift_mean"]
         clock("update")

@@ -63,11 +63,11 @@ def draw_curves(names: list[str], tables: list[pandas.DataFrame], settings: dict
     """
     mean = pandas.concat(tables).groupby("step").mean()  # over the runs that measured a figure at a step
     warmup = settings.get("warmup_steps", 0)
-    drawing = Figure(figsize=(18, 19 if heldout else 15), layout="constrained")
+    drawing = Figure(figsize=(18, 19), layout="constrained")
     title = f"{', '.join(names)}, from model {settings.get('model', 'unknown')}; vertical line: end of the warm-up"
     drawing.suptitle(title, parse_math=False, wrap=True)
-    grid = drawing.add_gridspec(5 if heldout else 4, 4)
-    seconds = drawing.add_subplot(grid[3, 3])
+    grid = drawing.add_gridspec(5, 4)
+    seconds = drawing.add_subplot(grid[4, :2] if heldout else grid[4, :])
     parts = mean.filter(like="seconds.")
     if not parts.empty:
         seconds.stackplot(parts.index, parts.T, labels=parts.columns.str.removeprefix("seconds."))
@@ -79,7 +79,7 @@ def draw_curves(names: list[str], tables: list[pandas.DataFrame], settings: dict
             draw_figure(axis, figure, tables, mean)
         finish_panel(axis, title, warmup)
     if heldout:
-        text = drawing.add_subplot(grid[4, :], frame_on=False, xticks=[], yticks=[])
+        text = drawing.add_subplot(grid[4, 2:], frame_on=False, xticks=[], yticks=[])
         heldout = f"held out: value [95 % interval]\n{heldout}"
         text.text(0, 1, heldout, family="monospace", fontsize=7, va="top", parse_math=False)
     picture = io.BytesIO()
@@ -88,8 +88,15 @@ def draw_curves(names: list[str], tables: list[pandas.DataFrame], settings: dict
 
 
 def draw_brief(names: list[str], tables: list[pandas.DataFrame], settings: dict) -> bytes:
-    """A PNG of the four panels in BRIEF. A running mean over five steps, since a step has few prompts."""
-    tables = [table.rolling(5, min_periods=1, center=True).mean().where(table.notna()) for table in tables]
+    """A PNG of the four panels in BRIEF. A running mean over five steps, since a step has few prompts.
+
+    What is measured every second step is drawn as one line. A longer gap stays a gap.
+    """
+    smooth = []
+    for table in tables:
+        known = table.notna() | table.shift().notna()
+        smooth.append(table.rolling(5, min_periods=1, center=True).mean().where(known))
+    tables = smooth
     mean = pandas.concat(tables).groupby("step").mean()
     drawing = Figure(figsize=(11, 7), layout="constrained")
     drawing.suptitle(f"{len(names)} runs on the laptop's world (thin) and their mean (thick): running mean of 5 steps")
