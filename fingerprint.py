@@ -93,18 +93,3 @@ def differences(trainer: dict[str, Tensor], sampler: dict[str, tuple[list[str], 
     for name in trainer.keys() - compared:
         found[name] = float("inf")
     return found
-
-
-def drift_limit(max_drift: float, first_drift: float | None) -> float:
-    """The mean drift above which a step stops the run, nats a token (D16, ours).
-
-    `max_drift` bounds every step. What bf16 and the kernels of this machine make of these weights shows in the first
-    step that had a drift; five times as much means that something else has come in. A tenth of `max_drift` is always
-    allowed, for in fp32 the first drift may be as good as nothing.
-
-    >>> drift_limit(0.1, None), drift_limit(0.1, 0.015), drift_limit(0.1, 0.03), round(drift_limit(0.001, 1e-6), 6)
-    (0.1, 0.075, 0.1, 0.0001)
-    """
-    if first_drift is None:
-        return max_drift
-    return min(max_drift, max(5 * first_drift, max_drift / 10))

@@ -440,14 +440,6 @@ def read_log(run: Path, repairs: list[str]) -> list[dict]:
     return steps
 
 
-def first_drift(run: Path, first_step: int = 0) -> float | None:
-    """The mean drift of the first step from `first_step` on that had one; None before that."""
-    for _, record in read_lines(run / "log.jsonl", []):
-        if record["step"] >= first_step and record.get("drift_mean"):
-            return record["drift_mean"]
-    return None
-
-
 def read_groups(path: Path, repairs: list[str]):
     """(step, Group) of each line of a rollouts.jsonl."""
     for number, record in read_lines(path, repairs):

@@ -34,7 +34,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-import fingerprint
 import flags
 import machine
 import plan
@@ -117,7 +116,7 @@ class Config:
     gpu_memory: float = flag(0.6, "share of the GPU that vLLM may take while it is awake")
     cpu_cache: float = flag(1.0, "GiB that vLLM takes for keys and values on each rank of a CPU")
     # stop, record
-    max_drift: float = flag(0.1, "nats a token from trainer to sampler; or 5 times the first step's (D16)")
+    max_drift: float = flag(0.1, "stop when trainer and sampler differ by more, mean nats a token (D16)")
     timeout: float = flag(30.0, "minutes after which ranks give up waiting for one that stalls")
     save_every: int = flag(100, "steps between checkpoints; the last step is always saved; 0: only the last")
     keep: int = flag(0, "newest checkpoints to keep; 0: all")
@@ -215,10 +214,11 @@ def old_logprobs(config: Config, policy: machine.Policy, groups: list[Group]) ->
 # ------------------------------------------------------------------------------- 6. update
 
 
-def check_drift(groups: list[Group], limit: float) -> dict[str, float | None]:
+def check_drift(groups: list[Group], max_drift: float) -> dict[str, float | None]:
     """Distance between the trainer's log-probs at rollout weights and the sampler's own, nats a token (D16).
 
-    Measured before the first optimiser step, of every group with a signal. Raises FloatingPointError above `limit`.
+    Measured before the first optimiser step, of every group with a signal. Raises FloatingPointError above
+    `max_drift`.
     """
     distances = []
     for group in groups:
@@ -232,10 +232,10 @@ def check_drift(groups: list[Group], limit: float) -> dict[str, float | None]:
         return {"drift_mean": None, "drift_max": None}
     drift_mean = all_reduce(sum(distances)) / tokens
     drift_max = all_reduce(max(distances, default=0.0), dist.ReduceOp.MAX)
-    if not drift_mean <= limit:
-        raise FloatingPointError(f"drift: trainer and sampler differ by {drift_mean:.4f} nats a token, above the limit "
-                                 f"{limit:.3g} (--max_drift, or five times the first step's): the sampler does not "
-                                 "hold the trainer's weights, or its precision is too low")
+    if not drift_mean <= max_drift:
+        raise FloatingPointError(f"drift: trainer and sampler differ by {drift_mean:.4f} nats a token, above "
+                                 f"--max_drift {max_drift}: the sampler does not hold the trainer's weights, "
+                                 "or its precision is too low")
     return {"drift_mean": drift_mean, "drift_max": drift_max}
 
 
@@ -256,8 +256,7 @@ def set_token_weights(groups: list[Group], loss: str) -> None:
             group.weights += [weight] * len(answer)
 
 
-def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: list[Group],
-           first_drift: float | None = None) -> dict:
+def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: list[Group]) -> dict:
     """Part 6: one optimiser step a minibatch, maximising
 
         J = sum over tokens of  w * min(rho A, clip(rho, 0.8, 1.28) A),   rho = pi(token) / pi_old(token)   [paper]
@@ -294,7 +293,7 @@ def update(config: Config, policy: machine.Policy, optimizer, schedule, groups: 
             part["clipped_high"] += high
 
         if m == 0:
-            drift = check_drift(groups, fingerprint.drift_limit(config.max_drift, first_drift))
+            drift = check_drift(groups, config.max_drift)
         if not rows:  # their number is the same on all ranks, so all skip together
             total["skipped_updates"] += 1
             continue
@@ -369,8 +368,6 @@ def train(config: Config) -> None:
     tokenizer, sources, policy, optimizer, schedule, engine, log, first_step = set_up(config, run)
     signals = machine.catch_signals()
     steps = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank != 0)
-    joined = config.warmup_steps if first_step > config.warmup_steps else 0
-    first_drift = on_rank_0("reading the log", lambda: runs.first_drift(run, joined))
     not_finite = 0
     for step in steps:
         clock = machine.Clock(PARTS)
@@ -401,10 +398,7 @@ def train(config: Config) -> None:
         clock("old_logprobs")
 
         # 6. update: minibatches, clipped loss, drift against the sampler, gradient clip, AdamW
-        if step == config.warmup_steps:  # I joins, whose tokens are less sure: the first drift is measured anew
-            first_drift = None
-        figures = update(config, policy, optimizer, schedule, groups, first_drift)
-        first_drift = first_drift or figures["drift_mean"]
+        figures = update(config, policy, optimizer, schedule, groups)
         clock("update")
 
         # 7. sync: new weights into the engine; log, checkpoint

@@ -150,7 +150,7 @@ def test_a_sampler_that_was_not_synced_stops_the_run_with_one_line(finished, tau
     (tmp_path / "stale.py").write_text(STALE.format(root=str(ROOT)))
     output = run(tmp_path, taught_model, "--steps", "8", "--resume", ranks=1, status=2, program=tmp_path / "stale.py")
     assert output.splitlines()[-1].startswith("error: drift: trainer and sampler differ by ")
-    assert "above the limit 0.0001 (--max_drift, or five times the first step's): the sampler does not" in output
+    assert "above --max_drift 0.001: the sampler does not hold the trainer's weights" in output
     assert "Traceback" not in output
     assert len(lines(tmp_path / "runs" / "e2e" / "log.jsonl")) == 6
     assert not (tmp_path / "runs" / "e2e" / "checkpoints" / "step_8").exists()

@@ -54,15 +54,6 @@ def test_the_checksums_of_a_checkpoint_are_shared_out_over_the_ranks_and_none_is
     assert found == runs.file_list(tmp_path) and len(found) == 5 and max(shares) - min(shares) <= 1
 
 
-def test_the_first_drift_of_a_run_is_that_of_the_first_step_that_had_one(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text("")
-    assert runs.first_drift(tmp_path) is None
-    log.write_text('{"step": 0, "drift_mean": null}\n{"step": 1, "drift_mean": 0.02}\n{"step": 2, "drift_mean": 0.5}\n')
-    assert runs.first_drift(tmp_path) == 0.02
-    assert runs.first_drift(tmp_path, 2) == 0.5  # of a run whose warm-up ended there
-
-
 def names(run_folder: Path) -> list[str]:
     return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
 

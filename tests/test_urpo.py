@@ -240,21 +240,9 @@ def test_a_stale_sampler_stops_the_run_before_any_weight_moves(make_policy, mini
             p.mul_(1.05)
     optimizer = RecordingOptimizer(policy)
     urpo.old_logprobs(config, policy, groups)
-    with pytest.raises(FloatingPointError, match="above the limit 0.001 .*: the sampler does not hold the trainer's"):
+    with pytest.raises(FloatingPointError, match="above --max_drift 0.001: the sampler does not hold the trainer's"):
         urpo.update(config, policy, optimizer, SCHEDULE, groups)
     assert optimizer.steps == []
-
-
-def test_a_drift_of_five_times_the_first_steps_stops_a_later_step_though_it_is_below_max_drift(make_policy):
-    groups = random_groups(3)
-    config, policy = in_step_with_sampler(make_policy, groups, shift=4e-4)  # max_drift is 1e-3
-    optimizer = RecordingOptimizer(policy)
-    urpo.old_logprobs(config, policy, groups)
-    with pytest.raises(FloatingPointError, match="above the limit 0.0003 "):
-        urpo.update(config, policy, optimizer, SCHEDULE, groups, first_drift=6e-5)
-    assert optimizer.steps == []
-    urpo.update(config, policy, optimizer, SCHEDULE, groups, first_drift=1e-4)
-    assert len(optimizer.steps) == 1
 
 
 @pytest.mark.parametrize("times, weight", [(2, 0.5), (1 / 1.5, 1.5), (1 / 3, 2.0), (1, 1.0)])
