@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from functools import lru_cache
@@ -188,7 +187,7 @@ def record(row: Prompt, greedy: list[machine.Sample], sampled: list[machine.Samp
 
 def heldout(args) -> None:
     """Answers, judgements and constraints on held-out rows: a table, and JSON for `compare` and `report`."""
-    folder, tokenizer = open_model(args.model)
+    folder, tokenizer = open_model(args.model, args.chat_template)
     rows = heldout_rows(args, tokenizer)
     pairs, questions, tasks = [rows.get(kind, []) for kind in data.KINDS]
     prompts = [*questions, *tasks, *both_orders(pairs)]
@@ -222,16 +221,12 @@ def benchmark_pairs(args) -> tuple[list[tuple[str, str]], list[Prompt]]:
     source, home = args.preferences, {}
     for section, subsets in metrics.REWARDBENCH.items():
         home |= dict.fromkeys(subsets, section)
-    rows = readers.load_source("preference", source, split=args.split)
-    if os.path.exists(source):
-        with open(source, "rb") as lines:
-            records = [json.loads(line) for line in lines if line.strip()]
-    else:
-        records = readers.hub_records("preference", source, args.split)
+    records, _ = readers.source_records("preference", source, args.split, count=4096)
     labels, pairs = [], []
-    for record, row in zip(records, rows, strict=True):
-        pair = better_first(row)
+    for number, record in records:  # also what repeats: the benchmark's weights count it
+        pair = better_first(readers.read_row("preference", f"{source}:{number}", record))
         if pair:
+            record = json.loads(record) if isinstance(record, bytes) else record
             subset = str(record.get("subset") or "all")
             labels.append((str(record.get("section") or home.get(subset, "other")), subset))
             pairs.append(pair)
@@ -247,7 +242,7 @@ def rewardbench(args) -> None:
     consistent   the same winner in both orders, among pairs read in both
     longer wins  the accuracy of preferring the longer response; preferring the first one has 0.5 in every line
     """
-    folder, tokenizer = open_model(args.model)
+    folder, tokenizer = open_model(args.model, args.chat_template)
     labels, pairs = benchmark_pairs(args)
     fits = fitting(pairs, tokenizer, args.max_prompt_tokens, f"--data {args.preferences}",
                    "pair (two responses of different scores)")
@@ -291,7 +286,7 @@ def question_measures(row: Prompt, greedy: list[machine.Sample], sampled: list[m
 
 def reasoning(args) -> None:
     """pass@1 (greedy), and from k samples mean@k, pass@j and maj@k, for each set; of several sets the plain average."""
-    folder, tokenizer = open_model(args.model)
+    folder, tokenizer = open_model(args.model, args.chat_template)
     sets, prompts = {}, []
     for source in args.reasoning:
         rows = readers.load_source("reasoning", source, split=split_of(source, args.split), count=512)
@@ -346,7 +341,7 @@ def alpacaeval(args) -> None:
 
 def write_answers(args) -> None:
     """One greedy answer to each instruction, in the form of the `alpaca_eval` package."""
-    folder, tokenizer = open_model(args.model)
+    folder, tokenizer = open_model(args.model, args.chat_template)
     source = args.instructions
     if source.endswith(".json"):
         records = read_outputs(source, "instruction")
@@ -368,7 +363,7 @@ def write_answers(args) -> None:
 
 def win_rate(args) -> None:
     """The share of instructions on which a judge prefers --outputs to --against, plain and length-controlled."""
-    folder, tokenizer = open_model(args.judge)
+    folder, tokenizer = open_model(args.judge, args.chat_template)
     own = read_outputs(args.outputs, "instruction", "output")
     reference = {}
     for record in read_outputs(args.against, "instruction", "output"):
@@ -416,7 +411,7 @@ def probe(args) -> None:
     It takes every flag of urpo.py; each P row is drawn in both orders, and kinds have equal shares (0 stays 0).
     """
     config = flags.parse(urpo.Config, urpo.PRESETS, [*args.flags, "--model", args.model])
-    config.both_orders, config.warmup_steps, config.minibatches = True, 0, 1
+    config.both_orders, config.warmup_steps, config.minibatches, config.audit_judge = True, 0, 1, 0
     data.mix_counts(config.mix, 0, warmup=False)  # refuses what is no mix
     config.mix = ":".join(str(min(1, int(share))) for share in config.mix.split(":"))
     config.batch = args.rows * config.mix.count("1")
@@ -533,9 +528,10 @@ OPTIONS = {
     "max_answer_tokens": (positive, None, "of answers"),
     "max_referee_tokens": (positive, None, "of judgements"),
     "seed": (int, 0, "of sampling"),
+    "chat_template": (str, "", "file with a template for a base that has none"),
     "json": (str, "", "write the figures here, for compare; runs/<name>/heldout*.json joins the report"),
 }
-COMMON = ("max_prompt_tokens", "max_answer_tokens", "max_referee_tokens", "seed", "json")
+COMMON = ("max_prompt_tokens", "max_answer_tokens", "max_referee_tokens", "seed", "chat_template", "json")
 
 
 def add_command(commands, function, help: str, *options: str, **defaults):

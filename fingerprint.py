@@ -5,6 +5,7 @@ matrix does, or when two matrices, rows or columns change places, and it costs w
 keep several matrices in one, or in a form that only multiplication reads: their sketches can be compared all the same.
 Drift cannot see as much: with bf16 its noise is .02 nats a token, and a sampler one small step behind moves it by .008.
 """
+import math
 from functools import lru_cache
 
 import torch
@@ -84,12 +85,13 @@ def differences(trainer: dict[str, Tensor], sampler: dict[str, tuple[list[str], 
     found = {}
     for name, (parts, own) in sampler.items():
         compared.update(parts)
-        found[name] = float("inf")
+        found[name] = math.inf
         if trainer.keys() >= set(parts):
             expected = torch.cat([trainer[part] for part in parts])
             if len(own) >= len(expected):  # the sampler pads the vocabulary
                 distance = (own[: len(expected)].to(expected.device) - expected).norm()
-                found[name] = (distance / expected.norm().clamp(min=1e-30)).item() if distance else 0.0
+                relative = (distance / expected.norm().clamp(min=1e-30)).item() if distance else 0.0
+                found[name] = relative if math.isfinite(relative) else math.inf
     for name in trainer.keys() - compared:
-        found[name] = float("inf")
+        found[name] = math.inf
     return found

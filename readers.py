@@ -15,7 +15,7 @@ import zlib
 from tqdm import tqdm
 
 from data import FLAGS, InputError, Prompt, encode_judgement, encode_prompt, swapped
-from rewards import check_answer
+from rewards import check_answer, final_answer
 
 # ------------------------------------------------------------------------------- formats
 
@@ -133,6 +133,10 @@ def read_reasoning(record: dict) -> Prompt:
             raise ValueError(f"field {name!r}: {answer!r} is not finite")
         answer = str(answer)
     answer = text_of(name, answer).rpartition("####")[2].strip()
+    if "\\boxed{" in answer:  # a whole solution
+        answer = final_answer(answer)
+    elif name == "solution" and "####" not in record["solution"]:
+        raise ValueError("field 'solution': no \\boxed{} and no ####, so nobody knows which of it is the answer")
     try:
         check_answer(answer)
     except ValueError as error:
@@ -197,37 +201,41 @@ def progress(rows, what: str):
 MOST_UNREADABLE = 0.02  # of the rows of a hub's set; above that our reader is wrong for it
 
 
-def load_source(kind: str, source: str, split: str = "train", count: int = 4096) -> list[Prompt]:
-    """All prompts of one kind, read by the fields that a record has.
+def source_records(kind: str, source: str, split: str, count: int):
+    """((number, record) of every row, whether they come from the hub).
 
-    `source`: `toy`, `count` rows of our own small world; `toy:2`, its pairs alone; a local .jsonl; or a hub id, whose
-    repeated rows are read once (DAPO-Math-17k holds each question a hundred times), and whose few unreadable rows are
-    left out and counted.
-    Raises InputError naming file, line, field and what to do.
+    `source`: `toy`, `count` rows of our own small world; `toy:2`, its pairs alone; a local .jsonl; or a hub id.
     """
     name, _, n = source.partition(":")
-    once = False
     if name == "toy":
         from toy import world
 
         if n and (kind != "preference" or not re.fullmatch("[2-8]", n)):
             raise InputError(f"--{FLAGS[kind]} {source}: toy takes a number of responses, 2 to 8, for --preferences "
                              "alone; for example toy:2")
-        records = enumerate(world.records(kind, split, count, int(n or 0)), 1)
-    elif source.endswith((".jsonl", ".json")) or os.path.exists(source):
-        records = file_records(kind, source)
-    else:
-        records, once = enumerate(hub_records(kind, source, split), 1), True
+        return enumerate(world.records(kind, split, count, int(n or 0)), 1), False
+    if source.endswith((".jsonl", ".json")) or os.path.exists(source):
+        return file_records(kind, source), False
+    return enumerate(hub_records(kind, source, split), 1), True
+
+
+def load_source(kind: str, source: str, split: str = "train", count: int = 4096) -> list[Prompt]:
+    """All prompts of one kind, read by the fields that a record has.
+
+    Repeated rows of the hub are read once (DAPO-Math-17k holds each question a hundred times), and a few unreadable
+    rows of the hub are left out and counted. Raises InputError naming file, line, field and what to do.
+    """
+    records, from_hub = source_records(kind, source, split, count)
     prompts, seen, unreadable, number = [], set(), [], 0
     for number, record in progress(records, f"reading {source}"):
         try:
             prompt = read_row(kind, f"{source}:{number}", record)
         except InputError as error:
-            if not once:
+            if not from_hub:
                 raise
             unreadable.append(error)  # a row of the hub, which the user cannot correct
             continue
-        if not (once and prompt in seen):
+        if not (from_hub and prompt in seen):
             prompts.append(prompt)
             seen.add(prompt)
     if len(unreadable) > MOST_UNREADABLE * number:
@@ -284,7 +292,12 @@ def load_sources(names: dict[str, list[str]], counts: dict[str, int], tokenizer,
 
 def checksums(sources: dict[str, list[Prompt]]) -> dict[str, int]:
     """A number for the rows of each kind, by which a changed file is noticed."""
-    return {kind: zlib.crc32(repr(rows).encode()) for kind, rows in sources.items()}
+    found = {}
+    for kind, rows in sources.items():
+        found[kind] = 0
+        for row in rows:
+            found[kind] = zlib.crc32(repr(row).encode(), found[kind])
+    return found
 
 
 def better_first(row: Prompt) -> Prompt | None:

@@ -148,7 +148,8 @@ def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) ->
 
     The answers stand in a ring p, shuffled. List (d, j) is p[j], p[j + d], p[j + 2d], ... around the ring, `listed`
     of them. One stride d and all j together show every answer `listed` times, once in each position. The first
-    judgements * size / listed of these lists are taken, so every answer is judged `judgements` times.
+    judgements * size / listed of these lists are taken, so every answer is judged `judgements` times. With all answers
+    in one list, the orders are that of the ring, begun at another answer each time.
 
     Here every pair of four answers meets, and each answer stands first as often as last:
 
@@ -160,7 +161,10 @@ def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) ->
     for stride in judge_strides(size, listed):
         for first in range(size):
             orders.append([ring[(first + place * stride) % size] for place in range(listed)])
-    return orders[: judgements * size // listed]
+    wanted = judgements * size // listed
+    if wanted > len(orders):
+        raise ValueError(f"{wanted} judgements wanted, and only {len(orders)} lists differ")
+    return orders[:wanted]
 
 
 def self_rewards(texts: Sequence[str], orders: Sequence[Sequence[int]]) -> list[float] | None:

@@ -170,7 +170,7 @@ def check_folder(name: str, resume: bool) -> None:
     for folder in (run.parent, run):
         if os.path.lexists(folder) and not folder.is_dir():
             raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
-    if (run / "log.jsonl").exists() and not resume:
+    if not resume and ((run / "log.jsonl").exists() or checkpoints(run / "checkpoints")):
         raise InputError(f"{run} holds a run: give --resume to continue it, or another --name")
 
 
@@ -224,6 +224,7 @@ class Log:
         first_step, saved = last_checkpoint(self.run) if self.settings["resume"] else (0, None)
         if saved:
             check_resumed(saved, self.settings)
+            check_sources(read_about(self.run).get("sources"), about["sources"])
         self.run.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "rollouts.jsonl"):
             cut_lines(self.run / name, first_step)
@@ -303,7 +304,7 @@ def save_checkpoint(folder: Path, policy, optimizer, schedule, tokenizer, settin
 
 # What a resumed run may change: how it goes on. Everything else decides which prompts come, or what `eval.py explain`
 # derives again by the settings in config.json, which must hold for all steps of a run.
-MAY_CHANGE = """name preset steps model lr lr_warmup weight_decay grad_clip clip_low clip_high importance_cap
+MAY_CHANGE = """name preset steps lr lr_warmup weight_decay grad_clip clip_low clip_high importance_cap
     precision row_tokens logit_chunk recompute gpu_memory cpu_cache max_drift timeout save_every keep""".split()
 
 
@@ -322,6 +323,14 @@ def check_resumed(saved: Path, settings: dict) -> None:
         raise InputError(f"--resume: a run keeps these settings from its first step to its last, and {saved} was made "
                          f"with others ({', '.join(refused)}): give the old ones, or start a new run with another "
                          f"--name and --model {saved / 'model'}")
+
+
+def check_sources(before: dict | None, now: dict) -> None:
+    """Refuse to go on with other rows: the order of every later draw would be another one."""
+    changed = [kind for kind in now if before and before.get(kind) != now[kind]]
+    if changed:
+        raise InputError(f"--resume: the rows of {', '.join(changed)} are not those that the run began with; bring the "
+                         "old files back, or start a new run with another --name")
 
 
 def load_checkpoint(folder: Path, policy, optimizer, schedule) -> None:

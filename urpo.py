@@ -334,8 +334,9 @@ def set_up(config: Config, run: Path):
         config.judge_list or config.group, config.toy_rows, machine.each_row_once)
 
     log = runs.Log(run, asdict(config))
-    about = {"rows_dropped_as_too_long": dropped, "sources": readers.checksums(sources)}
-    first_step, saved = on_rank_0(f"writing {run}", lambda: log.open(about))
+    about = {"rows_dropped_as_too_long": dropped}
+    first_step, saved = on_rank_0(
+        f"writing {run}", lambda: log.open({**about, "sources": readers.checksums(sources)}))
 
     policy = machine.load_policy(
         folder, len(tokenizer), config.precision, config.temperature,

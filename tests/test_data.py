@@ -18,6 +18,7 @@ import flags
 import readers
 import urpo
 from data import KINDS, Group, InputError, Prompt
+from rewards import verify_answer
 
 
 def test_worked_examples_in_docstrings():
@@ -341,3 +342,16 @@ def test_a_record_without_a_field_is_refused_by_its_name():
 def test_the_size_of_a_group_and_whether_it_has_a_signal():
     assert (RANKED.answer_tokens, RANKED.tokens) == (3, 5)
     assert RANKED.has_signal and not UNJUDGED.has_signal
+
+
+def test_the_answer_of_a_whole_solution_is_what_stands_in_its_box():
+    row = readers.read_row("reasoning", "file:1", {"problem": "2 + 2?", "solution": r"The sum is $\\boxed{4}$."})
+    assert row.answer == "4" and verify_answer(r"so \\boxed{4}", row.answer) == 1
+    with pytest.raises(InputError, match="file:1: field 'solution': no .*boxed.* nobody knows which"):
+        readers.read_row("reasoning", "file:1", {"problem": "2 + 2?", "solution": "The sum is four, or 4."})
+
+
+def test_the_checksum_of_the_rows_changes_with_any_row_and_with_their_order():
+    rows = readers.load_source("reasoning", "toy", count=3)
+    found = {str(part): readers.checksums({"reasoning": part}) for part in (rows, rows[::-1], rows[:2])}
+    assert len({value["reasoning"] for value in found.values()}) == 3

@@ -1,6 +1,7 @@
 """fingerprint.py: a sampler that lacks any of the trainer's weights is noticed by sync, also on a real engine."""
 import doctest
 import json
+import math
 import os
 import subprocess
 import sys
@@ -182,3 +183,11 @@ def test_sync_on_a_real_engine_notices_each_fault(taught_model, untied_model, sm
             assert "sync: the sampler does not hold the trainer's weights: " in result[fault], (fault, result[fault])
             assert part in result[fault]
     assert "lm_head.weight" in results[0]["stale head"]  # that of the tied model, which has to be packed by hand
+
+
+def test_a_tensor_that_is_not_a_number_is_no_equal_tensor():
+    ones = torch.ones(3)
+    embedding = "model.embed_tokens.weight"
+    held = {"a": (["a"], torch.full((3,), math.nan)), embedding: ([embedding], ones)}
+    found = fingerprint.differences({"a": ones, embedding: ones}, held)
+    assert max(found.values()) == math.inf

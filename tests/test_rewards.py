@@ -387,3 +387,8 @@ def test_first_position_preference(rows, preference):
 
 def test_figures_of_nothing_are_unknown():
     assert math.isnan(first_position_preference([])) and mean([]) is None and mean(x for x in [0, 1]) == 0.5
+
+
+def test_more_judgements_than_lists_that_differ_are_refused():
+    with pytest.raises(ValueError, match="only 2 lists differ"):
+        judge_orders(2, 2, 3, random.Random(0))

@@ -44,7 +44,7 @@ def main() -> None:
                                            str(write_pairs(Path(folder) / "pairs.jsonl", given.pairs))])
         model, tokenizer = opened = evaluation.open_model(args.model)
         engine = evaluation.open_engine(model, tokenizer, args)
-        evaluation.open_model = lambda name: opened  # started once
+        evaluation.open_model = lambda *_: opened  # started once
         evaluation.open_engine = lambda *_: engine
         _, pairs = evaluation.benchmark_pairs(args)
         prompts = [{"prompt_token_ids": data.encode_prompt(tokenizer, shown)}
