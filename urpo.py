@@ -135,7 +135,7 @@ PRESETS = {
         steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
         max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40, max_judge_tokens=800,
         both_orders=True, judgements=4, judge_list=2, audit_judge=2, lr=1e-5,
-        row_tokens=1024, recompute=False, cpu_cache=0.5, save_every=0,
+        row_tokens=1024, recompute=False, cpu_cache=0.5, save_every=8, keep=2,
         precision=machine.SMOL_PRECISION, max_drift=machine.SMOL_DRIFT),
 }
 

@@ -23,7 +23,7 @@ from conftest import ROOT, free_port
 # Every size is given, so that no change of the preset changes what these runs show.
 SIZES = ("--preset smol --name e2e --batch 12 --mix 1:1:1 --group 4 --judgements 1 --judge_list 0 --audit_judge 0 "
          "--max_prompt_tokens 700 --max_answer_tokens 24 --max_referee_tokens 24 --max_judge_tokens 700 "
-         "--preferences toy:4 --toy_rows 40 --row_tokens 512 "
+         "--preferences toy:4 --toy_rows 40 --row_tokens 512 --save_every 0 --keep 0 "
          "--warmup_steps 1 --lr 1e-3 --lr_warmup 0 --max_drift 0.001 --precision float32").split()
 
 
