@@ -6,6 +6,7 @@ import machine
 from data import InputError
 from rewards import judge_strides
 
+DESCRIPTION = "URPO; see README.md. With --plan beside any flags: what such a run needs and takes (docs/gpu.md)"
 ABOVE_0 = """batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens
     max_judge_tokens row_tokens logit_chunk rollouts_every toy_rows temperature lr grad_clip gpu_memory cpu_cache
     max_drift timeout""".split()
@@ -19,7 +20,7 @@ def parse(settings: type, presets: dict[str, dict], arguments: list[str]):
     def refuse(message):
         raise InputError(f"{message}; --help lists the settings")
 
-    parser = HfArgumentParser(settings, description="URPO; see README.md", allow_abbrev=False)
+    parser = HfArgumentParser(settings, description=DESCRIPTION, allow_abbrev=False)
     parser.error = refuse
     preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
     if preset == "auto" and machine.missing_gpu():
