@@ -156,7 +156,6 @@ PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "s
 TRAINING, AWAKE = ("old_logprobs", "update"), ("draw", "rollout", "self_score", "sync")  # what the sampler does
 OTHER_GPU = 4.0  # GiB: CUDA contexts, NCCL's buffers, CUDA graphs. From the sources and others' reports
 OTHER_CPU = 1.3  # GiB: Python with torch and vLLM, and what the C library's heap keeps
-SAMPLED_AT_ONCE = 8192  # tokens of one forward pass of the sampler
 
 
 def longest_row(settings: dict) -> int:
@@ -258,7 +257,7 @@ def cache_sequences(shape: Shape, settings: dict, world: int, gpu_gib: float | N
         token = 4 * shape.key_values
     else:
         sequences = settings["batch"] // world * settings["group"]
-        work = 4 * SAMPLED_AT_ONCE * (2 * shape.inner + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
+        work = 4 * machine.SAMPLED_AT_ONCE * (2 * shape.inner + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
         room = settings["gpu_memory"] * gpu_gib * 2**30 - 2 * shape.parameters - work
         token = 2 * shape.key_values
     answer = max(settings["max_answer_tokens"], settings["max_referee_tokens"])
