@@ -10,13 +10,16 @@ against an update under fake tensors and against what the laptop's run took. Siz
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
+import flags
 import machine
 from data import InputError, mix_counts
 
@@ -250,8 +253,8 @@ def cpu_memory(shape: Shape, settings: dict, world: int) -> dict[str, dict[str, 
     return {**rows, "together": fill(PARTS, sum(sizes.values()))}
 
 
-def cache_sequences(shape: Shape, settings: dict, world: int, gpu_gib: float | None) -> float:
-    """How many answers of full length, and their prompts, the sampler's cache holds at a time."""
+def cache_tokens(shape: Shape, settings: dict, world: int, gpu_gib: float | None) -> float:
+    """Tokens whose keys and values the sampler's cache holds. Negative: not even the work beside it has room."""
     if gpu_gib is None:
         room = settings["cpu_cache"] * 2**30
         token = 4 * shape.key_values
@@ -260,8 +263,22 @@ def cache_sequences(shape: Shape, settings: dict, world: int, gpu_gib: float | N
         work = 4 * machine.SAMPLED_AT_ONCE * (2 * shape.inner + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
         room = settings["gpu_memory"] * gpu_gib * 2**30 - 2 * shape.parameters - work
         token = 2 * shape.key_values
+    return room / token
+
+
+def cache_sequences(shape: Shape, settings: dict, world: int, gpu_gib: float | None) -> float:
+    """How many answers of full length, and their prompts, the sampler's cache holds at a time."""
     answer = max(settings["max_answer_tokens"], settings["max_referee_tokens"])
-    return room / token / (settings["max_prompt_tokens"] / settings["group"] + answer)
+    prompt = settings["max_prompt_tokens"] / settings["group"]
+    return max(0.0, cache_tokens(shape, settings, world, gpu_gib)) / (prompt + answer)
+
+
+def longest_to_cache(settings: dict) -> int:
+    """Tokens that the cache must hold, else vLLM does not start: one longest sequence, in blocks of 32 at most.
+
+    One block it holds back.
+    """
+    return -(-flags.longest_sequence(SimpleNamespace(**settings)) // 32) * 32 + 32
 
 
 # ------------------------------------------------------------------------------- time of a step
@@ -341,9 +358,18 @@ def does_not_fit(shape: Shape, settings: dict, world: int, gpu_gib: float) -> st
     worst = max(PARTS, key=lambda part: together[part])
     if together[worst] > gpu_gib:
         return f"part {worst} needs {together[worst]:.1f} GiB of a GPU with {gpu_gib:.1f} GiB"
+    return cache_too_small(shape, settings, world, gpu_gib)
+
+
+def cache_too_small(shape: Shape, settings: dict, world: int, gpu_gib: float | None) -> str:
+    """"" or how much less the sampler's cache holds than it must."""
+    tokens, longest = cache_tokens(shape, settings, world, gpu_gib), longest_to_cache(settings)
+    if tokens < longest:
+        return (f"the sampler's cache holds {max(0.0, tokens):.0f} tokens, and the longest prompt with its answer may "
+                f"take {longest} (--max_judge_tokens, --max_prompt_tokens)")
     sequences = cache_sequences(shape, settings, world, gpu_gib)
     if sequences < LEAST_SEQUENCES:
-        return f"the sampler's cache holds {max(0.0, sequences):.1f} answers of full length"
+        return f"the sampler's cache holds {sequences:.1f} answers of full length"
     return ""
 
 
@@ -361,8 +387,9 @@ def what_to_change(shape: Shape, settings: dict, world: int, gpu_gib: float) -> 
                             flags.append(f"{ranks} GPUs")
                         return " and ".join(flags)
     longest = settings["max_prompt_tokens"] + settings["group"] * settings["max_answer_tokens"]
-    return (f"nothing fits as it is: one packed group may take {longest} tokens, so lower --max_answer_tokens or "
-            "--max_prompt_tokens, or take a smaller model or larger GPUs")
+    return (f"nothing fits as it is: one packed group may take {longest} tokens and a sequence in the sampler "
+            f"{longest_to_cache(settings)}, so lower --max_answer_tokens, --max_prompt_tokens or --max_judge_tokens, "
+            "or take a smaller model or larger GPUs")
 
 
 # ------------------------------------------------------------------------------- checks
@@ -407,6 +434,13 @@ def check_start(folder: str, vocabulary: int, tokens: int, settings: dict) -> No
     machine.on_rank_0("measuring memory", lambda: check_memory(shape, settings, world, *machine.free_gib()))
 
 
+def enough_cache(shape: Shape, settings: dict) -> float:
+    """GiB of a CPU's cache, rounded up to a tenth, for the longest sequence and for the least number of answers."""
+    one = cache_tokens(shape, settings | {"cpu_cache": 1.0}, 1, None)
+    answers = cache_sequences(shape, settings | {"cpu_cache": 1.0}, 1, None)
+    return math.ceil(10 * max(longest_to_cache(settings) / one, LEAST_SEQUENCES / answers)) / 10
+
+
 def check_memory(shape: Shape, settings: dict, world: int, gpu_gib: float | None, host_gib: float) -> None:
     """gpu_gib: of one GPU; None on a CPU. host_gib: free in this machine."""
     if gpu_gib is not None:
@@ -415,6 +449,10 @@ def check_memory(shape: Shape, settings: dict, world: int, gpu_gib: float | None
             raise InputError(f"{world} GPUs, {shape.parameters / 1e9:.1f}B parameters: {reason}: use "
                              f"{what_to_change(shape, settings, world, gpu_gib)} (python urpo.py --plan shows all)")
         return
+    reason = cache_too_small(shape, settings, world, None)
+    if reason:
+        raise InputError(f"--cpu_cache {settings['cpu_cache']}: {reason}: use --cpu_cache {enough_cache(shape, settings)}"
+                         ", or shorter sequences")
     needed = world * cpu_memory(shape, settings, world)["together"]["update"]
     if needed > host_gib:
         fitting = world
@@ -487,6 +525,9 @@ def time_lines(shape: Shape, settings: dict, world: int, on_gpu: bool) -> list[s
 def verdict(shape: Shape, settings: dict, world: int, gpu_gib: float | None, host: float) -> str:
     if gpu_gib is None:
         needed = world * cpu_memory(shape, settings, world)["together"]["update"]
+        reason = cache_too_small(shape, settings, world, None)
+        if reason:
+            return f"does NOT fit: {reason}. Use --cpu_cache {enough_cache(shape, settings)}"
         return f"all ranks: {needed:.1f} GiB, " + ("which fits" if needed <= host else "which does NOT fit")
     reason = does_not_fit(shape, settings, world, gpu_gib)
     return f"does NOT fit: {reason}. Use {what_to_change(shape, settings, world, gpu_gib)}" if reason else "it fits"

@@ -4,6 +4,7 @@ The figures of others and what they stand for are cited in docs/gpu.md.
 """
 import doctest
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -122,7 +123,25 @@ def test_every_advice_fits_or_says_that_nothing_does(model, gpu_gib):
 
 
 def test_a_cache_too_small_for_four_answers_does_not_fit():
-    assert "cache holds 0.0 answers of full length" in plan.does_not_fit(SEVEN_B, settings(gpu_memory=0.2), 8, 79.0)
+    short = settings(gpu_memory=0.245, max_judge_tokens=1000, max_prompt_tokens=1000)
+    assert "cache holds 3.4 answers of full length" in plan.does_not_fit(SEVEN_B, short, 8, 79.0)
+
+
+def test_a_gpus_cache_must_hold_the_longest_judges_prompt_with_its_answer():
+    """vLLM refuses to start otherwise. `paper`: 24,576 + 1,024 tokens."""
+    reason = plan.does_not_fit(SEVEN_B, settings(gpu_memory=0.45), 8, 40.0)
+    assert re.search(r"cache holds \d+ tokens, and the longest prompt with its answer may take 25632 \(--max_judge", reason)
+    assert plan.what_to_change(SEVEN_B, settings(gpu_memory=0.45), 8, 40.0) == "--gpu_memory 0.5"
+    assert not plan.does_not_fit(SEVEN_B, settings(gpu_memory=0.45, max_judge_tokens=8192), 8, 40.0)
+
+
+def test_a_cpus_cache_must_hold_it_too():
+    shape, long = plan.planned_shape("raw"), settings("smol", max_judge_tokens=24576)
+    with pytest.raises(InputError, match=r"--cpu_cache 0.5: the sampler's cache holds 11650 tokens, and the longest "
+                                         r"prompt with its answer may take 24672 .*: use --cpu_cache 1.1, or shorter"):
+        plan.check_memory(shape, long, 1, None, 99.0)
+    plan.check_memory(shape, long | {"cpu_cache": 1.1}, 1, None, 99.0)
+    plan.check_memory(shape, settings("smol"), 1, None, 99.0)
 
 
 def test_more_cpu_ranks_than_the_memory_holds_are_refused_with_a_number_that_fits():
