@@ -19,7 +19,9 @@ def parse(settings: type, presets: dict[str, dict], arguments: list[str]):
     def refuse(message):
         raise InputError(f"{message}; --help lists the settings")
 
-    parser = HfArgumentParser(settings, description="URPO; see README.md", allow_abbrev=False)
+    parser = HfArgumentParser(settings, description="URPO; see README.md", allow_abbrev=False,
+                              epilog="--plan trains nothing: it shows what a run of these settings needs and takes; "
+                                     "beside it, --nproc and --nodes give the ranks, --gpu_gib the memory of a GPU")
     parser.error = refuse
     preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
     if preset == "auto" and machine.missing_gpu():

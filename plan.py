@@ -467,14 +467,19 @@ def check_memory(shape: Shape, settings: dict, world: int, gpu_gib: float | None
 
 
 def split_arguments(arguments: list[str]):
-    """(what belongs to the plan, the other arguments)."""
+    """(what belongs to the plan, the other arguments). Its flags are refused without --plan: a run would ignore them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--nproc", type=int, default=0)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpu_gib", type=float, default=0.0)
+    names = [argument.partition("=")[0] for argument in arguments]
+    for flag in ("--nproc", "--nodes", "--gpu_gib"):
+        if flag in names and "--plan" not in names:
+            raise InputError(f"{flag}: no setting of a run, it belongs to --plan; give --plan too, or leave it out "
+                             "(torchrun's --nproc_per_node and --nnodes start ranks)")
     own, rest = parser.parse_known_args(arguments)
-    if own.gpu_gib and "--preset" not in rest:
+    if own.gpu_gib and "--preset" not in names:
         rest += ["--preset", "paper"]
     return own, rest
 

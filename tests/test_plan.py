@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 import pytest
 
+import flags
 import plan
 import urpo
 from conftest import ROOT
@@ -181,6 +182,29 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_by_the_plan_with_one_tha
     with pytest.raises(SystemExit):
         planned(monkeypatch, capsys, "--gpu_gib", "80", "--nproc", "7")
     assert "over 7 ranks, 2 minibatches: use a multiple of 14, for example 196" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["--gpu_gib 24", "--nproc 2", "--nodes=2"])
+def test_the_plans_flags_are_refused_without_it(given):
+    """--gpu_gib 24 turned a training run into preset paper."""
+    flag = given.replace("=", " ").split()[0]
+    with pytest.raises(InputError, match=f"^{flag}: no setting of a run, it belongs to --plan; give --plan too"):
+        plan.split_arguments(given.split())
+    assert plan.split_arguments(["--plan", *given.split()])[0].plan
+
+
+def test_a_preset_that_is_given_stays():
+    for given in (["--preset", "smol"], ["--preset=smol"]):
+        assert plan.split_arguments(["--plan", "--gpu_gib", "24", *given])[1] == given
+    assert plan.split_arguments(["--plan", "--gpu_gib", "24"])[1] == ["--preset", "paper"]
+
+
+def test_the_help_names_the_plans_flags(capsys):
+    with pytest.raises(SystemExit):
+        flags.parse(urpo.Config, urpo.PRESETS, ["--help"])
+    shown = capsys.readouterr().out
+    for flag in ("--plan", "--nproc", "--nodes", "--gpu_gib"):
+        assert f"{flag} " in shown
 
 
 def test_the_plan_of_the_laptop(monkeypatch, capsys):
