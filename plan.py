@@ -431,7 +431,15 @@ def check_start(folder: str, vocabulary: int, tokens: int, settings: dict) -> No
     """Refuse what would fail later: a model that cannot be used, settings that this machine's memory cannot hold."""
     shape = machine.on_rank_0("reading the model", lambda: check_model(folder, vocabulary, tokens))
     world = dist.get_world_size()
-    machine.on_rank_0("measuring memory", lambda: check_memory(shape, settings, world, *machine.free_gib()))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    fault, faults = "", [""] * world
+    try:
+        check_memory(shape, settings, world, here, *machine.free_gib())
+    except InputError as error:
+        fault = str(error)
+    dist.all_gather_object(faults, fault)  # every node and GPU has its own memory, and all ranks must stop together
+    if any(faults):
+        raise InputError(max(faults))
 
 
 def enough_cache(shape: Shape, settings: dict) -> float:
@@ -441,8 +449,13 @@ def enough_cache(shape: Shape, settings: dict) -> float:
     return math.ceil(10 * max(longest_to_cache(settings) / one, LEAST_SEQUENCES / answers)) / 10
 
 
-def check_memory(shape: Shape, settings: dict, world: int, gpu_gib: float | None, host_gib: float) -> None:
-    """gpu_gib: of one GPU; None on a CPU. host_gib: free in this machine."""
+def node_memory(shape: Shape, settings: dict, nproc: int, nodes: int) -> float:
+    """GiB that the ranks of one machine without GPUs take together."""
+    return nproc * cpu_memory(shape, settings, nproc * nodes)["together"]["update"]
+
+
+def check_memory(shape: Shape, settings: dict, world: int, here: int, gpu_gib: float | None, host_gib: float) -> None:
+    """here: ranks on this machine. gpu_gib: of one GPU; None on a CPU. host_gib: free in this machine."""
     if gpu_gib is not None:
         reason = does_not_fit(shape, settings, world, gpu_gib)
         if reason:
@@ -453,12 +466,12 @@ def check_memory(shape: Shape, settings: dict, world: int, gpu_gib: float | None
     if reason:
         raise InputError(f"--cpu_cache {settings['cpu_cache']}: {reason}: use --cpu_cache {enough_cache(shape, settings)}"
                          ", or shorter sequences")
-    needed = world * cpu_memory(shape, settings, world)["together"]["update"]
+    needed = node_memory(shape, settings, here, world // here)
     if needed > host_gib:
-        fitting = world
-        while fitting and fitting * cpu_memory(shape, settings, fitting)["together"]["update"] > host_gib:
+        fitting = here
+        while fitting and node_memory(shape, settings, fitting, world // here) > host_gib:
             fitting -= 1
-        raise InputError(f"{world} ranks of a {shape.parameters / 1e6:.0f}M model need about {needed:.1f} GiB and "
+        raise InputError(f"{here} ranks of a {shape.parameters / 1e6:.0f}M model need about {needed:.1f} GiB and "
                          f"{host_gib:.1f} GiB are free: use --nproc_per_node={fitting}, or a smaller model or "
                          "--row_tokens where that is 0")
 
@@ -497,7 +510,8 @@ def show(settings: dict, asked) -> str:
     here, host = machine.free_gib()
     on_gpu = bool(asked.gpu_gib) or here is not None or settings["preset"] == "paper"
     gpu_gib = (asked.gpu_gib or here or 79.0) if on_gpu else None
-    nproc, nodes, world = asked.nproc, asked.nodes, ranks(asked, settings["preset"])
+    world = ranks(asked, settings["preset"])
+    nproc, nodes = asked.nproc, asked.nodes
     shape = planned_shape(settings["model"])
     rows = gpu_memory(shape, settings, world, gpu_gib) if on_gpu else cpu_memory(shape, settings, world)
     place = f"{gpu_gib:.0f} GiB each" if on_gpu else f"{host:.0f} GiB free in all"
@@ -512,7 +526,7 @@ def show(settings: dict, asked) -> str:
               f"{settings['batch'] // world * settings['group']} a step",
               f"longest packed row: {longest_row(settings)} tokens",
               f"host memory of a node: {loading:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} GB a checkpoint"]
-    lines += ["", *time_lines(shape, settings, world, on_gpu), "", verdict(shape, settings, world, gpu_gib, host)]
+    lines += ["", *time_lines(shape, settings, world, on_gpu), "", verdict(shape, settings, nproc, nodes, gpu_gib, host)]
     return "\n".join(lines)
 
 
@@ -527,12 +541,13 @@ def time_lines(shape: Shape, settings: dict, world: int, on_gpu: bool) -> list[s
             "stated in plan.py and compared with published steps in docs/gpu.md"]
 
 
-def verdict(shape: Shape, settings: dict, world: int, gpu_gib: float | None, host: float) -> str:
+def verdict(shape: Shape, settings: dict, nproc: int, nodes: int, gpu_gib: float | None, host: float) -> str:
+    world = nproc * nodes
     if gpu_gib is None:
-        needed = world * cpu_memory(shape, settings, world)["together"]["update"]
+        needed = node_memory(shape, settings, nproc, nodes)
         reason = cache_too_small(shape, settings, world, None)
         if reason:
             return f"does NOT fit: {reason}. Use --cpu_cache {enough_cache(shape, settings)}"
-        return f"all ranks: {needed:.1f} GiB, " + ("which fits" if needed <= host else "which does NOT fit")
+        return f"all ranks of a node: {needed:.1f} GiB, " + ("which fits" if needed <= host else "which does NOT fit")
     reason = does_not_fit(shape, settings, world, gpu_gib)
     return f"does NOT fit: {reason}. Use {what_to_change(shape, settings, world, gpu_gib)}" if reason else "it fits"

@@ -91,12 +91,12 @@ def test_the_time_of_a_step_is_within_half_of_published_ones(what):
 
 def test_a_7b_model_on_two_cards_is_refused_before_its_first_step_and_the_advice_fits():
     with pytest.raises(InputError) as caught:
-        plan.check_memory(SEVEN_B, settings(), 2, 79.0, 500.0)
+        plan.check_memory(SEVEN_B, settings(), 2, 2, 79.0, 500.0)
     message = str(caught.value)
     assert "2 GPUs, 7.6B parameters: part sync needs 9" in message and "GiB of a GPU with 79.0 GiB" in message
     assert "use --gpu_memory 0.3 (python urpo.py --plan shows all)" in message
-    plan.check_memory(SEVEN_B, settings(gpu_memory=0.3), 2, 79.0, 500.0)
-    plan.check_memory(SEVEN_B, settings(), 8, 79.0, 500.0)
+    plan.check_memory(SEVEN_B, settings(gpu_memory=0.3), 2, 2, 79.0, 500.0)
+    plan.check_memory(SEVEN_B, settings(), 8, 8, 79.0, 500.0)
 
 
 def test_a_flag_is_named_where_a_flag_is_enough():
@@ -140,17 +140,41 @@ def test_a_cpus_cache_must_hold_it_too():
     shape, long = plan.planned_shape("raw"), settings("smol", max_judge_tokens=24576)
     with pytest.raises(InputError, match=r"--cpu_cache 0.5: the sampler's cache holds 11650 tokens, and the longest "
                                          r"prompt with its answer may take 24672 .*: use --cpu_cache 1.1, or shorter"):
-        plan.check_memory(shape, long, 1, None, 99.0)
-    plan.check_memory(shape, long | {"cpu_cache": 1.1}, 1, None, 99.0)
-    plan.check_memory(shape, settings("smol"), 1, None, 99.0)
+        plan.check_memory(shape, long, 1, 1, None, 99.0)
+    plan.check_memory(shape, long | {"cpu_cache": 1.1}, 1, 1, None, 99.0)
+    plan.check_memory(shape, settings("smol"), 1, 1, None, 99.0)
 
 
 def test_more_cpu_ranks_than_the_memory_holds_are_refused_with_a_number_that_fits():
     shape = plan.planned_shape("raw")
     with pytest.raises(InputError, match=r"8 ranks of a 135M model need about .* and 16.0 GiB are free: use "
                                          r"--nproc_per_node=2, or a smaller model"):
-        plan.check_memory(shape, settings("smol"), 8, None, 16.0)
-    plan.check_memory(shape, settings("smol"), 2, None, 16.0)
+        plan.check_memory(shape, settings("smol"), 8, 8, None, 16.0)
+    plan.check_memory(shape, settings("smol"), 2, 2, None, 16.0)
+
+
+def start(monkeypatch, host_gib: float, local: int, other: str = "") -> None:
+    """check_start on one of two ranks; the other one found `other`."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(plan.machine, "on_rank_0", lambda what, work: plan.planned_shape("raw"))
+    monkeypatch.setattr(plan.machine, "free_gib", lambda: (None, host_gib))
+    monkeypatch.setattr(plan.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(plan.dist, "all_gather_object", lambda found, own: found.__setitem__(slice(2), [own, other]))
+    plan.check_start("folder", 1, 1, settings("smol"))
+
+
+def test_two_nodes_each_hold_their_own_ranks_only(monkeypatch):
+    """Two ranks take 11.4 GiB. The figure that is free is one machine's."""
+    start(monkeypatch, 8.0, local=1)
+    with pytest.raises(InputError, match="2 ranks of a 135M model need about 11.4 GiB and 8.0 GiB are free"):
+        start(monkeypatch, 8.0, local=2)
+    with pytest.raises(InputError, match="1 ranks of a 135M model need about 5.7 GiB and 4.0 GiB are free"):
+        start(monkeypatch, 4.0, local=1)
+
+
+def test_a_rank_stops_where_another_nodes_memory_is_too_small(monkeypatch):
+    with pytest.raises(InputError, match="no room over there"):
+        start(monkeypatch, 99.0, local=1, other="no room over there")
 
 
 # ---- the command ----
@@ -209,7 +233,7 @@ def test_the_help_names_the_plans_flags(capsys):
 
 def test_the_plan_of_the_laptop(monkeypatch, capsys):
     text = planned(monkeypatch, capsys, "--preset", "smol", "--nproc", "2", "--model", "raw")
-    assert "raw: 0.13B parameters on 1 x 2 ranks" in text and "all ranks: " in text
+    assert "raw: 0.13B parameters on 1 x 2 ranks" in text and "all ranks of a node: " in text
 
 
 def test_a_model_shape_that_nobody_knows_is_refused(tmp_path):
