@@ -375,7 +375,9 @@ def cache_too_small(shape: Shape, settings: dict, world: int, gpu_gib: float | N
 
 def what_to_change(shape: Shape, settings: dict, world: int, gpu_gib: float) -> str:
     """The nearest choice that fits: other flags on these GPUs, or else more GPUs."""
-    for ranks in (world, 2 * world, 4 * world, 8 * world, 16 * world, 64 * world):
+    splits = [ranks for ranks in (world * 2**n for n in range(7))
+              if settings["batch"] % (ranks * settings["minibatches"]) == 0]  # flags.check refuses the others
+    for ranks in splits:
         for row_tokens in (settings["row_tokens"], 8192, 4096, 2048):
             for share in (settings["gpu_memory"], 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
                 for chunk in (settings["logit_chunk"], 256):
@@ -387,7 +389,7 @@ def what_to_change(shape: Shape, settings: dict, world: int, gpu_gib: float) -> 
                             flags.append(f"{ranks} GPUs")
                         return " and ".join(flags)
     longest = settings["max_prompt_tokens"] + settings["group"] * settings["max_answer_tokens"]
-    return (f"nothing fits as it is: one packed group may take {longest} tokens and a sequence in the sampler "
+    return (f"nothing fits on up to {max(splits, default=world)} GPUs, over which --batch splits: one packed group may take {longest} tokens and a sequence in the sampler "
             f"{longest_to_cache(settings)}, so lower --max_answer_tokens, --max_prompt_tokens or --max_judge_tokens, "
             "or take a smaller model or larger GPUs")
 

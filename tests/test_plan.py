@@ -111,7 +111,7 @@ def test_every_advice_fits_or_says_that_nothing_does(model, gpu_gib):
     shape = plan.planned_shape(model)
     advice = plan.what_to_change(shape, settings(), 1, gpu_gib)
     if "nothing fits" in advice:
-        assert plan.does_not_fit(shape, settings(gpu_memory=0.2, row_tokens=2048, logit_chunk=256), 64, gpu_gib)
+        assert plan.does_not_fit(shape, settings(gpu_memory=0.2, row_tokens=2048, logit_chunk=256), 32, gpu_gib)
         return
     changed, world = {}, 1
     for part in filter(None, advice.split(" and ")):
@@ -121,6 +121,14 @@ def test_every_advice_fits_or_says_that_nothing_does(model, gpu_gib):
         else:
             changed[name] = float(value) if name == "gpu_memory" else int(value)
     assert not plan.does_not_fit(shape, settings(**changed), world, gpu_gib), advice
+    flags.check(urpo.Config(**settings(**changed)), world)
+
+
+def test_no_number_of_gpus_is_advised_that_does_not_split_the_batch():
+    """Six cards would hold it, but 6 x 2 minibatches do not divide 6."""
+    assert plan.what_to_change(SEVEN_B, settings(batch=12), 3, 48.0) == "--gpu_memory 0.5 and 6 GPUs"
+    found = plan.what_to_change(SEVEN_B, settings(batch=6), 3, 48.0)
+    assert found.startswith("nothing fits on up to 3 GPUs, over which --batch splits: ")
 
 
 def test_a_cache_too_small_for_four_answers_does_not_fit():
