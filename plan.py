@@ -328,7 +328,6 @@ def step_seconds(shape: Shape, world: int, kinds: list[tuple[int, int, float, fl
 
 ANSWER_SHARE = 0.4  # of its limit is the mean length of an answer; measured runs of others: .2 to .5
 PROMPT_SHARE = {"preference": 0.4, "reasoning": 0.05, "instruction": 0.05}  # of --max_prompt_tokens
-JUDGE_SHARE = 0.9  # a judge's prompt holds G answers, and is cut to fit
 
 
 def planned_seconds(shape: Shape, settings: dict, world: int) -> dict[str, float]:
@@ -340,11 +339,20 @@ def planned_seconds(shape: Shape, settings: dict, world: int) -> dict[str, float
         if prompts:
             kinds.append((prompts, settings["group"], PROMPT_SHARE[kind] * settings["max_prompt_tokens"],
                           ANSWER_SHARE * limit, limit))
-    judged = counts["instruction"] * settings["judgements"]
-    if settings["judge_list"]:  # lists of fewer answers, as many as show each answer once for every judgement
-        judged = judged * settings["group"] // settings["judge_list"]
-    return step_seconds(shape, world, kinds, (judged, JUDGE_SHARE * settings["max_judge_tokens"]),
-                        settings["minibatches"])
+    return step_seconds(shape, world, kinds, planned_judging(settings, counts["instruction"]), settings["minibatches"])
+
+
+def planned_judging(settings: dict, prompts: int) -> tuple[int, float]:
+    """(K G / n judgements of each prompt, tokens of their prompts): n answers are listed, and cut where they do not fit.
+
+    >>> planned_judging({"group": 8, "judge_list": 2, "judgements": 4, "max_answer_tokens": 500,
+    ...                  "max_prompt_tokens": 1000, "max_judge_tokens": 9999}, prompts=10)
+    (160, 450.0)
+    """
+    listed = settings["judge_list"] or settings["group"]
+    instruction = PROMPT_SHARE["instruction"] * settings["max_prompt_tokens"]
+    tokens = listed * ANSWER_SHARE * settings["max_answer_tokens"] + instruction
+    return prompts * settings["judgements"] * settings["group"] // listed, min(tokens, settings["max_judge_tokens"])
 
 
 # ------------------------------------------------------------------------------- does it fit, and what to change

@@ -87,6 +87,15 @@ def test_the_time_of_a_step_is_within_half_of_published_ones(what):
     assert sum(found.values()) == pytest.approx(total, rel=0.35)
 
 
+def test_a_judges_prompt_costs_the_answers_that_it_lists_and_never_more_than_its_limit():
+    assert plan.planned_judging(settings(), 64) == (64, pytest.approx(8 * 0.4 * 2048 + 0.05 * 4096))
+    assert plan.planned_judging(settings(judge_list=2), 64) == (256, pytest.approx(2 * 0.4 * 2048 + 0.05 * 4096))
+    assert plan.planned_judging(settings(max_judge_tokens=4096), 64) == (64, 4096)
+    seconds = [plan.planned_seconds(SEVEN_B, settings(max_judge_tokens=limit), 8)["self_score"]
+               for limit in (8192, 24576, 2048)]
+    assert seconds[0] == seconds[1] > seconds[2]  # it was charged .9 of the limit, however long the answers were
+
+
 # ---- what does not fit, and what to change ----
 
 def test_a_7b_model_on_two_cards_is_refused_before_its_first_step_and_the_advice_fits():
