@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import flags
 import machine
-from data import InputError, mix_counts
+from data import PARTS, InputError, mix_counts
 
 # ------------------------------------------------------------------------------- the model
 
@@ -155,7 +155,6 @@ def shape_of(lm) -> Shape:
 
 # ------------------------------------------------------------------------------- memory of a rank
 
-PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 TRAINING, AWAKE = ("old_logprobs", "update"), ("draw", "rollout", "self_score", "sync")  # what the sampler does
 OTHER_GPU = 4.0  # GiB: CUDA contexts, NCCL's buffers, CUDA graphs. From the sources and others' reports
 OTHER_CPU = 1.3  # GiB: Python with torch and vLLM, and what the C library's heap keeps

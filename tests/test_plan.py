@@ -196,8 +196,10 @@ def test_a_rank_stops_where_another_nodes_memory_is_too_small(monkeypatch):
 
 # ---- the command ----
 
-def test_the_parts_of_the_plan_are_those_of_the_loop():
-    assert plan.PARTS == urpo.PARTS
+def test_the_seven_parts_are_written_down_once():
+    assert plan.PARTS is urpo.PARTS
+    for path in ROOT.glob("*.py"):
+        assert ('"self_score", "reward"' in path.read_text()) == (path.name == "data.py"), path
 
 
 def planned(monkeypatch, capsys, *arguments) -> str:
