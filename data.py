@@ -24,6 +24,7 @@ import torch
 from rewards import group_rewards, judge_orders
 
 KINDS = ("preference", "reasoning", "instruction")  # the order of --mix P:R:I
+PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")  # of a step, in order
 FLAGS = {  # the setting that names the sources of a kind
     "preference": "preferences",
     "reasoning": "reasoning",

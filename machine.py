@@ -327,6 +327,8 @@ def full_weights(policy: Policy):
 
 # ------------------------------------------------------------------------------- the sampler, vLLM
 
+SAMPLED_AT_ONCE = 8192  # tokens of one forward pass; a GPU reads a longer prompt in parts
+
 
 def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memory: float | None = None,
                  sequences: int | None = None, chat_template: str | None = None):
@@ -349,7 +351,7 @@ def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memor
     if "weights_iterator" not in inspect.signature(GPUModelRunner.reload_weights).parameters:
         raise InputError("this vLLM's reload_weights takes no weights_iterator, so the trainer's weights cannot reach "
                          "it; install the version that our requirements file names")
-    options = dict(max_model_len=max_tokens, max_num_batched_tokens=max(8192, max_tokens), disable_log_stats=True,
+    options = dict(max_model_len=max_tokens, max_num_batched_tokens=SAMPLED_AT_ONCE, disable_log_stats=True,
                    load_format="safetensors", logprobs_mode="processed_logprobs", use_tqdm_on_load=False)
     if gpu_memory is not None:
         options.update(distributed_executor_backend="external_launcher", enable_sleep_mode=GPU,
@@ -362,6 +364,7 @@ def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memor
         # A prompt read in two parts crashes a seeded request on a CPU ("CPU Generator does not use offset").
         # The answers to a prompt share its keys and values in whole blocks: 32 is the CPU's smallest.
         options.update(dtype="float32", enforce_eager=True, block_size=32, enable_chunked_prefill=False,
+                       max_num_batched_tokens=max(SAMPLED_AT_ONCE, max_tokens),
                        kv_cache_memory_bytes=int(cpu_cache * 2**30))
     engine = LLM(folder, **options)
     if chat_template is not None:

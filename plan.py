@@ -10,15 +10,18 @@ against an update under fake tensors and against what the laptop's run took. Siz
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
+import flags
 import machine
-from data import InputError, mix_counts
+from data import PARTS, InputError, mix_counts
 
 # ------------------------------------------------------------------------------- the model
 
@@ -152,11 +155,9 @@ def shape_of(lm) -> Shape:
 
 # ------------------------------------------------------------------------------- memory of a rank
 
-PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
 TRAINING, AWAKE = ("old_logprobs", "update"), ("draw", "rollout", "self_score", "sync")  # what the sampler does
 OTHER_GPU = 4.0  # GiB: CUDA contexts, NCCL's buffers, CUDA graphs. From the sources and others' reports
 OTHER_CPU = 1.3  # GiB: Python with torch and vLLM, and what the C library's heap keeps
-SAMPLED_AT_ONCE = 8192  # tokens of one forward pass of the sampler
 
 
 def longest_row(settings: dict) -> int:
@@ -251,18 +252,32 @@ def cpu_memory(shape: Shape, settings: dict, world: int) -> dict[str, dict[str, 
     return {**rows, "together": fill(PARTS, sum(sizes.values()))}
 
 
-def cache_sequences(shape: Shape, settings: dict, world: int, gpu_gib: float | None) -> float:
-    """How many answers of full length, and their prompts, the sampler's cache holds at a time."""
+def cache_tokens(shape: Shape, settings: dict, world: int, gpu_gib: float | None) -> float:
+    """Tokens whose keys and values the sampler's cache holds. Negative: not even the work beside it has room."""
     if gpu_gib is None:
         room = settings["cpu_cache"] * 2**30
         token = 4 * shape.key_values
     else:
         sequences = settings["batch"] // world * settings["group"]
-        work = 4 * SAMPLED_AT_ONCE * (2 * shape.inner + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
+        work = 4 * machine.SAMPLED_AT_ONCE * (2 * shape.inner + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
         room = settings["gpu_memory"] * gpu_gib * 2**30 - 2 * shape.parameters - work
         token = 2 * shape.key_values
+    return room / token
+
+
+def cache_sequences(shape: Shape, settings: dict, world: int, gpu_gib: float | None) -> float:
+    """How many answers of full length, and their prompts, the sampler's cache holds at a time."""
     answer = max(settings["max_answer_tokens"], settings["max_referee_tokens"])
-    return room / token / (settings["max_prompt_tokens"] / settings["group"] + answer)
+    prompt = settings["max_prompt_tokens"] / settings["group"]
+    return max(0.0, cache_tokens(shape, settings, world, gpu_gib)) / (prompt + answer)
+
+
+def longest_to_cache(settings: dict) -> int:
+    """Tokens that the cache must hold, else vLLM does not start: one longest sequence, in blocks of 32 at most.
+
+    One block it holds back.
+    """
+    return -(-flags.longest_sequence(SimpleNamespace(**settings)) // 32) * 32 + 32
 
 
 # ------------------------------------------------------------------------------- time of a step
@@ -312,7 +327,6 @@ def step_seconds(shape: Shape, world: int, kinds: list[tuple[int, int, float, fl
 
 ANSWER_SHARE = 0.4  # of its limit is the mean length of an answer; measured runs of others: .2 to .5
 PROMPT_SHARE = {"preference": 0.4, "reasoning": 0.05, "instruction": 0.05}  # of --max_prompt_tokens
-JUDGE_SHARE = 0.9  # a judge's prompt holds G answers, and is cut to fit
 
 
 def planned_seconds(shape: Shape, settings: dict, world: int) -> dict[str, float]:
@@ -324,11 +338,20 @@ def planned_seconds(shape: Shape, settings: dict, world: int) -> dict[str, float
         if prompts:
             kinds.append((prompts, settings["group"], PROMPT_SHARE[kind] * settings["max_prompt_tokens"],
                           ANSWER_SHARE * limit, limit))
-    judged = counts["instruction"] * settings["judgements"]
-    if settings["judge_list"]:  # lists of fewer answers, as many as show each answer once for every judgement
-        judged = judged * settings["group"] // settings["judge_list"]
-    return step_seconds(shape, world, kinds, (judged, JUDGE_SHARE * settings["max_judge_tokens"]),
-                        settings["minibatches"])
+    return step_seconds(shape, world, kinds, planned_judging(settings, counts["instruction"]), settings["minibatches"])
+
+
+def planned_judging(settings: dict, prompts: int) -> tuple[int, float]:
+    """(K G / n judgements of each prompt, tokens of their prompts). n answers are listed, cut where they do not fit.
+
+    >>> planned_judging({"group": 8, "judge_list": 2, "judgements": 4, "max_answer_tokens": 500,
+    ...                  "max_prompt_tokens": 1000, "max_judge_tokens": 9999}, prompts=10)
+    (160, 450.0)
+    """
+    listed = settings["judge_list"] or settings["group"]
+    instruction = PROMPT_SHARE["instruction"] * settings["max_prompt_tokens"]
+    tokens = listed * ANSWER_SHARE * settings["max_answer_tokens"] + instruction
+    return prompts * settings["judgements"] * settings["group"] // listed, min(tokens, settings["max_judge_tokens"])
 
 
 # ------------------------------------------------------------------------------- does it fit, and what to change
@@ -342,15 +365,26 @@ def does_not_fit(shape: Shape, settings: dict, world: int, gpu_gib: float) -> st
     worst = max(PARTS, key=lambda part: together[part])
     if together[worst] > gpu_gib:
         return f"part {worst} needs {together[worst]:.1f} GiB of a GPU with {gpu_gib:.1f} GiB"
+    return cache_too_small(shape, settings, world, gpu_gib)
+
+
+def cache_too_small(shape: Shape, settings: dict, world: int, gpu_gib: float | None) -> str:
+    """"" or how much less the sampler's cache holds than it must."""
+    tokens, longest = cache_tokens(shape, settings, world, gpu_gib), longest_to_cache(settings)
+    if tokens < longest:
+        return (f"the sampler's cache holds {max(0.0, tokens):.0f} tokens, and the longest prompt with its answer may "
+                f"take {longest} (--max_judge_tokens, --max_prompt_tokens)")
     sequences = cache_sequences(shape, settings, world, gpu_gib)
     if sequences < LEAST_SEQUENCES:
-        return f"the sampler's cache holds {max(0.0, sequences):.1f} answers of full length"
+        return f"the sampler's cache holds {sequences:.1f} answers of full length"
     return ""
 
 
 def what_to_change(shape: Shape, settings: dict, world: int, gpu_gib: float) -> str:
     """The nearest choice that fits: other flags on these GPUs, or else more GPUs."""
-    for ranks in (world, 2 * world, 4 * world, 8 * world, 16 * world, 64 * world):
+    splits = [ranks for ranks in (world * 2**n for n in range(7))
+              if settings["batch"] % (ranks * settings["minibatches"]) == 0]  # flags.check refuses the others
+    for ranks in splits:
         for row_tokens in (settings["row_tokens"], 8192, 4096, 2048):
             for share in (settings["gpu_memory"], 0.7, 0.6, 0.5, 0.4, 0.3, 0.2):
                 for chunk in (settings["logit_chunk"], 256):
@@ -362,8 +396,9 @@ def what_to_change(shape: Shape, settings: dict, world: int, gpu_gib: float) -> 
                             flags.append(f"{ranks} GPUs")
                         return " and ".join(flags)
     longest = settings["max_prompt_tokens"] + settings["group"] * settings["max_answer_tokens"]
-    return (f"nothing fits as it is: one packed group may take {longest} tokens, so lower --max_answer_tokens or "
-            "--max_prompt_tokens, or take a smaller model or larger GPUs")
+    return (f"nothing fits on up to {max(splits, default=world)} GPUs, over which --batch splits: one packed group may "
+            f"take {longest} tokens and a sequence in the sampler {longest_to_cache(settings)}, so lower --max_answer_tokens, --max_prompt_tokens or --max_judge_tokens, "
+            "or take a smaller model or larger GPUs")
 
 
 # ------------------------------------------------------------------------------- checks
@@ -405,23 +440,47 @@ def check_start(folder: str, vocabulary: int, tokens: int, settings: dict) -> No
     """Refuse what would fail later: a model that cannot be used, settings that this machine's memory cannot hold."""
     shape = machine.on_rank_0("reading the model", lambda: check_model(folder, vocabulary, tokens))
     world = dist.get_world_size()
-    machine.on_rank_0("measuring memory", lambda: check_memory(shape, settings, world, *machine.free_gib()))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    fault, faults = "", [""] * world
+    try:
+        check_memory(shape, settings, world, here, *machine.free_gib())
+    except InputError as error:
+        fault = str(error)
+    dist.all_gather_object(faults, fault)  # every node and GPU has its own memory, and all ranks must stop together
+    if any(faults):
+        raise InputError(max(faults))
 
 
-def check_memory(shape: Shape, settings: dict, world: int, gpu_gib: float | None, host_gib: float) -> None:
-    """gpu_gib: of one GPU; None on a CPU. host_gib: free in this machine."""
+def enough_cache(shape: Shape, settings: dict) -> float:
+    """GiB of a CPU's cache, rounded up to a tenth, for the longest sequence and for the least number of answers."""
+    one = cache_tokens(shape, settings | {"cpu_cache": 1.0}, 1, None)
+    answers = cache_sequences(shape, settings | {"cpu_cache": 1.0}, 1, None)
+    return math.ceil(10 * max(longest_to_cache(settings) / one, LEAST_SEQUENCES / answers)) / 10
+
+
+def node_memory(shape: Shape, settings: dict, nproc: int, nodes: int) -> float:
+    """GiB that the ranks of one machine without GPUs take together."""
+    return nproc * cpu_memory(shape, settings, nproc * nodes)["together"]["update"]
+
+
+def check_memory(shape: Shape, settings: dict, world: int, here: int, gpu_gib: float | None, host_gib: float) -> None:
+    """here: ranks on this machine. gpu_gib: of one GPU; None on a CPU. host_gib: free in this machine."""
     if gpu_gib is not None:
         reason = does_not_fit(shape, settings, world, gpu_gib)
         if reason:
             raise InputError(f"{world} GPUs, {shape.parameters / 1e9:.1f}B parameters: {reason}: use "
                              f"{what_to_change(shape, settings, world, gpu_gib)} (python urpo.py --plan shows all)")
         return
-    needed = world * cpu_memory(shape, settings, world)["together"]["update"]
+    reason = cache_too_small(shape, settings, world, None)
+    if reason:
+        raise InputError(f"--cpu_cache {settings['cpu_cache']}: {reason}: use --cpu_cache "
+                         f"{enough_cache(shape, settings)}, or shorter sequences")
+    needed = node_memory(shape, settings, here, world // here)
     if needed > host_gib:
-        fitting = world
-        while fitting and fitting * cpu_memory(shape, settings, fitting)["together"]["update"] > host_gib:
+        fitting = here
+        while fitting and node_memory(shape, settings, fitting, world // here) > host_gib:
             fitting -= 1
-        raise InputError(f"{world} ranks of a {shape.parameters / 1e6:.0f}M model need about {needed:.1f} GiB and "
+        raise InputError(f"{here} ranks of a {shape.parameters / 1e6:.0f}M model need about {needed:.1f} GiB and "
                          f"{host_gib:.1f} GiB are free: use --nproc_per_node={fitting}, or a smaller model or "
                          "--row_tokens where that is 0")
 
@@ -430,14 +489,19 @@ def check_memory(shape: Shape, settings: dict, world: int, gpu_gib: float | None
 
 
 def split_arguments(arguments: list[str]):
-    """(what belongs to the plan, the other arguments)."""
+    """(what belongs to the plan, the other arguments). Its flags are refused without --plan."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--nproc", type=int, default=0)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpu_gib", type=float, default=0.0)
+    names = [argument.partition("=")[0] for argument in arguments]
+    for flag in ("--nproc", "--nodes", "--gpu_gib"):
+        if flag in names and "--plan" not in names:
+            raise InputError(f"{flag}: no setting of a run, it belongs to --plan; give --plan too, or leave it out "
+                             "(torchrun's --nproc_per_node and --nnodes start ranks)")
     own, rest = parser.parse_known_args(arguments)
-    if own.gpu_gib and "--preset" not in rest:
+    if own.gpu_gib and "--preset" not in names:
         rest += ["--preset", "paper"]
     return own, rest
 
@@ -455,7 +519,8 @@ def show(settings: dict, asked) -> str:
     here, host = machine.free_gib()
     on_gpu = bool(asked.gpu_gib) or here is not None or settings["preset"] == "paper"
     gpu_gib = (asked.gpu_gib or here or 79.0) if on_gpu else None
-    nproc, nodes, world = asked.nproc, asked.nodes, ranks(asked, settings["preset"])
+    world = ranks(asked, settings["preset"])
+    nproc, nodes = asked.nproc, asked.nodes
     shape = planned_shape(settings["model"])
     rows = gpu_memory(shape, settings, world, gpu_gib) if on_gpu else cpu_memory(shape, settings, world)
     place = f"{gpu_gib:.0f} GiB each" if on_gpu else f"{host:.0f} GiB free in all"
@@ -470,7 +535,8 @@ def show(settings: dict, asked) -> str:
               f"{settings['batch'] // world * settings['group']} a step",
               f"longest packed row: {longest_row(settings)} tokens",
               f"host memory of a node: {loading:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} GB a checkpoint"]
-    lines += ["", *time_lines(shape, settings, world, on_gpu), "", verdict(shape, settings, world, gpu_gib, host)]
+    lines += ["", *time_lines(shape, settings, world, on_gpu), ""]
+    lines.append(verdict(shape, settings, nproc, nodes, gpu_gib, host))
     return "\n".join(lines)
 
 
@@ -485,9 +551,13 @@ def time_lines(shape: Shape, settings: dict, world: int, on_gpu: bool) -> list[s
             "stated in plan.py and compared with published steps in docs/gpu.md"]
 
 
-def verdict(shape: Shape, settings: dict, world: int, gpu_gib: float | None, host: float) -> str:
+def verdict(shape: Shape, settings: dict, nproc: int, nodes: int, gpu_gib: float | None, host: float) -> str:
+    world = nproc * nodes
     if gpu_gib is None:
-        needed = world * cpu_memory(shape, settings, world)["together"]["update"]
-        return f"all ranks: {needed:.1f} GiB, " + ("which fits" if needed <= host else "which does NOT fit")
+        needed = node_memory(shape, settings, nproc, nodes)
+        reason = cache_too_small(shape, settings, world, None)
+        if reason:
+            return f"does NOT fit: {reason}. Use --cpu_cache {enough_cache(shape, settings)}"
+        return f"all ranks of a node: {needed:.1f} GiB, " + ("which fits" if needed <= host else "which does NOT fit")
     reason = does_not_fit(shape, settings, world, gpu_gib)
     return f"does NOT fit: {reason}. Use {what_to_change(shape, settings, world, gpu_gib)}" if reason else "it fits"

@@ -52,7 +52,7 @@ from rewards import (
     token_weight,
 )
 
-PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
+PARTS = data.PARTS  # the seven names above
 
 # ------------------------------------------------------------------------------- Config
 

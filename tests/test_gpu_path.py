@@ -132,13 +132,25 @@ def test_the_options_of_an_engine_on_a_gpu(as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(vllm, "LLM", lambda folder, **options: made.append(options) or SimpleNamespace(
         get_tokenizer=lambda: SimpleNamespace()))
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    machine.start_engine("folder", 6144, 1.0, 0.6, sequences=192, chat_template="turns")
+    machine.start_engine("folder", 25600, 1.0, 0.6, sequences=192, chat_template="turns")
     (options,) = made
     assert options["dtype"] == "bfloat16" and options["enable_sleep_mode"] and options["max_num_seqs"] == 192
     assert options["gpu_memory_utilization"] == 0.6 and options["distributed_executor_backend"] == "external_launcher"
-    assert options["max_num_batched_tokens"] == 8192 and options["logprobs_mode"] == "processed_logprobs"
-    assert not {"kv_cache_memory_bytes", "enforce_eager", "block_size"} & set(options)
+    assert options["max_num_batched_tokens"] == machine.SAMPLED_AT_ONCE == 8192  # what the plan counts with
+    assert options["max_model_len"] == 25600 and options["logprobs_mode"] == "processed_logprobs"
+    assert not {"enable_chunked_prefill", "kv_cache_memory_bytes", "enforce_eager", "block_size"} & set(options)
     assert "VLLM_CPU_OMP_THREADS_BIND" not in machine.os.environ
+
+
+def test_a_cpu_reads_the_longest_prompt_in_one_part(monkeypatch):
+    """A prompt read in two parts crashes a seeded request there."""
+    import vllm
+
+    made = []
+    monkeypatch.setattr(machine, "GPU", False)
+    monkeypatch.setattr(vllm, "LLM", lambda folder, **options: made.append(options))
+    machine.start_engine("folder", 25600)
+    assert made[0]["max_num_batched_tokens"] == 25600 and made[0]["enable_chunked_prefill"] is False
 
 
 def test_a_base_models_answer_also_ends_where_the_template_ends_a_turn(smol_tokenizer, monkeypatch):

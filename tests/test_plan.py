@@ -4,12 +4,14 @@ The figures of others and what they stand for are cited in docs/gpu.md.
 """
 import doctest
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
 
 import pytest
 
+import flags
 import plan
 import urpo
 from conftest import ROOT
@@ -85,16 +87,25 @@ def test_the_time_of_a_step_is_within_half_of_published_ones(what):
     assert sum(found.values()) == pytest.approx(total, rel=0.35)
 
 
+def test_a_judges_prompt_costs_the_answers_that_it_lists_and_never_more_than_its_limit():
+    assert plan.planned_judging(settings(), 64) == (64, pytest.approx(8 * 0.4 * 2048 + 0.05 * 4096))
+    assert plan.planned_judging(settings(judge_list=2), 64) == (256, pytest.approx(2 * 0.4 * 2048 + 0.05 * 4096))
+    assert plan.planned_judging(settings(max_judge_tokens=4096), 64) == (64, 4096)
+    seconds = [plan.planned_seconds(SEVEN_B, settings(max_judge_tokens=limit), 8)["self_score"]
+               for limit in (8192, 24576, 2048)]
+    assert seconds[0] == seconds[1] > seconds[2]  # it was charged .9 of the limit, however long the answers were
+
+
 # ---- what does not fit, and what to change ----
 
 def test_a_7b_model_on_two_cards_is_refused_before_its_first_step_and_the_advice_fits():
     with pytest.raises(InputError) as caught:
-        plan.check_memory(SEVEN_B, settings(), 2, 79.0, 500.0)
+        plan.check_memory(SEVEN_B, settings(), 2, 2, 79.0, 500.0)
     message = str(caught.value)
     assert "2 GPUs, 7.6B parameters: part sync needs 9" in message and "GiB of a GPU with 79.0 GiB" in message
     assert "use --gpu_memory 0.3 (python urpo.py --plan shows all)" in message
-    plan.check_memory(SEVEN_B, settings(gpu_memory=0.3), 2, 79.0, 500.0)
-    plan.check_memory(SEVEN_B, settings(), 8, 79.0, 500.0)
+    plan.check_memory(SEVEN_B, settings(gpu_memory=0.3), 2, 2, 79.0, 500.0)
+    plan.check_memory(SEVEN_B, settings(), 8, 8, 79.0, 500.0)
 
 
 def test_a_flag_is_named_where_a_flag_is_enough():
@@ -109,7 +120,7 @@ def test_every_advice_fits_or_says_that_nothing_does(model, gpu_gib):
     shape = plan.planned_shape(model)
     advice = plan.what_to_change(shape, settings(), 1, gpu_gib)
     if "nothing fits" in advice:
-        assert plan.does_not_fit(shape, settings(gpu_memory=0.2, row_tokens=2048, logit_chunk=256), 64, gpu_gib)
+        assert plan.does_not_fit(shape, settings(gpu_memory=0.2, row_tokens=2048, logit_chunk=256), 32, gpu_gib)
         return
     changed, world = {}, 1
     for part in filter(None, advice.split(" and ")):
@@ -119,24 +130,77 @@ def test_every_advice_fits_or_says_that_nothing_does(model, gpu_gib):
         else:
             changed[name] = float(value) if name == "gpu_memory" else int(value)
     assert not plan.does_not_fit(shape, settings(**changed), world, gpu_gib), advice
+    flags.check(urpo.Config(**settings(**changed)), world)
+
+
+def test_no_number_of_gpus_is_advised_that_does_not_split_the_batch():
+    """Six cards would hold it, but 6 x 2 minibatches do not divide 6."""
+    assert plan.what_to_change(SEVEN_B, settings(batch=12), 3, 48.0) == "--gpu_memory 0.5 and 6 GPUs"
+    found = plan.what_to_change(SEVEN_B, settings(batch=6), 3, 48.0)
+    assert found.startswith("nothing fits on up to 3 GPUs, over which --batch splits: ")
 
 
 def test_a_cache_too_small_for_four_answers_does_not_fit():
-    assert "cache holds 0.0 answers of full length" in plan.does_not_fit(SEVEN_B, settings(gpu_memory=0.2), 8, 79.0)
+    short = settings(gpu_memory=0.245, max_judge_tokens=1000, max_prompt_tokens=1000)
+    assert "cache holds 3.4 answers of full length" in plan.does_not_fit(SEVEN_B, short, 8, 79.0)
+
+
+def test_a_gpus_cache_must_hold_the_longest_judges_prompt_with_its_answer():
+    """vLLM refuses to start otherwise. `paper`: 24,576 + 1,024 tokens."""
+    reason = plan.does_not_fit(SEVEN_B, settings(gpu_memory=0.45), 8, 40.0)
+    assert re.search(r"cache holds \d+ tokens, and the longest prompt with its answer may take 25632 ", reason)
+    assert "(--max_judge" in reason
+    assert plan.what_to_change(SEVEN_B, settings(gpu_memory=0.45), 8, 40.0) == "--gpu_memory 0.5"
+    assert not plan.does_not_fit(SEVEN_B, settings(gpu_memory=0.45, max_judge_tokens=8192), 8, 40.0)
+
+
+def test_a_cpus_cache_must_hold_it_too():
+    shape, long = plan.planned_shape("raw"), settings("smol", max_judge_tokens=24576)
+    with pytest.raises(InputError, match=r"--cpu_cache 0.5: the sampler's cache holds 11650 tokens, and the longest "
+                                         r"prompt with its answer may take 24672 .*: use --cpu_cache 1.1, or shorter"):
+        plan.check_memory(shape, long, 1, 1, None, 99.0)
+    plan.check_memory(shape, long | {"cpu_cache": 1.1}, 1, 1, None, 99.0)
+    plan.check_memory(shape, settings("smol"), 1, 1, None, 99.0)
 
 
 def test_more_cpu_ranks_than_the_memory_holds_are_refused_with_a_number_that_fits():
     shape = plan.planned_shape("raw")
     with pytest.raises(InputError, match=r"8 ranks of a 135M model need about .* and 16.0 GiB are free: use "
                                          r"--nproc_per_node=2, or a smaller model"):
-        plan.check_memory(shape, settings("smol"), 8, None, 16.0)
-    plan.check_memory(shape, settings("smol"), 2, None, 16.0)
+        plan.check_memory(shape, settings("smol"), 8, 8, None, 16.0)
+    plan.check_memory(shape, settings("smol"), 2, 2, None, 16.0)
+
+
+def start(monkeypatch, host_gib: float, local: int, other: str = "") -> None:
+    """check_start on one of two ranks; the other one found `other`."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(plan.machine, "on_rank_0", lambda what, work: plan.planned_shape("raw"))
+    monkeypatch.setattr(plan.machine, "free_gib", lambda: (None, host_gib))
+    monkeypatch.setattr(plan.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(plan.dist, "all_gather_object", lambda found, own: found.__setitem__(slice(2), [own, other]))
+    plan.check_start("folder", 1, 1, settings("smol"))
+
+
+def test_two_nodes_each_hold_their_own_ranks_only(monkeypatch):
+    """Two ranks take 11.4 GiB. The figure that is free is one machine's."""
+    start(monkeypatch, 8.0, local=1)
+    with pytest.raises(InputError, match="2 ranks of a 135M model need about 11.4 GiB and 8.0 GiB are free"):
+        start(monkeypatch, 8.0, local=2)
+    with pytest.raises(InputError, match="1 ranks of a 135M model need about 5.7 GiB and 4.0 GiB are free"):
+        start(monkeypatch, 4.0, local=1)
+
+
+def test_a_rank_stops_where_another_nodes_memory_is_too_small(monkeypatch):
+    with pytest.raises(InputError, match="no room over there"):
+        start(monkeypatch, 99.0, local=1, other="no room over there")
 
 
 # ---- the command ----
 
-def test_the_parts_of_the_plan_are_those_of_the_loop():
-    assert plan.PARTS == urpo.PARTS
+def test_the_seven_parts_are_written_down_once():
+    assert plan.PARTS is urpo.PARTS
+    for path in ROOT.glob("*.py"):
+        assert ('"self_score", "reward"' in path.read_text()) == (path.name == "data.py"), path
 
 
 def planned(monkeypatch, capsys, *arguments) -> str:
@@ -164,9 +228,32 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_by_the_plan_with_one_tha
     assert "over 7 ranks, 2 minibatches: use a multiple of 14, for example 196" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["--gpu_gib 24", "--nproc 2", "--nodes=2"])
+def test_the_plans_flags_are_refused_without_it(given):
+    """--gpu_gib 24 turned a training run into preset paper."""
+    flag = given.replace("=", " ").split()[0]
+    with pytest.raises(InputError, match=f"^{flag}: no setting of a run, it belongs to --plan; give --plan too"):
+        plan.split_arguments(given.split())
+    assert plan.split_arguments(["--plan", *given.split()])[0].plan
+
+
+def test_a_preset_that_is_given_stays():
+    for given in (["--preset", "smol"], ["--preset=smol"]):
+        assert plan.split_arguments(["--plan", "--gpu_gib", "24", *given])[1] == given
+    assert plan.split_arguments(["--plan", "--gpu_gib", "24"])[1] == ["--preset", "paper"]
+
+
+def test_the_help_names_the_plans_flags(capsys):
+    with pytest.raises(SystemExit):
+        flags.parse(urpo.Config, urpo.PRESETS, ["--help"])
+    shown = capsys.readouterr().out
+    for flag in ("--plan", "--nproc", "--nodes", "--gpu_gib"):
+        assert f"{flag} " in shown
+
+
 def test_the_plan_of_the_laptop(monkeypatch, capsys):
     text = planned(monkeypatch, capsys, "--preset", "smol", "--nproc", "2", "--model", "raw")
-    assert "raw: 0.13B parameters on 1 x 2 ranks" in text and "all ranks: " in text
+    assert "raw: 0.13B parameters on 1 x 2 ranks" in text and "all ranks of a node: " in text
 
 
 def test_a_model_shape_that_nobody_knows_is_refused(tmp_path):
