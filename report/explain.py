@@ -37,9 +37,11 @@ def explain(run: str, step: int | None = None, prompt: int | None = None, check_
     log, about = read_log(Path(run), repairs), read_about(Path(run))
     settings = about.get("config", {})
     missing = [name for name in SETTINGS if name not in settings]
-    if not path.is_file() or missing:
-        raise InputError(f"{run}: nothing to derive from: no rollouts.jsonl, or no config.json, or one without "
-                         f"{', '.join(missing) or 'fault'}, which another version wrote")
+    if not path.is_file() or not settings:
+        raise InputError(f"{run}: no rollouts.jsonl, or no config.json with its settings: nothing to derive from")
+    if missing:
+        raise InputError(f"{run}: its config.json has no {', '.join(missing)}: another version of urpo.py wrote it, and "
+                         "that version's explain derives it")
     tokenizer = find_tokenizer(Path(run), settings["model"], settings["chat_template"], notes)
     sources = find_sources(settings, about, tokenizer, notes) if check_all and tokenizer else None
     lines = {line["step"]: line for line in log}

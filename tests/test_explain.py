@@ -322,7 +322,7 @@ def test_explain_refuses_what_it_cannot_check(tmp_path, capsys):
     (run / "config.json").unlink()
     assert "nothing to derive from" in fails(["explain", run, "--all"], capsys)
     (run / "config.json").write_text('{"config": {"tau": "b"}}')
-    assert "one without advantage, loss, " in fails(["explain", run, "--all"], capsys)
+    assert "has no advantage, loss, " in fails(["explain", run, "--all"], capsys)
     shutil.copy(write_run(tmp_path / "other") / "config.json", run)
     (run / "rollouts.jsonl").unlink()
     assert "nothing to derive from" in fails(["explain", run, "--all"], capsys)
