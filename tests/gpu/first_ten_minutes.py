@@ -225,7 +225,7 @@ def train(model: str, home: Path) -> str:
 
     ranks = torch.cuda.device_count() if machine.GPU else 1
     ranks = 2 if ranks > 1 else 1
-    flags = (f"--preset smol --model {model} --name first --batch 8 --mix 2:1:1 --steps 2 --warmup_steps 1 --group 4 "
+    flags = (f"--preset smol --model {model} --name first --batch 12 --mix 1:1:1 --steps 2 --warmup_steps 1 --group 4 "
              "--gpu_memory 0.4 --lr 1e-6 --toy_rows 64").split()
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     clean = {name: value for name, value in os.environ.items()
