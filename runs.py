@@ -153,10 +153,13 @@ def gold_figures(groups: list[Group]) -> dict:
 
     By the hidden gold, which no reward sees. Both rise while self-scores are worth something.
     """
-    *text_parts, constraint = world.GOLD
-    golds = [gold for group in groups for gold in hidden_gold(group) or []]
-    return {"gold": mean(all(gold[part] for part in text_parts) for gold in golds),
-            "gold_constraint": mean(gold[constraint] for gold in golds)}
+    good, kept = [], []
+    for group in groups:
+        for gold in hidden_gold(group) or []:
+            *text_parts, constraint = gold.values()  # in the order of world.GOLD
+            good.append(all(text_parts))
+            kept.append(constraint)
+    return {"gold": mean(good), "gold_constraint": mean(kept)}
 
 
 # ------------------------------------------------------------------------------- writing

@@ -56,6 +56,17 @@ def test_what_could_not_be_measured_is_none_and_not_0():
     assert runs.figures_of_kind([]) == {}
 
 
+@pytest.mark.parametrize("scores, tau", [("2, 9", 1), ("9, 2", -1), ("5, 5", 0), ("?", None)])
+def test_self_scores_are_compared_with_the_hidden_gold_which_is_no_reward(scores, tau):
+    group = judged(0, f"<scores>{scores}</scores>", [9.0, 2.0])  # the judge was shown answer 1, then answer 0
+    group.prompt = Prompt("instruction", "Describe dogs in one sentence.")
+    group.texts = ["Dogs bark.", "Cats sleep. Cats eat"]
+    figures = runs.figures_of_kind([group])
+    assert (figures["judge_tau"], figures["gold"], figures["gold_constraint"]) == (tau, 0.5, 0.5)
+    group.texts = ["Dogs bark.", "Dogs eat."]  # as good as each other: nothing to agree with
+    assert runs.figures_of_kind([group])["judge_tau"] is None
+
+
 def test_questions_have_no_figures_of_a_referee():
     solved = Group(5, Prompt("reasoning", "1 + 1?", answer="2"), [5], [[7], [8]], texts=["2", "3"],
                    finished=[True, True], rewards=[1.0, 0.0], advantages=[0.7, -0.7], entropy=0.5)
