@@ -6,8 +6,8 @@ import machine
 from data import InputError
 from rewards import judge_strides
 
-DESCRIPTION = ("URPO; see README.md. With --plan beside any flags it trains nothing and shows what such a run needs and "
-               "takes; then --nproc and --nodes give the ranks, and --gpu_gib the memory of a GPU.")
+DESCRIPTION = ("URPO; see README.md. With --plan beside any flags it trains nothing and shows what such a run needs "
+               "and takes; then --nproc and --nodes give the ranks, and --gpu_gib the memory of a GPU.")
 ABOVE_0 = """batch group minibatches judgements max_prompt_tokens max_answer_tokens max_referee_tokens
     max_judge_tokens row_tokens logit_chunk rollouts_every toy_rows temperature lr grad_clip gpu_memory cpu_cache
     max_drift timeout""".split()

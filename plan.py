@@ -397,8 +397,8 @@ def what_to_change(shape: Shape, settings: dict, world: int, gpu_gib: float) -> 
                         return " and ".join(flags)
     longest = settings["max_prompt_tokens"] + settings["group"] * settings["max_answer_tokens"]
     return (f"nothing fits on up to {max(splits, default=world)} GPUs, over which --batch splits: one packed group may "
-            f"take {longest} tokens and a sequence in the sampler {longest_to_cache(settings)}, so lower --max_answer_tokens, --max_prompt_tokens or --max_judge_tokens, "
-            "or take a smaller model or larger GPUs")
+            f"take {longest} tokens and a sequence in the sampler {longest_to_cache(settings)}, so lower "
+            "--max_answer_tokens, --max_prompt_tokens or --max_judge_tokens, or take a smaller model or larger GPUs")
 
 
 # ------------------------------------------------------------------------------- checks

@@ -40,8 +40,8 @@ def explain(run: str, step: int | None = None, prompt: int | None = None, check_
     if not path.is_file() or not settings:
         raise InputError(f"{run}: no rollouts.jsonl, or no config.json with its settings: nothing to derive from")
     if missing:
-        raise InputError(f"{run}: its config.json has no {', '.join(missing)}: another version of urpo.py wrote it, and "
-                         "that version's explain derives it")
+        raise InputError(f"{run}: its config.json has no {', '.join(missing)}: another version of urpo.py wrote it, "
+                         "and that version's explain derives it")
     tokenizer = find_tokenizer(Path(run), settings["model"], settings["chat_template"], notes)
     sources = find_sources(settings, about, tokenizer, notes) if check_all and tokenizer else None
     lines = {line["step"]: line for line in log}
