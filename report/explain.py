@@ -38,7 +38,7 @@ def explain(run: str, step: int | None = None, prompt: int | None = None, check_
     settings = about.get("config", {})
     missing = [name for name in SETTINGS if name not in settings]
     if not path.is_file() or not settings:
-        raise InputError(f"{run}: no rollouts.jsonl, or no config.json with its settings: nothing to derive from")
+        raise InputError(f"{run}: no rollouts.jsonl, or no settings in config.json: nothing to derive from")
     if missing:
         raise InputError(f"{run}: its config.json has no {', '.join(missing)}: another version of urpo.py wrote it, "
                          "and that version's explain derives it")
