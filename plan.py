@@ -342,7 +342,7 @@ def planned_seconds(shape: Shape, settings: dict, world: int) -> dict[str, float
 
 
 def planned_judging(settings: dict, prompts: int) -> tuple[int, float]:
-    """(K G / n judgements of each prompt, tokens of their prompts). n answers are listed, cut where they do not fit.
+    """(K G / n judgements of each prompt, tokens of theirs): n answers are listed, and cut where they do not fit.
 
     >>> planned_judging({"group": 8, "judge_list": 2, "judgements": 4, "max_answer_tokens": 500,
     ...                  "max_prompt_tokens": 1000, "max_judge_tokens": 9999}, prompts=10)
@@ -396,8 +396,8 @@ def what_to_change(shape: Shape, settings: dict, world: int, gpu_gib: float) -> 
                             flags.append(f"{ranks} GPUs")
                         return " and ".join(flags)
     longest = settings["max_prompt_tokens"] + settings["group"] * settings["max_answer_tokens"]
-    return (f"nothing fits on up to {max(splits, default=world)} GPUs, over which --batch splits: one packed group may "
-            f"take {longest} tokens and a sequence in the sampler {longest_to_cache(settings)}, so lower "
+    return (f"nothing fits on up to {max(splits, default=world)} GPUs, over which --batch splits: one packed "
+            f"group may take {longest} tokens and a sequence in the sampler {longest_to_cache(settings)}, so lower "
             "--max_answer_tokens, --max_prompt_tokens or --max_judge_tokens, or take a smaller model or larger GPUs")
 
 
@@ -489,7 +489,7 @@ def check_memory(shape: Shape, settings: dict, world: int, here: int, gpu_gib: f
 
 
 def split_arguments(arguments: list[str]):
-    """(what belongs to the plan, the other arguments). Its flags are refused without --plan."""
+    """(what belongs to the plan, the other arguments). Its flags are refused where a run would ignore them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--nproc", type=int, default=0)
@@ -536,7 +536,7 @@ def show(settings: dict, asked) -> str:
               f"longest packed row: {longest_row(settings)} tokens",
               f"host memory of a node: {loading:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} GB a checkpoint"]
     lines += ["", *time_lines(shape, settings, world, on_gpu), ""]
-    lines.append(verdict(shape, settings, nproc, nodes, gpu_gib, host))
+    lines += [verdict(shape, settings, nproc, nodes, gpu_gib, host)]
     return "\n".join(lines)
 
 
