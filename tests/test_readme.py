@@ -104,10 +104,11 @@ def test_training_needs_no_package_of_report_evaluation_or_toy_world():
 
 
 READING = {  # what a reader of the algorithm must read, beside urpo.py
-    "rewards.py": "parse_scores kendall_tau preference_reward verify_answer self_rewards group_rewards "
-                  "group_advantages clipped_objective clipped_tokens",
+    "rewards.py": "parse_scores kendall_tau preference_reward verify_answer judge_strides judge_orders self_rewards "
+                  "group_rewards REWARD_RANGE group_advantages clipped_objective clipped_tokens loss_denominator "
+                  "token_weight",
     "data.py": "Prompt prompt_text shuffle_candidates REFEREE referee_text score_line quoted mix_counts draw shard "
-               "interleave epoch_order request_seed",
+               "interleave epoch_order request_seed judgement_orders encode_judgement",
     "machine.py": "Row build_row add_loss_values visible"}
 
 
