@@ -12,6 +12,7 @@ BF16 ?= $(shell grep -q avx512_bf16 /proc/cpuinfo 2> /dev/null && echo --precisi
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 0 ? n : 1 )))
 export TORCH_CPP_LOG_LEVEL = ERROR
+export HF_HUB_DISABLE_PROGRESS_BARS = 1
 
 .PHONY: demo test lint bench clean
 
