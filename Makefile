@@ -26,7 +26,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS = 1
 
 # Measuring is one process, so it may use all cores.
 demo: .venv/ready
-	@echo "URPO on SmolLM2-135M, $(RANKS) processes: about 12 minutes and 12 GB of memory. Four steps:"
+	@echo "URPO on SmolLM2-135M, $(RANKS) processes: about 10 minutes and 11 GB of memory. Four steps:"
 	@echo "1. measure the seed base on held-out rows   2. train 24 steps   3. measure again   4. curves, table, answers"
 	@rm -rf $(run)
 	@env -u OMP_NUM_THREADS $(python) eval.py heldout --model seed --json $(run)/heldout-before.json > /dev/null
