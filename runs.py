@@ -227,7 +227,7 @@ class Log:
         first_step, saved = last_checkpoint(self.run) if self.settings["resume"] else (0, None)
         if saved:
             check_resumed(saved, self.settings)
-            check_sources(read_about(self.run).get("sources"), about["sources"])
+            check_sources(read_about(self.run).get("sources"), about.get("sources", {}))
         self.run.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "rollouts.jsonl"):
             cut_lines(self.run / name, first_step)

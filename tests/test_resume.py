@@ -378,7 +378,7 @@ def test_faults_on_two_ranks_lose_nothing_that_was_saved(taught_model, tmp_path)
 LATE = """
 import sys
 sys.path.insert(0, {root!r})
-import data, urpo
+import data, readers, urpo
 
 def load_sources(*arguments):
     if urpo.dist.get_rank() == 1:
