@@ -177,12 +177,15 @@ def gold_of(row: Prompt, samples: list[machine.Sample]) -> list[dict] | None:
     return [world.gold(row.instruction, sample.text) for sample in samples]
 
 
-def record(row: Prompt, greedy: list[machine.Sample], sampled: list[machine.Sample]) -> dict:
-    """One row in the JSON: the question, the answers, and how many parts of the hidden gold each sampled one has."""
+def record(row: Prompt, greedy: list[machine.Sample], sampled: list[machine.Sample], mirrored=()) -> dict:
+    """One row in the JSON: the question, the answers, and how many parts of the hidden gold each sampled one has.
+
+    mirrored: of a pair, the sampled judgements of the other order.
+    """
     golds = gold_of(row, sampled)
     return {"kind": row.kind, "asked": row.instruction, "responses": row.responses, "truth": row.truth or row.answer,
             "greedy": [sample.text for sample in greedy], "sampled": [sample.text for sample in sampled],
-            "gold": golds and [sum(gold.values()) for gold in golds]}
+            "mirrored": [sample.text for sample in mirrored], "gold": golds and [sum(gold.values()) for gold in golds]}
 
 
 def heldout(args) -> None:
@@ -209,8 +212,9 @@ def heldout(args) -> None:
         judged["first wins, both orders"] = metrics.figure(0.0, len(pairs))
         figures["referee"] = judged
     shown = [*questions, *tasks, *pairs]  # of the pairs, the better response first
+    mirrored = [[]] * first + sampled[len(shown):]
     finish(args, figures, table({args.model: {"figures": figures}}, "n"),
-           answers=list(map(record, shown, greedy, sampled)))
+           answers=list(map(record, shown, greedy, sampled, mirrored)))
 
 
 # ------------------------------------------------------------------------------- rewardbench

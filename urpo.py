@@ -362,8 +362,8 @@ def count_not_finite(before: int, step: int, figures: dict) -> int:
     return count
 
 
-def train(config: Config) -> None:
-    """The seven parts, step after step."""
+def train(config: Config, score=self_score) -> None:
+    """The seven parts, step after step. score: part 3; the baselines let another model judge (baselines.py)."""
     rank = dist.get_rank()
     run = Path("runs") / config.name
     tokenizer, sources, policy, optimizer, schedule, engine, log, first_step = set_up(config, run)
@@ -385,7 +385,7 @@ def train(config: Config) -> None:
         clock("rollout")
 
         # 3. self_score: the same engine judges each open-ended group
-        self_score(config, engine, tokenizer, groups, step)
+        score(config, engine, tokenizer, groups, step)
         machine.sleep(engine)
         clock("self_score")
 

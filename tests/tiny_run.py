@@ -58,15 +58,16 @@ def make_taught_model(folder, tokenizer, n=4) -> str:
     return str(folder)
 
 
-def start(folder, model, *arguments, ranks=2, program=ROOT / "urpo.py", **options) -> subprocess.Popen:
+def start(folder, model, *arguments, ranks=2, program=ROOT / "urpo.py", command=(), **options) -> subprocess.Popen:
     """`torchrun ... urpo.py` in `folder`, with its output in `folder`/output; a single rank starts without torchrun."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of the group other tests share
         environment.pop(name, None)
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
     with open(folder / "output", "w") as output:
-        return subprocess.Popen([sys.executable, *(launcher if ranks > 1 else []), program, *SIZES, "--model", model,
-                                 *arguments], cwd=folder, env=environment, stdout=output, stderr=output, **options)
+        launched = [sys.executable, *(launcher if ranks > 1 else []), program, *command]
+        return subprocess.Popen([*launched, *SIZES, "--model", model, *arguments], cwd=folder, env=environment,
+                                stdout=output, stderr=output, **options)
 
 
 def run(folder, model, *arguments, ranks=2, status=0, **options) -> str:
