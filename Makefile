@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= $(shell n=$$(( $$(nproc) / $(RANKS) )); echo $$(( n > 
 export TORCH_CPP_LOG_LEVEL = ERROR
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench evidence evidence-quick clean
 
 .venv/ready: requirements-cpu.txt
 	@echo "installing into .venv: about 2 minutes, 8 GB of disk"
@@ -53,6 +53,13 @@ lint: .venv/ready
 # All parts take an hour and a half; `make bench ARGS="--parts 2,3 --cases a"` measures some and keeps the other figures.
 bench: .venv-trl/ready
 	$(python) tests/bench/speed.py $(ARGS)
+
+# The paper's comparisons in miniature: hours; what stands in runs/evidence.csv is not run again. ARGS="--only main"
+evidence: .venv/ready
+	$(python) report/evidence.py $(BF16) $(ARGS)
+
+evidence-quick: .venv/ready
+	$(python) report/evidence.py --quick --csv runs/evidence-quick.csv $(BF16) $(ARGS)
 
 clean:
 	rm -rf .venv .venv-trl .cache runs

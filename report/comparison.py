@@ -1,0 +1,244 @@
+"""Tables and pictures of the arms in a CSV that report/evidence.py writes.
+
+A difference is the mean over seeds and held-out rows of (arm - URPO), row by row and seed by seed. Its interval is a
+bootstrap that draws seeds and rows anew, each with replacement: rows are shared by all seeds, so they are drawn once
+for all. Unknown is not zero: what was not measured is "-".
+"""
+import csv
+import io
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from runs import write_whole
+
+SAMPLES = 4  # answers to each held-out prompt, the default of `eval.py heldout`
+MEASURES = {"referee": "referee, right in both orders", "reasoning": "reasoning, solved",
+            "gold": "instructions: on topic, whole, in order", "all_four": "the same and the constraint",
+            "wins": "wins against the start, by gold"}
+BASE, START = "urpo", "start"  # the arm that others are compared with; the model that all arms start from
+Lines = dict[str, dict[int, dict]]  # arm -> seed -> line of the CSV
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a CSV; none where there is no file yet."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, fields: list[str], line: dict) -> None:
+    """The CSV with one more line, whole or unchanged."""
+    out = io.StringIO()
+    table = csv.DictWriter(out, fields, lineterminator="\n")
+    table.writeheader()
+    for row in [*read(path), line]:
+        for name, value in row.items():
+            row[name] = round(value, 2) if isinstance(value, float) and "minutes" in name else value
+        table.writerow(row)
+    write_whole(path, out.getvalue())
+
+
+def by_arm(lines: list[dict]) -> Lines:
+    """Lines that were measured, by arm and seed."""
+    found: Lines = {}
+    for line in lines:
+        if line["status"] == "done":
+            found.setdefault(line["arm"], {})[int(line["seed"])] = line
+    return found
+
+
+# ------------------------------------------------------------------------------- figures
+
+
+def row_values(arms: Lines, line: dict, measure: str) -> np.ndarray | None:
+    """A measure of one run for each held-out row: the share of its answers that are right; None: not measured.
+
+    "wins" is how often an answer has more parts of the hidden gold than one of the start; a tie is .5.
+    """
+    digits = line["rows_parts" if measure == "wins" else f"rows_{measure}"]
+    if not digits:
+        return None
+    values = np.array(list(digits), float)
+    if measure != "wins":
+        return values / SAMPLES
+    if START not in arms:
+        return None
+    ours = values.reshape(-1, SAMPLES, 1)
+    theirs = np.array(list(arms[START][0]["rows_parts"]), float).reshape(-1, 1, SAMPLES)
+    return ((ours > theirs) + 0.5 * (ours == theirs)).mean(axis=(1, 2))
+
+
+def of_seeds(arms: Lines, arm: str, measure: str) -> dict[int, np.ndarray]:
+    """Seed -> row values, of the runs of an arm that have them."""
+    found = {}
+    for seed, line in arms[arm].items():
+        values = row_values(arms, line, measure)
+        if values is not None:
+            found[seed] = values
+    return found
+
+
+def difference(values: np.ndarray, others: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
+    """(mean of values - others, 95 % interval). Both are [seeds, rows], paired.
+
+    >>> difference(np.ones((3, 8)), np.zeros((3, 8)))
+    (1.0, 1.0, 1.0)
+    """
+    paired = values - others
+    seeds, rows = paired.shape
+    rng = np.random.default_rng(0)
+    picked_seeds = rng.integers(seeds, size=(draws, seeds))
+    picked_rows = rng.integers(rows, size=(draws, rows))
+    means = np.array([paired[np.ix_(s, r)].mean() for s, r in zip(picked_seeds, picked_rows)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(paired.mean()), float(low), float(high)
+
+
+def from_urpo(arms: Lines, arm: str, measure: str) -> tuple[float, float, float] | None:
+    """`difference` of an arm from URPO over the seeds that both have."""
+    if arm in (START, BASE) or not {arm, BASE} <= arms.keys():
+        return None
+    own, base = of_seeds(arms, arm, measure), of_seeds(arms, BASE, measure)
+    seeds = sorted(own.keys() & base.keys())
+    if not seeds:
+        return None
+    return difference(np.array([own[seed] for seed in seeds]), np.array([base[seed] for seed in seeds]))
+
+
+def minutes(arms: Lines, arm: str) -> float:
+    """Of training, a mean over seeds."""
+    return mean(float(line["minutes"]) for line in arms[arm].values())
+
+
+def figure(values: list[float]) -> str:
+    """Mean and spread over seeds.
+
+    >>> figure([0.5, 0.75]), figure([0.5]), figure([])
+    ('.62 ± .18', '.50', '-')
+    """
+    if not values:
+        return "-"
+    shown = f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return shown.replace("0.", ".")
+
+
+def interval(found: tuple[float, float, float] | None) -> str:
+    """A difference as it stands in a table.
+
+    >>> interval((-0.05, -0.1, 0.02))
+    '-.05 [-.10, +.02]'
+    """
+    if found is None:
+        return ""
+    value, low, high = (f"{number:+.2f}".replace("0.", ".") for number in found)
+    return f"{value} [{low}, {high}]"
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+def table(arms: Lines, names: list[str], judges: dict[str, list[str]]) -> str:
+    """A Markdown table: an arm a line, mean ± spread over seeds, and below it the difference from URPO.
+
+    judges: arm -> the arms that it needs; their minutes are its judge's.
+    """
+    head = ["arm", "seeds", *MEASURES.values(), "minutes", "GiB"]
+    lines = [head, ["---"] * len(head)]
+    for arm in names:
+        cells = [arm, str(len(arms[arm]))]
+        for measure in MEASURES:
+            values = [rows.mean() for rows in of_seeds(arms, arm, measure).values()]
+            cells.append(f"{figure(values)}<br>{interval(from_urpo(arms, arm, measure))}".removesuffix("<br>"))
+        trained = f"{minutes(arms, arm):.0f}"
+        for judge in judges.get(arm, []):
+            trained += f" + {minutes(arms, judge):.0f} for {judge}"
+        memory = [float(line["gib"]) for line in arms[arm].values() if line["gib"]]
+        lines.append([*cells, trained, f"{max(memory):.1f}" if memory else "-"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def died(lines: list[dict]) -> str:
+    """The runs that did not end, with their last words."""
+    found = []
+    for line in lines:
+        if line["status"] != "done":
+            found.append(f"- {line['arm']}, seed {line['seed']}: {line['status']}")
+    return "\n".join(found)
+
+
+def headline(arms: Lines) -> str:
+    """URPO against the frozen generative judge, in one sentence: on instructions, as a referee, and in cost."""
+    if not {BASE, "rm_gen", "mix_1_1_0"} <= arms.keys():
+        return "URPO against RM-gen: not measured yet."
+    shown = []
+    for arm, measure in (("rm_gen", "gold"), ("mix_1_1_0", "referee")):
+        value, low, high = from_urpo(arms, arm, measure)
+        shown.append(interval((-value, -high, -low)))
+    return (f"URPO minus RM-gen: instructions by hidden gold {shown[0]}; URPO's referee minus RM-gen's judge "
+            f"{shown[1]}; {minutes(arms, BASE):.0f} minutes of training against {minutes(arms, 'rm_gen'):.0f} and "
+            f"{minutes(arms, 'mix_1_1_0'):.0f} for the judge ({len(arms['rm_gen'])} seeds).")
+
+
+def shown_arms(arms: Lines, names: str) -> list[str]:
+    """The arms of a claim that were measured, behind the start and URPO."""
+    wanted = dict.fromkeys([START, BASE, *names.split()])
+    return [arm for arm in wanted if arm in arms]
+
+
+def summary(lines: list[dict], claims: dict[str, tuple[str, str]], judges: dict[str, list[str]]) -> str:
+    """Headline, a table a claim, and what died."""
+    arms = by_arm(lines)
+    parts = [headline(arms)]
+    for claim, (title, names) in claims.items():
+        if any(name in arms for name in names.split()):
+            parts.append(f"**{claim}.** {title}\n\n{table(arms, shown_arms(arms, names), judges)}")
+    return "\n\n".join([*parts, *filter(None, [died(lines)])])
+
+
+# ------------------------------------------------------------------------------- pictures
+
+
+def pictures(lines: list[dict], claims: dict[str, tuple[str, str]]) -> dict[str, bytes]:
+    """Claim -> PNG, of the claims that were measured."""
+    arms, found = by_arm(lines), {}
+    for claim, (title, names) in claims.items():
+        if any(name in arms for name in names.split()):
+            found[claim] = draw(arms, shown_arms(arms, names), title)
+    return found
+
+
+def draw(arms: Lines, names: list[str], title: str) -> bytes:
+    """An arm a line: a small dot a seed, a large one for their mean, and the interval of the difference from URPO,
+    drawn around that mean. Where it misses the vertical line, which is URPO's mean, the arm differs."""
+    drawing = Figure(figsize=(14, 1.3 + 0.3 * len(names)), layout="constrained")
+    drawing.suptitle(title)
+    axes = drawing.subplots(1, len(MEASURES), sharey=True)
+    for axis, (measure, label) in zip(axes, MEASURES.items()):
+        for place, arm in enumerate(names):
+            draw_arm(axis, arms, arm, measure, place)
+        axis.set_title(label, fontsize=9, wrap=True)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    picture = io.BytesIO()
+    drawing.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
+
+
+def draw_arm(axis, arms: Lines, arm: str, measure: str, place: int) -> None:
+    values = [rows.mean() for rows in of_seeds(arms, arm, measure).values()]
+    if not values:
+        return
+    axis.plot(values, [place] * len(values), ".", color="tab:gray", markersize=3)
+    axis.plot(mean(values), place, "o", color="tab:blue", markersize=5)
+    if arm == BASE:
+        axis.axvline(mean(values), color="black", linewidth=0.6)
+    found = from_urpo(arms, arm, measure)
+    if found:
+        middle, low, high = found
+        ends = [mean(values) + low - middle, mean(values) + high - middle]
+        axis.plot(ends, [place, place], color="tab:blue", linewidth=1.5)

@@ -1,0 +1,265 @@
+"""The paper's comparisons in miniature: every arm is trained and measured, and becomes a line of a CSV.
+
+    python report/evidence.py                          all arms: many hours. Arms that stand in --csv are skipped
+    python report/evidence.py --only main mixes        some claims or arms
+    python report/evidence.py --quick              three arms, one seed
+
+Arms run side by side, one process on a core each, from the same base over the same prompts, then answer the same
+held-out rows. report/comparison.py makes tables and pictures of the CSV; docs/evidence.md says what they show.
+"""
+import argparse
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import metrics
+from data import InputError
+from report import comparison
+from report.comparison import SAMPLES, START
+from rewards import parse_scores, verify_answer
+from runs import write_whole
+from toy import world
+
+ROOT = Path(__file__).resolve().parent.parent
+# Arm -> its command. {arm} is the folder of another arm's run with the same seed, which is done first.
+ARMS = {
+    "urpo": "urpo.py",
+    "mix_1_1_0": "urpo.py --mix 1:1:0",  # also the judge of rm_gen: trained by tau on P, and on R
+    "rm_gen": "baselines.py rm_gen --mix 0:1:1 --judge {mix_1_1_0}/checkpoints/last/model",
+    "reward_model": "baselines.py reward_model --mix 1:1:0 --lr 3e-5",
+    "rm_score": "baselines.py rm_score --mix 0:1:1 --judge {reward_model}/model",
+    "sft": "baselines.py sft",
+    "mix_0_1_1": "urpo.py --mix 0:1:1",
+    "mix_1_1_1": "urpo.py --mix 1:1:1",
+    "mix_1_0_1": "urpo.py --mix 1:0:1",
+    "no_warmup": "urpo.py --warmup_steps 0",
+    # Of 24 prompts 12 are I in all of these, as in urpo. Two of P are the least, since each stands in both orders.
+    "p_2_of_24": "urpo.py --mix 1:5:6",
+    "p_4_of_24": "urpo.py --mix 1:2:3",
+    "p_8_of_24": "urpo.py --mix 2:1:3",
+    "three_times": "urpo.py --steps 72",
+    "raw": "urpo.py --model raw",
+    "clip_symmetric": "urpo.py --clip_high 1.2",
+    "clip_off": "urpo.py --clip_low 0 --clip_high 1000",
+    "judged_twice": "urpo.py --judgements 2",
+    "lists_of_4": "urpo.py --judge_list 4 --judgements 1",
+    "lists_of_4_times_4": "urpo.py --judge_list 4 --judgements 4",
+    "advantage_center": "urpo.py --advantage center",
+}
+# Claim -> what its picture says, and its arms. In this order they are run.
+CLAIMS = {
+    "main": ("One model that judges itself, and the paper's baselines; mix_1_1_0 judges for rm_gen, reward_model for "
+             "rm_score", "urpo rm_gen mix_1_1_0 rm_score reward_model sft mix_0_1_1"),
+    "mixes": ("P:R:I by prompts; urpo has 1:1:2", "mix_1_1_1 mix_1_1_0 mix_1_0_1 mix_0_1_1"),
+    "warm-up": ("Without warm-up, instructions join at the first step", "no_warmup"),
+    "share": ("More and more of P: 0, 2, 4, 6 (urpo), 8, 12 of 24 prompts",
+              "mix_0_1_1 p_2_of_24 p_4_of_24 p_8_of_24 mix_1_0_1"),
+    "judging": ("How answers are judged; urpo: in pairs, four times", "judged_twice lists_of_4 lists_of_4_times_4"),
+    "clip": ("The range of the ratio; urpo: .8 to 1.28", "clip_symmetric clip_off"),
+    "advantage": ("How advantages are scaled", "advantage_center"),
+    "base": ("From a base without competence", "raw"),
+    "drift": ("Three times the steps", "three_times"),
+}
+SEEDS = {"main": 5}  # of a claim's arms; others have three
+QUICK = ("urpo", "rm_score", "sft")
+RUNNING: list[subprocess.Popen] = []  # all that was started: Ctrl-C ends it, so that no half run becomes a line
+FIELDS = ("arm seed status minutes eval_minutes gib referee reasoning gold all_four length rows_referee "
+          "rows_reasoning rows_gold rows_all_four rows_parts command commit").split()
+
+
+def needs(arm: str) -> list[str]:
+    """The arms whose runs an arm needs.
+
+    >>> needs("rm_gen"), needs("urpo")
+    (['mix_1_1_0'], [])
+    """
+    return re.findall(r"{(\w+)}", ARMS.get(arm, ""))
+
+
+def folder(arm: str, seed: int) -> Path:
+    return Path("runs") / f"evidence-{arm}-{seed}"
+
+
+def command_of(arm: str, seed: int, flags: list[str]) -> list[str]:
+    """What is typed after `python` to train an arm; for the start, to measure it."""
+    if arm == START:
+        return ["eval.py", "heldout", "--model", "seed", "--json", str(folder(arm, seed) / "heldout-after.json")]
+    command = ARMS[arm].format(**{need: folder(need, seed) for need in needs(arm)})
+    common = ["--preset", "smol", "--name", folder(arm, seed).name, "--seed", str(seed), "--save_every", "0"]
+    return [*shlex.split(command), *common, *flags]
+
+
+# ------------------------------------------------------------------------------- running an arm
+
+
+def call(command: list[str], cores: list[int], log: Path) -> tuple[int, float]:
+    """(exit status, minutes) of a Python command on some cores; what it prints is added to `log`."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(len(cores))}
+    started = time.perf_counter()
+    with open(log, "a") as output:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output,
+                                   start_new_session=True, preexec_fn=lambda: os.sched_setaffinity(0, cores))
+        RUNNING.append(process)
+        return process.wait(), (time.perf_counter() - started) / 60
+
+
+def run_arm(arm: str, seed: int, flags: list[str], cores: list[int]) -> dict:
+    """Train, measure, and give the line of the CSV. A run that dies becomes a line too, with its last words.
+
+    Of its checkpoints the model alone stays: it may judge another arm.
+    """
+    home, log = ROOT / folder(arm, seed), ROOT / "runs" / f"{folder(arm, seed).name}.log"
+    shutil.rmtree(home, ignore_errors=True)
+    log.parent.mkdir(exist_ok=True)
+    log.unlink(missing_ok=True)
+    command = command_of(arm, seed, flags)
+    result = home / "heldout-after.json"
+    line = {"arm": arm, "seed": seed, "command": shlex.join(["python", *command]), "eval_minutes": 0.0}
+    status, line["minutes"] = call(command, cores, log)
+    if not status and not result.exists():
+        model = folder(arm, seed) / "checkpoints" / "last" / "model"
+        status, line["eval_minutes"] = call(
+            ["eval.py", "heldout", "--model", str(model), "--json", str(result)], cores, log)
+    for trainer in home.glob("checkpoints/*/trainer"):
+        shutil.rmtree(trainer)
+    line["status"] = "done" if status == 0 else f"died: {log.read_text().strip().splitlines()[-1][:300]}"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    line["commit"] = git.stdout.strip()
+    if status == 0:
+        line |= measured(home)
+    return line
+
+
+# ------------------------------------------------------------------------------- from a run to its line
+
+
+def measured(home: Path) -> dict:
+    """The figures of a run. rows_...: for each held-out row a digit, how many of its four answers are right.
+
+    rows_parts: for each answer to an instruction how many of the four parts of the hidden gold it has.
+    """
+    rows = {"referee": "", "reasoning": "", "gold": "", "all_four": "", "parts": ""}
+    for answer in json.loads((home / "heldout-after.json").read_text())["answers"]:
+        if answer["kind"] == "preference":
+            rows["referee"] += str(right_in_both_orders(answer))
+        elif answer["kind"] == "reasoning":
+            rows["reasoning"] += str(int(sum(verify_answer(text, answer["truth"]) for text in answer["sampled"])))
+        else:
+            golds = [list(world.gold(answer["asked"], text).values()) for text in answer["sampled"]]
+            rows["gold"] += str(sum(all(gold[:3]) for gold in golds))
+            rows["all_four"] += str(sum(map(all, golds)))
+            rows["parts"] += "".join(str(sum(gold)) for gold in golds)
+    line = {}
+    for name, digits in rows.items():
+        line[f"rows_{name}"] = digits
+        if digits and name != "parts":
+            line[name] = round(sum(map(int, digits)) / len(digits) / SAMPLES, 4)
+    log = home / "log.jsonl"
+    steps = [json.loads(step) for step in log.read_text().splitlines()] if log.exists() else []
+    peaks = metrics.known(step.get("peak_memory_gib") for step in steps)
+    line["gib"] = round(max(peaks), 2) if peaks else None
+    line["length"] = steps[-1]["instruction"]["length"] if steps and "instruction" in steps[-1] else None
+    return line
+
+
+def right_in_both_orders(answer: dict) -> int:
+    """Of a pair's four samples, how many are right in both orders. A scalar is always or never right.
+
+    >>> right_in_both_orders({"sampled": ["<scores>9, 2</scores>"] * 2, "mirrored": ["<scores>1, 3</scores>", ""]})
+    1
+    """
+    if "scores" in answer:
+        return SAMPLES * (answer["scores"][0] > answer["scores"][1])
+    right = 0
+    for forward, backward in zip(answer["sampled"], answer["mirrored"], strict=True):
+        first, second = parse_scores(forward, 2), parse_scores(backward, 2)
+        right += bool(first and second and first[0] > first[1] and second[1] > second[0])
+    return right
+
+
+# ------------------------------------------------------------------------------- all arms
+
+
+def wanted(only: list[str], seeds: int | None, quick: bool) -> list[tuple[str, int]]:
+    """(arm, seed) in the order to run them: claim by claim, seed by seed; what an arm needs stands before it."""
+    for name in only:
+        if name not in CLAIMS and name not in ARMS:
+            raise InputError(f"--only {name}: no such claim or arm; there are {', '.join([*CLAIMS, *ARMS])}")
+    found = {(START, 0): None}  # a set that keeps its order
+    for claim, (_, arms) in CLAIMS.items():
+        for seed in range(1 if quick else seeds or SEEDS.get(claim, 3)):
+            for arm in arms.split():
+                asked = not only or claim in only or arm in only
+                if arm in QUICK if quick else asked:
+                    found |= dict.fromkeys([*((need, seed) for need in needs(arm)), (arm, seed)])
+    return list(found)
+
+
+def run_all(jobs: list[tuple[str, int]], path: Path, flags: list[str], side_by_side: int) -> None:
+    """All jobs that have no line yet, so many at a time, each on its own cores."""
+    every = sorted(os.sched_getaffinity(0))
+    share = len(every) // side_by_side
+    free: queue.Queue = queue.Queue()
+    for i in range(side_by_side):
+        free.put(every[i * share : (i + 1) * share])
+    done = {(line["arm"], int(line["seed"])): line["status"] for line in comparison.read(path)}
+    ended = {job: threading.Event() for job in jobs}
+
+    def work(job):
+        arm, seed = job
+        try:
+            for need in needs(arm):
+                ended[need, seed].wait()
+            if job not in done:
+                cores = free.get()
+                line = run_arm(arm, seed, flags, cores)
+                free.put(cores)
+                comparison.append(path, FIELDS, line)
+                print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
+        finally:
+            ended[job].set()
+
+    with ThreadPoolExecutor(side_by_side) as pool:
+        for future in [pool.submit(work, job) for job in jobs]:
+            future.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="claims or arms; all by default")
+    parser.add_argument("--seeds", type=int, help="by default five for the claim main and three for others")
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} with seed 0")
+    parser.add_argument("--csv", type=Path, default=ROOT / "runs" / "evidence.csv", help="a line an arm and seed")
+    parser.add_argument("--show", action="store_true", help="run nothing: tables and pictures of --csv")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, 6 GiB each (rm_gen 7)")
+    args, flags = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if not args.show:
+            run_all(wanted(args.only, args.seeds, args.quick), args.csv, flags, args.jobs)
+        lines, judges = comparison.read(args.csv), {arm: needs(arm) for arm in ARMS}
+        print(comparison.summary(lines, CLAIMS, judges))
+        for claim, picture in comparison.pictures(lines, CLAIMS).items():
+            write_whole(args.csv.with_name(f"{args.csv.stem}-{claim}.png"), picture)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        for process in RUNNING:
+            process.kill()
+        os._exit(130)  # the threads wait for lines that will not come
+
+
+if __name__ == "__main__":
+    main()
