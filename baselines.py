@@ -1,14 +1,15 @@
-"""The paper's baselines, each in the loop of urpo.py with one part changed. Same prompts, steps, seeds and flags.
+"""The paper's baselines, and one arm beyond it: each is the loop of urpo.py with one part changed.
 
     python urpo.py --mix 1:1:0 --warmup_steps 0 ...      first a judge, by tau on P (and R): no file of its own
     python baselines.py rm_gen --judge FOLDER ...        part 3 by that judge, frozen, in an engine of its own
     python baselines.py reward_model ...                 first a scalar reward model, on the pairs of P
     python baselines.py rm_score --judge FOLDER ...      part 3 by that reward model
     python baselines.py sft ...                          no rewards: imitate the toy world's demonstrator instead
+    python baselines.py own_preferences ...              beyond the paper: P from the policy's own answers to R
 
-Each takes every flag of urpo.py, and starts under torchrun as urpo.py does. report/evidence.py compares them, and
-counts what the separate judge costs. What a GPU would do here is not yet run: the judge stays awake beside the
-policy's engine, so halve --gpu_memory.
+Each takes every flag of urpo.py, draws the same prompts from a seed, and starts under torchrun as urpo.py does.
+report/evidence.py compares them, and counts what a separate judge costs. What a GPU would do here is not yet run: the
+judge stays awake beside the policy's engine, so halve --gpu_memory.
 """
 
 from __future__ import annotations
@@ -139,7 +140,11 @@ def pair_measures(margin_N: Tensor) -> dict[str, Tensor]:
     ([1.0, 0.0], tensor([0.8808, 0.7311]))
     """
     right_N = (margin_N > 0).float() + 0.5 * (margin_N == 0)
-    return {"loss": bradley_terry_loss(margin_N), "accuracy": right_N, "confidence": margin_N.abs().sigmoid()}
+    return {
+        "loss": bradley_terry_loss(margin_N),
+        "accuracy": right_N,
+        "confidence": margin_N.abs().sigmoid(),
+    }
 
 
 def load_pairs(config: Baseline):
@@ -200,24 +205,35 @@ def reward_model(config: Baseline) -> None:
         tokenizer.save_pretrained(run / "model")
 
     on_rank_0(f"writing {run / 'model'}", save)
-    measured = measure(model.eval(), tokenizer, config)
-    on_rank_0(f"writing {run}", lambda: runs.write_whole(run / "heldout-after.json", json.dumps(measured, indent=1)))
+    measured = json.dumps(measure(model.eval(), tokenizer, config), indent=1)
+    on_rank_0(f"writing {run}", lambda: runs.write_whole(run / "heldout-after.json", measured))
 
 
 @torch.no_grad()
 def measure(model: RewardModel, tokenizer, config: Baseline) -> dict:
     """The reward model on the pairs of `eval.py heldout`, in the form of its JSON."""
-    asked = argparse.Namespace(preferences="toy", reasoning="none", instructions="none", rows=eval.OPTIONS["rows"][1],
-                               max_prompt_tokens=config.max_prompt_tokens)
+    asked = argparse.Namespace(
+        preferences="toy", reasoning="none", instructions="none",
+        rows=eval.OPTIONS["rows"][1], max_prompt_tokens=config.max_prompt_tokens)
     pairs = eval.heldout_rows(asked, tokenizer)["preference"]
     answers, score_B = [], torch.cat([score_rows(model, tokenizer, [pair]) for pair in pairs])
     for pair, score_2 in zip(pairs, score_B.view(-1, 2)):
-        answers.append({"kind": "preference", "asked": pair.instruction, "responses": pair.responses,
-                        "truth": pair.truth, "scores": score_2.tolist()})
-    measures = pair_measures(margins(score_B, pairs))
-    figures = {name: metrics.interval(value_N.tolist()) for name, value_N in measures.items()}
-    return {"model": f"runs/{config.name}/model", "settings": vars(asked), "figures": {"referee": figures},
-            "answers": answers}
+        answers.append({
+            "kind": "preference",
+            "asked": pair.instruction,
+            "responses": pair.responses,
+            "truth": pair.truth,
+            "scores": score_2.tolist(),
+        })
+    figures = {}
+    for name, value_N in pair_measures(margins(score_B, pairs)).items():
+        figures[name] = metrics.interval(value_N.tolist())
+    return {
+        "model": f"runs/{config.name}/model",
+        "settings": vars(asked),
+        "figures": {"referee": figures},
+        "answers": answers,
+    }
 
 
 def as_points(score: float) -> float:
@@ -289,8 +305,8 @@ def imitate(config: Baseline, policy: machine.Policy, optimizer, schedule, group
         schedule.step()
         optimizer.zero_grad()
     total["loss"] = all_reduce(total["loss"]) / dist.get_world_size() / config.minibatches
-    return total | {"updates": config.minibatches, "skipped_updates": 0, "nonfinite_updates": 0,
-                    "lr": optimizer.param_groups[0]["lr"]}
+    lr = optimizer.param_groups[0]["lr"]
+    return total | dict(updates=config.minibatches, skipped_updates=0, nonfinite_updates=0, lr=lr)
 
 
 def sft(config: Baseline) -> None:
@@ -327,9 +343,55 @@ def sft(config: Baseline) -> None:
             runs.save_checkpoint(folder, policy, optimizer, schedule, tokenizer, asdict(config), config.keep)
 
 
+# ------------------------------------------------------------------------------- own answers as preferences
+
+
+def own_pair(group: Group) -> Prompt | None:
+    """A right and a wrong answer to one question, as a row of P whose truth is verified; None if all are alike.
+
+    >>> group = Group(0, Prompt("reasoning", "2 + 2?", answer="4"), [], [], texts=["it is 4", "it is 5"])
+    >>> own_pair(group).responses, own_pair(group).truth
+    (('it is 4', 'it is 5'), (1.0, 0.0))
+    """
+    marks = group_rewards(group.prompt, group.texts, [])
+    if len(set(marks)) < 2:
+        return None
+    responses = (group.texts[marks.index(1.0)], group.texts[marks.index(0.0)])
+    return Prompt("preference", group.prompt.instruction, responses, truth=(1.0, 0.0))
+
+
+def own_preferences(config: Baseline) -> None:
+    """URPO whose referee also learns from what it must judge: the policy's own answers (beyond the paper, ours).
+
+    About half of a rank's P prompts are replaced, after part 2, by pairs of its answers to R, each in both orders. So
+    the shares of P, R and I stay as they are. `eval.py explain` will find these prompts in no source.
+    """
+
+    def score(config, engine, tokenizer, groups: list[Group], step: int) -> None:
+        urpo.self_score(config, engine, tokenizer, groups, step)
+        places = [i for i, group in enumerate(groups) if group.prompt.kind == "preference"]
+        prompts = []
+        for group in groups:
+            pair = own_pair(group) if group.prompt.kind == "reasoning" else None
+            if pair:
+                prompts += [pair, data.swapped(pair)]
+        half = (len(places) + 2) // 4 * 2  # an even number
+        share = [(groups[place].index, prompt) for place, prompt in zip(places[:half], prompts)]
+        for place, group in zip(places, urpo.rollout(config, engine, tokenizer, share, step)):
+            groups[place] = group
+
+    urpo.train(config, score)
+
+
 # ------------------------------------------------------------------------------- command line
 
-COMMANDS = {function.__name__: function for function in (rm_gen, reward_model, rm_score, sft)}
+COMMANDS = {
+    "rm_gen": rm_gen,
+    "reward_model": reward_model,
+    "rm_score": rm_score,
+    "sft": sft,
+    "own_preferences": own_preferences,
+}
 
 
 def main() -> None:

@@ -122,7 +122,9 @@ def figure(values: list[float]) -> str:
     """
     if not values:
         return "-"
-    shown = f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    shown = f"{mean(values):.2f}"
+    if len(values) > 1:
+        shown += f" ± {stdev(values):.2f}"
     return shown.replace("0.", ".")
 
 

@@ -1,0 +1,194 @@
+"""The comparisons: every arm can be run, what is done is not run again, and the tables say what the CSV says."""
+import doctest
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+import baselines
+import data
+import flags
+import urpo
+from conftest import ROOT
+from data import InputError
+from report import comparison, evidence
+from report.comparison import BASE, START
+
+
+@pytest.mark.parametrize("module", [evidence, comparison])
+def test_worked_examples_in_docstrings(module):
+    failed, attempted = doctest.testmod(module)
+    assert failed == 0 and attempted >= 1
+
+
+# ---- the arms ----
+
+
+@pytest.mark.parametrize("arm", evidence.ARMS)
+def test_every_arm_is_a_command_that_its_program_takes(arm):
+    program, *arguments = evidence.command_of(arm, 1, ["--precision", "bfloat16"])
+    if program == "urpo.py":
+        settings = urpo.Config
+    else:
+        settings, command = baselines.Baseline, arguments.pop(0)
+        assert program == "baselines.py" and command in baselines.COMMANDS
+    config = flags.parse(settings, urpo.PRESETS, arguments)
+    flags.check(config, world=1)
+    assert config.name == f"evidence-{arm}-1" and config.seed == 1 and config.precision == "bfloat16"
+    counts = data.mix_counts(config.mix, config.batch, warmup=False)
+    assert config.mix == "1:1:1" or counts["instruction"] in (0, 12)
+
+
+def test_claims_name_arms_and_every_arm_belongs_to_a_claim():
+    named = {arm for _, arms in evidence.CLAIMS.values() for arm in arms.split()}
+    assert named == set(evidence.ARMS)
+
+
+def test_the_start_comes_first_and_what_an_arm_needs_before_it():
+    jobs = evidence.wanted([], None, False)
+    assert jobs[0] == (START, 0) and len(set(jobs)) == len(jobs)
+    for place, (arm, seed) in enumerate(jobs):
+        assert all((need, seed) in jobs[:place] for need in evidence.needs(arm))
+    seeds = {arm: sum(other == arm for other, _ in jobs) for arm in evidence.ARMS}
+    assert all(seeds[arm] == (5 if arm in evidence.CLAIMS["main"][1].split() else 3) for arm in evidence.ARMS)
+
+
+def test_a_part_can_be_asked_for():
+    assert evidence.wanted(["rm_gen"], 1, False) == [(START, 0), ("mix_1_1_0", 0), ("rm_gen", 0)]
+    quick = [arm for arm, seed in evidence.wanted([], None, True)]
+    assert set(quick) == {START, "reward_model", *evidence.QUICK}
+    with pytest.raises(InputError, match="--only rm_gn: no such claim or arm"):
+        evidence.wanted(["rm_gn"], None, False)
+
+
+# ---- from runs to lines ----
+
+
+def answers(right: int) -> list[dict]:
+    """Four held-out rows, of which `right` samples of four are right, in every kind."""
+    sums = ["so 4"] * right + ["so 5"] * (4 - right)
+    facts = ["Dogs need a walk every day."] * right + ["walk a. Cats need every"] * (4 - right)
+    forward, backward = ["<scores>9, 2</scores>"] * 4, ["<scores>2, 9</scores>"] * right + [""] * (4 - right)
+    kinds = [
+        {"kind": "reasoning", "asked": "2 + 2?", "truth": "4", "sampled": sums},
+        {"kind": "instruction", "asked": "Tell me about dogs.", "truth": "", "sampled": facts},
+        {"kind": "preference", "asked": "Say hi.", "truth": [1, 0], "sampled": forward, "mirrored": backward},
+    ]
+    return kinds * 4
+
+
+def fake_call(right: dict[str, int], calls: list):
+    """In place of a process: writes what training and measuring would leave behind."""
+
+    def call(command, cores, log):
+        calls.append((shlex.join(command), cores))
+        name = command[command.index("--name") + 1] if "--name" in command else command[-1].split("/")[1]
+        home = evidence.ROOT / "runs" / name
+        home.mkdir(parents=True, exist_ok=True)
+        arm = home.name.split("-")[1]
+        if arm not in right:
+            log.write_text("line 1\nerror: drift")
+            return 2, 0.5
+        log.write_text("")
+        (home / "log.jsonl").write_text(json.dumps({"peak_memory_gib": 6.1, "instruction": {"length": 9.0}}) + "\n")
+        if command[0] == "eval.py":
+            (home / "heldout-after.json").write_text(json.dumps({"answers": answers(right[arm])}))
+        return 0, 2.0
+
+    return call
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A CSV of the start, URPO, the judge and a run that died; and the calls that it took."""
+    calls = []
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setattr(evidence, "call", fake_call({START: 1, "urpo": 3, "mix_1_1_0": 2}, calls))
+    path = tmp_path / "evidence.csv"
+    jobs = [(START, 0), ("urpo", 0), ("mix_1_1_0", 0), ("rm_gen", 0)]
+    evidence.run_all(jobs, path, ["--lr", "2e-5"], 1)
+    return path, calls, jobs
+
+
+def test_a_line_has_the_figures_of_the_answers_and_the_command(measured):
+    path, calls, _ = measured
+    line = {line["arm"]: line for line in comparison.read(path)}["urpo"]
+    assert line["status"] == "done" and line["minutes"] == line["eval_minutes"] == "2.0" and line["gib"] == "6.1"
+    assert line["rows_reasoning"] == line["rows_referee"] == line["rows_gold"] == line["rows_all_four"] == "3333"
+    assert line["reasoning"] == "0.75" and line["rows_parts"] == "4441" * 4
+    assert line["command"] == ("python urpo.py --preset smol --name evidence-urpo-0 --seed 0 --save_every 0 --lr 2e-5")
+    assert len({tuple(cores) for _, cores in calls}) == 1
+
+
+def test_a_run_that_died_is_a_line_and_is_shown(measured):
+    path, calls, _ = measured
+    line = comparison.read(path)[-1]
+    assert line["arm"] == "rm_gen" and line["status"] == "died: error: drift" and line["referee"] == ""
+    assert not any("eval.py" in command and "rm_gen" in command for command, _ in calls)
+    shown = comparison.summary(comparison.read(path), evidence.CLAIMS, {})
+    assert "- rm_gen, seed 0: died: error: drift" in shown
+
+
+def test_what_has_a_line_is_not_run_again(measured):
+    path, calls, jobs = measured
+    before, content = len(calls), path.read_text()
+    evidence.run_all(jobs, path, [], 1)
+    assert len(calls) == before and path.read_text() == content
+
+
+def test_a_scalar_that_ties_is_not_right():
+    assert [evidence.right_in_both_orders({"scores": scores}) for scores in ([1, 1], [2, 1], [1, 2])] == [0, 4, 0]
+
+
+# ---- tables and pictures ----
+
+
+def test_the_interval_of_a_difference_covers_rows_and_seeds():
+    rng = np.random.default_rng(1)
+    values, others = rng.random((5, 64)), rng.random((5, 64))
+    value, low, high = comparison.difference(values, others)
+    assert value == pytest.approx(values.mean() - others.mean()) and low < value < high
+    error = np.sqrt((values - others).mean(0).var() / 64)  # of the rows alone
+    assert high - low > 2 * 1.5 * error
+
+
+def test_a_difference_is_taken_over_the_seeds_that_both_have(measured):
+    arms = comparison.by_arm(comparison.read(measured[0]))
+    assert comparison.from_urpo(arms, "mix_1_1_0", "reasoning") == (-0.25, -0.25, -0.25)
+    arms["mix_1_1_0"] = {1: arms["mix_1_1_0"][0]}
+    assert comparison.from_urpo(arms, "mix_1_1_0", "reasoning") is None
+    assert comparison.from_urpo(arms, BASE, "reasoning") is None
+
+
+def test_wins_against_the_start(measured):
+    arms = comparison.by_arm(comparison.read(measured[0]))
+    # 3 of 4 good answers meet 1 of 4 good ones: 9 of 16 pairs won, 1 lost, 6 tied.
+    assert comparison.row_values(arms, arms[BASE][0], "wins") == pytest.approx([0.75] * 4)
+    assert comparison.row_values(arms, arms[START][0], "wins") == pytest.approx([0.5] * 4)
+
+
+def test_a_table_names_cost_and_judge(measured):
+    arms = comparison.by_arm(comparison.read(measured[0]))
+    arms["rm_gen"] = arms["mix_1_1_0"]
+    shown = comparison.table(arms, ["urpo", "rm_gen"], {"rm_gen": ["mix_1_1_0"]})
+    assert "| 2 + 2 for mix_1_1_0 | 6.1 |" in shown and ".50<br>-.25 [-.25, -.25]" in shown
+    assert comparison.headline(arms).startswith("URPO minus RM-gen: instructions by hidden gold +.25 [+.25, +.25]")
+
+
+def test_pictures_are_drawn_of_what_was_measured(measured):
+    lines = comparison.read(measured[0])
+    found = comparison.pictures(lines, evidence.CLAIMS)
+    assert set(found) == {"main", "mixes"} and all(png.startswith(b"\x89PNG") for png in found.values())
+    assert comparison.headline({}) == "URPO against RM-gen: not measured yet."
+
+
+def test_the_document_shows_the_tables_of_the_csv():
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    lines = comparison.read(ROOT / "docs" / "evidence.csv")
+    judges = {arm: evidence.needs(arm) for arm in evidence.ARMS}
+    for line in comparison.summary(lines, evidence.CLAIMS, judges).splitlines():
+        assert line in text, "run `python report/evidence.py --show --csv docs/evidence.csv`, copy the tables"
+    assert text.splitlines()[0].startswith(("# ", "**URPO", "URPO"))
+    for claim in comparison.pictures(lines, evidence.CLAIMS):
+        assert f"(evidence-{claim}.png)" in text and (ROOT / "docs" / f"evidence-{claim}.png").exists()
