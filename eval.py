@@ -416,6 +416,7 @@ def probe(args) -> None:
     """
     config = flags.parse(urpo.Config, urpo.PRESETS, [*args.flags, "--model", args.model])
     config.both_orders, config.warmup_steps, config.minibatches, config.audit_judge = True, 0, 1, 0
+    config.advantage = "std"  # which groups have a gradient is the same for all scales
     data.mix_counts(config.mix, 0, warmup=False)  # refuses what is no mix
     config.mix = ":".join(str(min(1, int(share))) for share in config.mix.split(":"))
     config.batch = args.rows * config.mix.count("1")

@@ -215,12 +215,14 @@ REWARD_RANGE = {"preference": (-1.0, 1.0), "reasoning": (0.0, 1.0), "instruction
 
 
 def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tuple[float, float] = (0.0, 1.0),
-                     eps: float = 1e-6) -> torch.Tensor:
+                     batch_std: float | None = None, eps: float = 1e-6) -> torch.Tensor:
     """A = (r - mean) / (std + eps) over the last dimension, the G answers to one prompt; float32.
 
     Group-relative advantages are the paper's. The unbiased std and its floor are ours (D9): a group whose std is
     below 1e-6, or of one answer, gets exactly 0. scale="center" is A = r - mean (Dr. GRPO), with `reward_range`
     mapped to [0, 1] first: otherwise a score of 1 to 10 would weigh nine times as much as a solved question (ours).
+    scale="batch" divides by `batch_std` instead, that of all rewards of this kind in the batch: a group whose rewards
+    hardly differ then weighs less (REINFORCE++).
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [7., 7., 7., 7.]]))
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
@@ -228,8 +230,8 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tu
     >>> group_advantages(torch.tensor([10., 1.]), "center", REWARD_RANGE["instruction"])
     tensor([ 0.5000, -0.5000])
     """
-    if scale not in ("std", "center"):
-        raise ValueError(f"unknown advantage scale {scale!r}: use 'std' or 'center'")
+    if scale not in ("std", "center", "batch"):
+        raise ValueError(f"unknown advantage scale {scale!r}: use 'std', 'center' or 'batch'")
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite: leave an unjudged group out, instead of passing nan")
     if rewards.shape[-1] < 2:
@@ -237,8 +239,11 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tu
     rewards = rewards.double()
     centered = rewards - rewards.mean(dim=-1, keepdim=True)
     std = rewards.std(dim=-1, keepdim=True)
-    lowest, highest = reward_range
-    advantages = centered / (std + eps if scale == "std" else highest - lowest)
+    if scale == "center":
+        lowest, highest = reward_range
+        advantages = centered / (highest - lowest)
+    else:
+        advantages = centered / ((std if scale == "std" else batch_std) + eps)
     return torch.where(std < SMALLEST_SPREAD, 0.0, advantages).float()
 
 

@@ -162,6 +162,15 @@ def gold_figures(groups: list[Group]) -> dict:
     return {"gold": mean(good), "gold_constraint": mean(kept)}
 
 
+def count_not_finite(before: int, step: int, figures: dict) -> int:
+    """Steps in a row whose updates were all skipped as not finite. Raises FloatingPointError at the third."""
+    count = 0 if figures["updates"] else before + (figures["nonfinite_updates"] > 0)
+    if count == 3:
+        raise FloatingPointError(f"step {step}: no finite update for {count} steps: lower --lr, or look at the last "
+                                 "prompts in rollouts.jsonl")
+    return count
+
+
 # ------------------------------------------------------------------------------- writing
 
 

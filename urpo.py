@@ -100,7 +100,7 @@ class Config:
     # objective
     clip_low: float = flag(0.8, "lower end of the ratio (paper: 0.8)")
     clip_high: float = flag(1.28, "upper end of the ratio (paper: 1.28)")
-    advantage: Literal["std", "center"] = flag("std", "center: r - mean, of rewards mapped to [0, 1] (D9)")
+    advantage: Literal["std", "center", "batch"] = flag("std", "/ std of group | r in [0, 1] | / std of batch (D9)")
     loss: Literal["token-mean", "sequence-mean"] = flag("token-mean", "over the global minibatch: DAPO | GRPO (D15)")
     importance_cap: float = flag(0.0, "0: off; else weight tokens by min(trainer/sampler probability, cap) (D16)")
     # optimiser
@@ -191,11 +191,26 @@ def reward(config: Config, groups: list[Group]) -> None:
     """Part 4: the reward of every answer by its kind, then advantages within the group."""
     for group in groups:
         group.rewards = group_rewards(group.prompt, group.texts, group.judgements, config.tau)
+    spreads = batch_spreads(groups) if config.advantage == "batch" else {}
+    for group in groups:
         if group.rewards is None:  # of some answer no judgement can be read: the group teaches nothing, counted (D8)
             group.advantages = [0.0] * len(group.texts)
         else:
             rewards, kind = torch.tensor(group.rewards), group.prompt.kind
-            group.advantages = group_advantages(rewards, config.advantage, REWARD_RANGE[kind]).tolist()
+            group.advantages = group_advantages(
+                rewards, config.advantage, REWARD_RANGE[kind], spreads.get(kind)).tolist()
+
+
+def batch_spreads(groups: list[Group]) -> dict[str, float]:
+    """The standard deviation of all rewards of each kind in the batch, over all ranks, for `--advantage batch`."""
+    spreads = {}
+    for kind in data.KINDS:
+        rewards = [reward for group in groups if group.prompt.kind == kind for reward in group.rewards or []]
+        count = max(all_reduce(len(rewards)), 1)
+        middle = all_reduce(sum(rewards)) / count
+        squares = all_reduce(sum((reward - middle) ** 2 for reward in rewards))
+        spreads[kind] = math.sqrt(squares / max(count - 1, 1))
+    return spreads
 
 
 @torch.no_grad()
@@ -353,15 +368,6 @@ def set_up(config: Config, run: Path):
     return tokenizer, sources, policy, optimizer, schedule, engine, log, first_step
 
 
-def count_not_finite(before: int, step: int, figures: dict) -> int:
-    """Steps in a row whose updates were all skipped as not finite. Raises FloatingPointError at the third."""
-    count = 0 if figures["updates"] else before + (figures["nonfinite_updates"] > 0)
-    if count == 3:
-        raise FloatingPointError(f"step {step}: no finite update for {count} steps: lower --lr, or look at the last "
-                                 "prompts in rollouts.jsonl")
-    return count
-
-
 def train(config: Config, score=self_score) -> None:
     """The seven parts, step after step. score: part 3; the baselines let another model judge (baselines.py)."""
     rank = dist.get_rank()
@@ -409,7 +415,7 @@ def train(config: Config, score=self_score) -> None:
         figures["seconds"] = clock.seconds
         figures["peak_memory_gib"] = machine.peak_memory_gib(clock)
         steps.set_postfix_str(on_rank_0(f"writing {run}", lambda: log.write(step, records, figures)))
-        not_finite = count_not_finite(not_finite, step, figures)
+        not_finite = runs.count_not_finite(not_finite, step, figures)
         done = step + 1  # after the log: a run killed in between repeats the step, and its lines are cut from the log
         stop = all_reduce(len(signals)) > 0  # a signal to any rank stops all ranks at the same step
         if stop or done == config.steps or (config.save_every and done % config.save_every == 0):

@@ -56,6 +56,7 @@ ARMS = {
     "lists_of_4": "urpo.py --judge_list 4 --judgements 1",
     "lists_of_4_times_4": "urpo.py --judge_list 4 --judgements 4",
     "advantage_center": "urpo.py --advantage center",
+    "advantage_batch": "urpo.py --advantage batch",
     "own_preferences": "baselines.py own_preferences",
 }
 # Claim -> what its picture says, and its arms. In this order they are run.
@@ -68,7 +69,7 @@ CLAIMS = {
               "mix_0_1_1 p_2_of_24 p_4_of_24 p_8_of_24 mix_1_0_1"),
     "judging": ("How answers are judged; urpo: in pairs, four times", "judged_twice lists_of_4 lists_of_4_times_4"),
     "clip": ("The range of the ratio; urpo: .8 to 1.28", "clip_symmetric clip_off"),
-    "advantage": ("How advantages are scaled", "advantage_center"),
+    "advantage": ("How advantages are scaled", "advantage_center advantage_batch"),
     "own": ("Beyond the paper: the referee also learns from the policy's own right and wrong sums", "own_preferences"),
     "base": ("From a base without competence", "raw"),
     "drift": ("Three times the steps", "three_times"),

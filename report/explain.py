@@ -47,11 +47,12 @@ def explain(run: str, step: int | None = None, prompt: int | None = None, check_
     lines = {line["step"]: line for line in log}
     wrong, answers, found = [], 0, Counter()  # found: prompts of each step in rollouts.jsonl
     for at, pairs in groupby(read_groups(path, repairs), key=lambda pair: pair[0]):
-        groups = []
-        for _, group in pairs:
+        groups, recorded = [], [group for _, group in pairs]
+        spreads = batch_spreads(recorded, settings["tau"]) if settings["advantage"] == "batch" else {}
+        for group in recorded:
             found[at] += 1
             if check_all or (at, group.index) == (step, prompt):
-                derived, differences = derive(at, group, settings)
+                derived, differences = derive(at, group, settings, spreads)
                 groups.append(derived)
                 wrong += differences + record_differences(at, group, settings, tokenizer)
                 answers += len(group.texts)
@@ -106,7 +107,19 @@ def find_sources(settings: dict, about: dict, tokenizer, notes: list[str]) -> di
 # ------------------------------------------------------------------------------- one prompt
 
 
-def derive(step: int, group: Group, settings: dict) -> tuple[Group, list[str]]:
+def batch_spreads(groups: list[Group], tau: str) -> dict[str, float]:
+    """The standard deviation of all rewards of each kind in a step, for `--advantage batch`."""
+    rewards: dict[str, list[float]] = {}
+    for group in groups:
+        try:
+            own = group_rewards(group.prompt, group.texts, group.judgements, tau)
+        except ValueError:
+            continue  # `derive` says what is wrong with it
+        rewards.setdefault(group.prompt.kind, []).extend(own or [])
+    return {kind: stdev(values) if len(values) > 1 else 0.0 for kind, values in rewards.items()}
+
+
+def derive(step: int, group: Group, settings: dict, spreads: dict[str, float]) -> tuple[Group, list[str]]:
     """The group with its rewards and advantages made again, and where its record says otherwise."""
     where = f"step {step}, prompt {group.index}"
     try:
@@ -115,8 +128,9 @@ def derive(step: int, group: Group, settings: dict) -> tuple[Group, list[str]]:
         return group, [f"{where}: {error}"]
     advantages = [0.0] * len(group.texts)  # stays so where no judgement could be read (D8)
     if rewards is not None:
-        reward_range = REWARD_RANGE[group.prompt.kind]
-        advantages = group_advantages(torch.tensor(rewards), settings["advantage"], reward_range).tolist()
+        kind = group.prompt.kind
+        advantages = group_advantages(
+            torch.tensor(rewards), settings["advantage"], REWARD_RANGE[kind], spreads.get(kind)).tolist()
     wrong = []
     for name, recorded, own in (("reward", group.rewards, rewards), ("advantage", group.advantages, advantages)):
         for i, (a, b) in enumerate(zip_longest(recorded or [], own or []), 1):
@@ -267,7 +281,8 @@ def in_words(step: int, group: Group, settings: dict) -> str:
                   "judge text", indented(judgement["text"]), f"scores: {scores or 'unreadable'}"]
     if len(group.rewards or []) > 1:
         lowest, highest = REWARD_RANGE[prompt.kind]
-        scale = f"{highest - lowest:g}" if settings["advantage"] == "center" else "(std + 1e-6)"
+        scales = {"std": "(std + 1e-6)", "center": f"{highest - lowest:g}", "batch": "(std of the batch + 1e-6)"}
+        scale = scales[settings["advantage"]]
         lines.append(f"advantage = (reward - mean) / {scale}, mean {mean(rewards):.4g}, unbiased std "
                      f"{stdev(rewards):.4g}; 0 at std 0")
     return "\n".join(lines)

@@ -167,7 +167,7 @@ COMMANDS = [
     ('urpo --judgements 0', '--judgements 0: must be above 0, and finite'),
     ('urpo --tau a', "argument --tau: invalid choice: 'a' (choose from 'b', 'strict'); --help lists the settings"),
     ('urpo --advantage none',
-     "argument --advantage: invalid choice: 'none' (choose from 'std', 'center'); --help lists the settings"),
+     "argument --advantage: invalid choice: 'none' (choose from 'std', 'center', 'batch'); --help lists the settings"),
     ('urpo --loss sum',
      "argument --loss: invalid choice: 'sum' (choose from 'token-mean', 'sequence-mean'); --help lists the settings"),
     ('urpo --preset huge',

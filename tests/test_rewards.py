@@ -335,6 +335,13 @@ def test_group_advantages_vectors():
     assert torch.allclose(group_advantages(torch.tensor([1, 0, 0, 1])), expected_BG[0], atol=5e-5)
 
 
+def test_by_the_batchs_std_a_group_of_little_spread_weighs_less():
+    wide, narrow = torch.tensor([0., 1.]), torch.tensor([0.4, 0.6])
+    assert torch.allclose(group_advantages(wide, "batch", batch_std=0.5), torch.tensor([-1., 1.]), atol=1e-5)
+    assert torch.allclose(group_advantages(narrow, "batch", batch_std=0.5), torch.tensor([-.2, .2]), atol=1e-5)
+    assert torch.equal(group_advantages(torch.tensor([3., 3.]), "batch", batch_std=0.0), torch.zeros(2))
+
+
 def test_group_advantages_refuse_misuse():
     for group, scale in ((torch.tensor([1., math.nan]), "std"), (torch.tensor([1., math.inf]), "std"),
                          (torch.tensor([1., 0.]), "mean")):

@@ -20,6 +20,7 @@ import runs
 import urpo
 from conftest import VOCABULARY, assert_same_gradients, gradients, keep_old_logprobs, plain_logprobs, random_groups
 from data import Group, Prompt
+from report import explain
 from rewards import clipped_objective, group_advantages
 from urpo import Config
 
@@ -174,6 +175,20 @@ def test_centred_advantages_of_all_kinds_have_one_scale_so_that_no_judge_raises_
               Group(2, Prompt("instruction", "Say hi."), [1], [[1]] * 2, texts=["hi", ""], judgements=[judgement])]
     urpo.reward(tiny_config(advantage="center"), groups)
     assert [group.advantages for group in groups] == [[0.5, -0.5]] * 3
+
+
+def test_advantages_by_the_std_of_all_rewards_of_a_kind_in_the_batch(process_group):
+    """Of the four rewards 1, 0, 1, 1 of R the unbiased std is .5. A group of P does not count for it."""
+    groups = [Group(0, SHARE[1][1], [1], [[1]] * 2, texts=["\\boxed{2}", "3"]),
+              Group(1, SHARE[1][1], [1], [[1]] * 2, texts=["2", "2"]),
+              Group(2, SHARE[0][1], [1], [[1]] * 2, texts=["<scores>8, 6</scores>", "first"])]
+    urpo.reward(tiny_config(advantage="batch"), groups)
+    assert groups[0].advantages == pytest.approx([1, -1], abs=1e-4) and groups[1].advantages == [0, 0]
+    assert groups[2].advantages == pytest.approx([0.7071, -0.7071], abs=1e-4)
+    spreads = explain.batch_spreads(groups, "b")
+    for group in groups:
+        derived, wrong = explain.derive(0, group, {"tau": "b", "advantage": "batch"}, spreads)
+        assert derived.advantages == group.advantages and not wrong
 
 
 # ---- 5. old_logprobs, and the drift that part 6 checks ----
