@@ -26,9 +26,12 @@ from data import PARTS, InputError, mix_counts
 # ------------------------------------------------------------------------------- the model
 
 
+TOY_MODELS = ("raw", "half", "seed")  # made by toy/seed.py
+
+
 def model_folder(model: str) -> str:
-    """The folder or hub id that --model stands for: `raw` and `seed` are made by toy/seed.py, others stay as given."""
-    if model in ("raw", "seed"):
+    """The folder or hub id that --model stands for: those of the toy world are made, others stay as given."""
+    if model in TOY_MODELS:
         from toy import seed
 
         return seed.folder(model)
@@ -117,7 +120,7 @@ def planned_shape(model: str) -> Shape:
 
     if model in SHAPES:
         return shape_of(empty_model(model, AutoConfig.for_model(**dict(zip(FIELDS, SHAPES[model])))))
-    folder = model_folder(model) if model in ("raw", "seed") else model
+    folder = model_folder(model) if model in TOY_MODELS else model
     return shape_of(empty_model(folder, model_config(folder)))
 
 

@@ -185,19 +185,23 @@ def headline(arms: Lines) -> str:
             f"{minutes(arms, 'mix_1_1_0'):.0f} for the judge ({len(arms['rm_gen'])} seeds).")
 
 
-def shown_arms(arms: Lines, names: str) -> list[str]:
-    """The arms of a claim that were measured, behind the start and URPO."""
-    wanted = dict.fromkeys([START, BASE, *names.split()])
-    return [arm for arm in wanted if arm in arms]
+def measured_claims(arms: Lines, claims: dict[str, tuple[str, str]]) -> dict[str, tuple[str, list[str]]]:
+    """Claim -> (title, its arms behind the start and URPO), of claims with an arm that no claim before has."""
+    found, before = {}, {START}
+    for claim, (title, names) in claims.items():
+        own = [arm for arm in names.split() if arm in arms]
+        if set(own) - before:
+            found[claim] = (title, [arm for arm in dict.fromkeys([START, BASE, *own]) if arm in arms])
+        before.update(names.split())
+    return found
 
 
 def summary(lines: list[dict], claims: dict[str, tuple[str, str]], judges: dict[str, list[str]]) -> str:
     """Headline, a table a claim, and what died."""
     arms = by_arm(lines)
     parts = [headline(arms)]
-    for claim, (title, names) in claims.items():
-        if any(name in arms for name in names.split()):
-            parts.append(f"**{claim}.** {title}\n\n{table(arms, shown_arms(arms, names), judges)}")
+    for claim, (title, names) in measured_claims(arms, claims).items():
+        parts.append(f"**{claim}.** {title}\n\n{table(arms, names, judges)}")
     return "\n\n".join([*parts, *filter(None, [died(lines)])])
 
 
@@ -206,11 +210,8 @@ def summary(lines: list[dict], claims: dict[str, tuple[str, str]], judges: dict[
 
 def pictures(lines: list[dict], claims: dict[str, tuple[str, str]]) -> dict[str, bytes]:
     """Claim -> PNG, of the claims that were measured."""
-    arms, found = by_arm(lines), {}
-    for claim, (title, names) in claims.items():
-        if any(name in arms for name in names.split()):
-            found[claim] = draw(arms, shown_arms(arms, names), title)
-    return found
+    arms = by_arm(lines)
+    return {claim: draw(arms, names, title) for claim, (title, names) in measured_claims(arms, claims).items()}
 
 
 def draw(arms: Lines, names: list[str], title: str) -> bytes:

