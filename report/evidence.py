@@ -216,13 +216,19 @@ def wanted(only: list[str], seeds: int | None, quick: bool) -> list[tuple[str, i
 
 
 def run_all(jobs: list[tuple[str, int]], path: Path, flags: list[str], side_by_side: int) -> None:
-    """All jobs that have no line yet, so many at a time, each on its own cores."""
+    """All jobs that have no line yet, so many at a time, each on its own cores.
+
+    A judge that has its line and whose folder is gone is trained again for an arm that needs it.
+    """
     every = sorted(os.sched_getaffinity(0))
     share = len(every) // side_by_side
+    if not share:
+        raise InputError(f"--jobs {side_by_side}: this machine has {len(every)} cores, and a run takes one")
     free: queue.Queue = queue.Queue()
     for i in range(side_by_side):
         free.put(every[i * share : (i + 1) * share])
     done = {(line["arm"], int(line["seed"])): line["status"] for line in comparison.read(path)}
+    needed = {(need, seed) for arm, seed in jobs if (arm, seed) not in done for need in needs(arm)}
     ended = {job: threading.Event() for job in jobs}
     writing = threading.Lock()
 
@@ -231,13 +237,17 @@ def run_all(jobs: list[tuple[str, int]], path: Path, flags: list[str], side_by_s
         try:
             for need in needs(arm):
                 ended[need, seed].wait()
-            if job not in done:
-                cores = free.get()
+            if job in done and (job not in needed or (ROOT / folder(arm, seed)).exists()):
+                return
+            cores = free.get()
+            try:
                 line = run_arm(arm, seed, flags, cores)
+            finally:
                 free.put(cores)
+            print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
+            if job not in done:
                 with writing:
                     comparison.append(path, FIELDS, line)
-                print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
         finally:
             ended[job].set()
 

@@ -2,6 +2,8 @@
 import doctest
 import json
 import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +87,7 @@ def fake_call(right: dict[str, int], calls: list):
 
     def call(command, cores, log):
         calls.append((shlex.join(command), cores))
-        name = command[command.index("--name") + 1] if "--name" in command else command[-1].split("/")[1]
+        name = command[command.index("--name") + 1] if "--name" in command else Path(command[-1]).parent.name
         home = evidence.ROOT / "runs" / name
         home.mkdir(parents=True, exist_ok=True)
         arm = home.name.split("-")[1]
@@ -137,6 +139,29 @@ def test_what_has_a_line_is_not_run_again(measured):
     before, content = len(calls), path.read_text()
     evidence.run_all(jobs, path, [], 1)
     assert len(calls) == before and path.read_text() == content
+
+
+def test_a_judge_whose_folder_is_gone_is_trained_again_for_the_arm_that_needs_it(measured):
+    path, calls, jobs = measured
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))  # without rm_gen
+    shutil.rmtree(evidence.ROOT / "runs" / "evidence-mix_1_1_0-0")
+    before = len(calls)
+    evidence.run_all(jobs, path, [], 1)
+    assert ["mix_1_1_0" in command and "rm_gen" not in command for command, _ in calls[before:]] == [True, True, False]
+    assert [line["arm"] for line in comparison.read(path)] == [START, "urpo", "mix_1_1_0", "rm_gen"]
+
+
+def test_more_runs_than_cores_are_refused(tmp_path):
+    with pytest.raises(InputError, match="--jobs 999: this machine has"):
+        evidence.run_all([], tmp_path / "evidence.csv", [], 999)
+
+
+def test_a_mistake_of_ours_ends_all_and_is_shown(tmp_path, monkeypatch):
+    """And leaves no worker waiting for cores that nobody gives back."""
+    monkeypatch.setattr(evidence, "run_arm", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evidence.run_all([(START, 0), ("urpo", 0), ("urpo", 1)], tmp_path / "evidence.csv", [], 1)
 
 
 def test_a_scalar_that_ties_is_not_right():
