@@ -7,7 +7,8 @@
     python baselines.py sft ...                          no rewards: imitate the toy world's demonstrator instead
     python baselines.py own_preferences ...              beyond the paper: P from the policy's own answers to R
 
-Each takes every flag of urpo.py, draws the same prompts from a seed, and starts under torchrun as urpo.py does.
+Each takes the flags of urpo.py, draws the same prompts from a seed, and starts under torchrun as urpo.py does. What a
+baseline has no use for it ignores: reward_model all but data, rate and steps, sft the clip and the sampling.
 report/evidence.py compares them, and counts what a separate judge costs. What a GPU would do here is not yet run: the
 judge stays awake beside the policy's engine, so halve --gpu_memory.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
@@ -158,6 +160,19 @@ def load_pairs(config: Baseline):
     return tokenizer, sources
 
 
+def pairs_of_step(sources, config: Baseline, step: int) -> list[Prompt]:
+    """The rows of P that urpo.py with the same settings draws at a step, each once: a scalar sees no order.
+
+    Rows whose responses are all as good have no pair, and are left out.
+    """
+    batch = data.draw(
+        sources, config.mix, config.batch, config.warmup_steps, config.seed, step, config.both_orders)
+    rows = [row for row in batch if row.kind == "preference"]
+    if config.both_orders:  # then a row stands twice, one after the other
+        rows = rows[::2]
+    return [row for row in rows if len(set(row.truth)) > 1]
+
+
 def score_rows(model: RewardModel, tokenizer, rows: list[Prompt]) -> Tensor:
     """The scores of all responses of all rows, one after another."""
     texts = []
@@ -183,9 +198,11 @@ def reward_model(config: Baseline) -> None:
     on_rank_0(f"writing {run}", lambda: log.open({}))
     for step in tqdm(range(config.passes * config.steps), disable=rank != 0):
         started = time.perf_counter()
-        batch = data.draw(sources, config.mix, config.batch, config.warmup_steps, config.seed, step % config.steps)
-        rows = [row for row in batch if row.kind == "preference"]
-        rows = rows[:: 2 if config.both_orders else 1][rank::ranks]  # to a scalar the other order is the same pair
+        rows = pairs_of_step(sources, config, step % config.steps)
+        if len(rows) < ranks:  # the same on all ranks
+            raise InputError(f"reward_model: step {step} has {len(rows)} rows of P for {ranks} ranks: more P in "
+                             "--mix, a larger --batch, or fewer ranks")
+        rows = rows[rank::ranks]
         margin_N = margins(score_rows(model, tokenizer, rows), rows)
         pairs = all_reduce(len(margin_N))
         # Times the number of ranks, since FSDP averages gradients over them.
@@ -300,7 +317,10 @@ def imitate(config: Baseline, policy: machine.Policy, optimizer, schedule, group
             loss = -(row.weight_N * policy(row)).sum()
             loss.backward()
             total["loss"] += loss.item()
-        total["grad_norm"] += machine.clip_gradient(policy, config.grad_clip) / config.minibatches
+        norm = machine.clip_gradient(policy, config.grad_clip)
+        if not math.isfinite(norm):  # the same on all ranks
+            raise FloatingPointError("sft: the gradient is not finite: lower --lr")
+        total["grad_norm"] += norm / config.minibatches
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -311,7 +331,7 @@ def imitate(config: Baseline, policy: machine.Policy, optimizer, schedule, group
 
 def sft(config: Baseline) -> None:
     """Supervised fine-tuning [paper]: G demonstrations for each of URPO's prompts, so about as many answer tokens."""
-    if {*config.preferences, *config.reasoning, *config.instructions} - {"toy", "toy:2"}:
+    if config.preferences != ["toy:2"] or {*config.reasoning, *config.instructions} != {"toy"}:
         raise InputError("sft: the demonstrator knows the toy world alone: --preferences toy:2 --reasoning toy "
                          "--instructions toy")
     rank, ranks, run = dist.get_rank(), dist.get_world_size(), Path("runs") / config.name
@@ -363,8 +383,8 @@ def own_pair(group: Group) -> Prompt | None:
 def own_preferences(config: Baseline) -> None:
     """URPO whose referee also learns from what it must judge: the policy's own answers (beyond the paper, ours).
 
-    About half of a rank's P prompts are replaced, after part 2, by pairs of its answers to R, each in both orders. So
-    the shares of P, R and I stay as they are. `eval.py explain` will find these prompts in no source.
+    Half of a rank's P prompts, rounded up to whole pairs, are replaced after part 2 by pairs of its answers to R, each
+    in both orders. So the shares of P, R and I stay as they are. `eval.py explain` finds these prompts in no source.
     """
 
     def score(config, engine, tokenizer, groups: list[Group], step: int) -> None:

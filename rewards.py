@@ -222,7 +222,7 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tu
     below 1e-6, or of one answer, gets exactly 0. scale="center" is A = r - mean (Dr. GRPO), with `reward_range`
     mapped to [0, 1] first: otherwise a score of 1 to 10 would weigh nine times as much as a solved question (ours).
     scale="batch" divides by `batch_std` instead, that of all rewards of this kind in the batch: a group whose rewards
-    hardly differ then weighs less (REINFORCE++).
+    hardly differ then weighs less (ours by kind; TRL has it over all rewards as scale_rewards="batch").
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [7., 7., 7., 7.]]))
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
@@ -232,6 +232,8 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tu
     """
     if scale not in ("std", "center", "batch"):
         raise ValueError(f"unknown advantage scale {scale!r}: use 'std', 'center' or 'batch'")
+    if scale == "batch" and batch_std is None:
+        raise ValueError("scale 'batch' needs batch_std, of all rewards of this kind in the batch")
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite: leave an unjudged group out, instead of passing nan")
     if rewards.shape[-1] < 2:

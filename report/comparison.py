@@ -7,7 +7,7 @@ for all. Unknown is not zero: what was not measured is "-".
 import csv
 import io
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -75,11 +75,16 @@ def row_values(arms: Lines, line: dict, measure: str) -> np.ndarray | None:
 def of_seeds(arms: Lines, arm: str, measure: str) -> dict[int, np.ndarray]:
     """Seed -> row values, of the runs of an arm that have them."""
     found = {}
-    for seed, line in arms[arm].items():
+    for seed, line in arms.get(arm, {}).items():
         values = row_values(arms, line, measure)
         if values is not None:
             found[seed] = values
     return found
+
+
+def seed_means(arms: Lines, arm: str, measure: str) -> list[float]:
+    """The mean over rows, of each seed that has it."""
+    return [rows.mean() for rows in of_seeds(arms, arm, measure).values()]
 
 
 def difference(values: np.ndarray, others: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
@@ -100,7 +105,7 @@ def difference(values: np.ndarray, others: np.ndarray, draws: int = 4000) -> tup
 
 def from_urpo(arms: Lines, arm: str, measure: str) -> tuple[float, float, float] | None:
     """`difference` of an arm from URPO over the seeds that both have."""
-    if arm in (START, BASE) or not {arm, BASE} <= arms.keys():
+    if arm in (START, BASE):
         return None
     own, base = of_seeds(arms, arm, measure), of_seeds(arms, BASE, measure)
     seeds = sorted(own.keys() & base.keys())
@@ -109,9 +114,10 @@ def from_urpo(arms: Lines, arm: str, measure: str) -> tuple[float, float, float]
     return difference(np.array([own[seed] for seed in seeds]), np.array([base[seed] for seed in seeds]))
 
 
-def minutes(arms: Lines, arm: str) -> float:
-    """Of training, a mean over seeds."""
-    return mean(float(line["minutes"]) for line in arms[arm].values())
+def minutes(arms: Lines, arm: str) -> str:
+    """Of training, the median over seeds, since the machine is shared; "-" where no run ended."""
+    found = [float(line["minutes"]) for line in arms.get(arm, {}).values()]
+    return f"{median(found):.0f}" if found else "-"
 
 
 def figure(values: list[float]) -> str:
@@ -128,14 +134,12 @@ def figure(values: list[float]) -> str:
     return shown.replace("0.", ".")
 
 
-def interval(found: tuple[float, float, float] | None) -> str:
+def interval(found: tuple[float, float, float]) -> str:
     """A difference as it stands in a table.
 
     >>> interval((-0.05, -0.1, 0.02))
     '-.05 [-.10, +.02]'
     """
-    if found is None:
-        return ""
     value, low, high = (f"{number:+.2f}".replace("0.", ".") for number in found)
     return f"{value} [{low}, {high}]"
 
@@ -153,13 +157,17 @@ def table(arms: Lines, names: list[str], judges: dict[str, list[str]]) -> str:
     for arm in names:
         cells = [arm, str(len(arms[arm]))]
         for measure in MEASURES:
-            values = [rows.mean() for rows in of_seeds(arms, arm, measure).values()]
-            cells.append(f"{figure(values)}<br>{interval(from_urpo(arms, arm, measure))}".removesuffix("<br>"))
-        trained = f"{minutes(arms, arm):.0f}"
+            cells.append(figure(seed_means(arms, arm, measure)))
+            found = from_urpo(arms, arm, measure)
+            if found:
+                cells[-1] += f"<br>{interval(found)}"
+        trained = minutes(arms, arm)
         for judge in judges.get(arm, []):
-            trained += f" + {minutes(arms, judge):.0f} for {judge}"
+            trained += f" + {minutes(arms, judge)} for {judge}"
         memory = [float(line["gib"]) for line in arms[arm].values() if line["gib"]]
-        lines.append([*cells, trained, f"{max(memory):.1f}" if memory else "-"])
+        cells.append(trained)
+        cells.append(f"{max(memory):.1f}" if memory else "-")
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -174,15 +182,16 @@ def died(lines: list[dict]) -> str:
 
 def headline(arms: Lines) -> str:
     """URPO against the frozen generative judge, in one sentence: on instructions, as a referee, and in cost."""
-    if not {BASE, "rm_gen", "mix_1_1_0"} <= arms.keys():
+    gold, referee = from_urpo(arms, "rm_gen", "gold"), from_urpo(arms, "mix_1_1_0", "referee")
+    if not gold or not referee:
         return "URPO against RM-gen: not measured yet."
     shown = []
-    for arm, measure in (("rm_gen", "gold"), ("mix_1_1_0", "referee")):
-        value, low, high = from_urpo(arms, arm, measure)
+    for value, low, high in (gold, referee):
         shown.append(interval((-value, -high, -low)))
+    seeds = len(arms[BASE].keys() & arms["rm_gen"].keys())
     return (f"URPO minus RM-gen: instructions by hidden gold {shown[0]}; URPO's referee minus RM-gen's judge "
-            f"{shown[1]}; {minutes(arms, BASE):.0f} minutes of training against {minutes(arms, 'rm_gen'):.0f} and "
-            f"{minutes(arms, 'mix_1_1_0'):.0f} for the judge ({len(arms['rm_gen'])} seeds).")
+            f"{shown[1]}; {minutes(arms, BASE)} minutes of training against {minutes(arms, 'rm_gen')} and "
+            f"{minutes(arms, 'mix_1_1_0')} for the judge (seeds that both have: {seeds}; the machine is noisy).")
 
 
 def measured_claims(arms: Lines, claims: dict[str, tuple[str, str]]) -> dict[str, tuple[str, list[str]]]:
@@ -210,19 +219,31 @@ def summary(lines: list[dict], claims: dict[str, tuple[str, str]], judges: dict[
 
 def pictures(lines: list[dict], claims: dict[str, tuple[str, str]]) -> dict[str, bytes]:
     """Claim -> PNG, of the claims that were measured."""
-    arms = by_arm(lines)
-    return {claim: draw(arms, names, title) for claim, (title, names) in measured_claims(arms, claims).items()}
+    arms, found = by_arm(lines), {}
+    for claim, (title, names) in measured_claims(arms, claims).items():
+        found[claim] = draw(arms, names, title)
+    return found
 
 
 def draw(arms: Lines, names: list[str], title: str) -> bytes:
-    """An arm a line: a small dot a seed, a large one for their mean, and the interval of the difference from URPO,
-    drawn around that mean. Where it misses the vertical line, which is URPO's mean, the arm differs."""
+    """An arm a line. Small dots are seeds. The large dot is URPO's mean plus the difference of the arm from URPO, with
+    its interval: where it misses the vertical line, which is URPO's mean, the arm differs. That difference is over the
+    seeds that both have, so the dot need not be the mean of the small ones."""
     drawing = Figure(figsize=(14, 1.3 + 0.3 * len(names)), layout="constrained")
     drawing.suptitle(title)
     axes = drawing.subplots(1, len(MEASURES), sharey=True)
     for axis, (measure, label) in zip(axes, MEASURES.items()):
+        base = seed_means(arms, BASE, measure)
         for place, arm in enumerate(names):
-            draw_arm(axis, arms, arm, measure, place)
+            values = seed_means(arms, arm, measure)
+            axis.plot(values, [place] * len(values), ".", color="tab:gray", markersize=3)
+            found = from_urpo(arms, arm, measure)
+            if found:
+                value, low, high = mean(base) + np.array(found)
+                axis.plot([low, high], [place, place], color="tab:blue", linewidth=1.5)
+                axis.plot(value, place, "o", color="tab:blue", markersize=5)
+        if base:
+            axis.axvline(mean(base), color="black", linewidth=0.6)
         axis.set_title(label, fontsize=9, wrap=True)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -230,18 +251,3 @@ def draw(arms: Lines, names: list[str], title: str) -> bytes:
     picture = io.BytesIO()
     drawing.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
-
-
-def draw_arm(axis, arms: Lines, arm: str, measure: str, place: int) -> None:
-    values = [rows.mean() for rows in of_seeds(arms, arm, measure).values()]
-    if not values:
-        return
-    axis.plot(values, [place] * len(values), ".", color="tab:gray", markersize=3)
-    axis.plot(mean(values), place, "o", color="tab:blue", markersize=5)
-    if arm == BASE:
-        axis.axvline(mean(values), color="black", linewidth=0.6)
-    found = from_urpo(arms, arm, measure)
-    if found:
-        middle, low, high = found
-        ends = [mean(values) + low - middle, mean(values) + high - middle]
-        axis.plot(ends, [place, place], color="tab:blue", linewidth=1.5)

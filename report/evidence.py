@@ -8,6 +8,7 @@ Arms run side by side, one process on a core each, from the same base over the s
 held-out rows. report/comparison.py makes tables and pictures of the CSV; docs/evidence.md says what they show.
 """
 import argparse
+import fcntl
 import json
 import os
 import queue
@@ -19,14 +20,18 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import baselines
+import flags
 import metrics
+import plan
+import urpo
 from data import InputError
 from report import comparison
-from report.comparison import SAMPLES, START
+from report.comparison import BASE, SAMPLES, START
 from rewards import parse_scores, verify_answer
 from runs import write_whole
 from toy import world
@@ -40,6 +45,7 @@ ARMS = {
     "reward_model": "baselines.py reward_model --mix 1:1:0 --lr 3e-5",
     "rm_score": "baselines.py rm_score --mix 0:1:1 --judge {reward_model}/model",
     "sft": "baselines.py sft",
+    "sft_true": "baselines.py sft --errors 0:0:0",
     "mix_0_1_1": "urpo.py --mix 0:1:1",
     "mix_1_1_1": "urpo.py --mix 1:1:1",
     "mix_1_0_1": "urpo.py --mix 1:0:1",
@@ -69,6 +75,7 @@ CLAIMS = {
     "rates": ("A third of the rate of learning (slow), and three times as much (fast)",
               "urpo_slow urpo_fast rm_gen rm_gen_slow rm_gen_fast rm_score rm_score_slow rm_score_fast sft sft_slow "
               "sft_fast mix_0_1_1 mix_0_1_1_slow mix_0_1_1_fast"),
+    "demonstrator": ("SFT by one who does not err", "sft sft_true"),
     "mixes": ("P:R:I by prompts; urpo has 1:1:2", "mix_1_1_1 mix_1_1_0 mix_1_0_1 mix_0_1_1"),
     "warm-up": ("Without warm-up, instructions join at the first step", "no_warmup"),
     "share": ("More and more of P: 0, 2, 4, 6 (urpo), 8, 12 of 24 prompts",
@@ -100,13 +107,16 @@ def folder(arm: str, seed: int) -> Path:
     return Path("runs") / f"evidence-{arm}-{seed}"
 
 
-def command_of(arm: str, seed: int, flags: list[str]) -> list[str]:
+def command_of(arm: str, seed: int, passed: list[str]) -> list[str]:
     """What is typed after `python` to train an arm; for the start, to measure it."""
     if arm == START:
         return ["eval.py", "heldout", "--model", "seed", "--json", str(folder(arm, seed) / "heldout-after.json")]
     command = ARMS[arm].format(**{need: folder(need, seed) for need in needs(arm)})
+    program, *own = shlex.split(command)
+    if program == "baselines.py":
+        program, own = f"{program} {own[0]}", own[1:]
     common = ["--preset", "smol", "--name", folder(arm, seed).name, "--seed", str(seed), "--save_every", "0"]
-    return [*shlex.split(command), *common, *flags]
+    return [*program.split(), *common, *passed, *own]  # an arm's own flags last: what defines it stands
 
 
 # ------------------------------------------------------------------------------- running an arm
@@ -123,7 +133,7 @@ def call(command: list[str], cores: list[int], log: Path) -> tuple[int, float]:
         return process.wait(), (time.perf_counter() - started) / 60
 
 
-def run_arm(arm: str, seed: int, flags: list[str], cores: list[int]) -> dict:
+def run_arm(arm: str, seed: int, passed: list[str], cores: list[int]) -> dict:
     """Train, measure, and give the line of the CSV. A run that dies becomes a line too, with its last words.
 
     Of its checkpoints the model alone stays: it may judge another arm.
@@ -132,9 +142,11 @@ def run_arm(arm: str, seed: int, flags: list[str], cores: list[int]) -> dict:
     shutil.rmtree(home, ignore_errors=True)
     log.parent.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
-    command = command_of(arm, seed, flags)
+    command = command_of(arm, seed, passed)
     result = home / "heldout-after.json"
-    line = {"arm": arm, "seed": seed, "command": shlex.join(["python", *command]), "eval_minutes": 0.0}
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    line = {"arm": arm, "seed": seed, "command": shlex.join(["python", *command]), "commit": git.stdout.strip(),
+            "eval_minutes": 0.0}
     status, line["minutes"] = call(command, cores, log)
     if not status and not result.exists():
         model = folder(arm, seed) / "checkpoints" / "last" / "model"
@@ -142,9 +154,8 @@ def run_arm(arm: str, seed: int, flags: list[str], cores: list[int]) -> dict:
             ["eval.py", "heldout", "--model", str(model), "--json", str(result)], cores, log)
     for trainer in home.glob("checkpoints/*/trainer"):
         shutil.rmtree(trainer)
-    line["status"] = "done" if status == 0 else f"died: {log.read_text().strip().splitlines()[-1][:300]}"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    line["commit"] = git.stdout.strip()
+    words = log.read_text().split("\n")
+    line["status"] = "done" if status == 0 else f"died ({status}): {' '.join(words[-3:]).strip()[-300:]}"
     if status == 0:
         line |= measured(home)
     return line
@@ -205,17 +216,17 @@ def wanted(only: list[str], seeds: int | None, quick: bool) -> list[tuple[str, i
     for name in only:
         if name not in CLAIMS and name not in ARMS:
             raise InputError(f"--only {name}: no such claim or arm; there are {', '.join([*CLAIMS, *ARMS])}")
-    found = {(START, 0): None}  # a set that keeps its order
+    found = {(START, 0): None}  # a set that keeps its order; URPO too always stands in it, to compare with
     for claim, (_, arms) in CLAIMS.items():
         for seed in range(1 if quick else seeds or SEEDS.get(claim, 3)):
             for arm in arms.split():
                 asked = not only or claim in only or arm in only
                 if arm in QUICK if quick else asked:
-                    found |= dict.fromkeys([*((need, seed) for need in needs(arm)), (arm, seed)])
+                    found |= dict.fromkeys([(BASE, seed), *((need, seed) for need in needs(arm)), (arm, seed)])
     return list(found)
 
 
-def run_all(jobs: list[tuple[str, int]], path: Path, flags: list[str], side_by_side: int) -> None:
+def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], side_by_side: int) -> None:
     """All jobs that have no line yet, so many at a time, each on its own cores.
 
     A judge that has its line and whose folder is gone is trained again for an arm that needs it.
@@ -227,48 +238,88 @@ def run_all(jobs: list[tuple[str, int]], path: Path, flags: list[str], side_by_s
     free: queue.Queue = queue.Queue()
     for i in range(side_by_side):
         free.put(every[i * share : (i + 1) * share])
-    done = {(line["arm"], int(line["seed"])): line["status"] for line in comparison.read(path)}
+    done = {(line["arm"], int(line["seed"])) for line in comparison.read(path)}
     needed = {(need, seed) for arm, seed in jobs if (arm, seed) not in done for need in needs(arm)}
     ended = {job: threading.Event() for job in jobs}
-    writing = threading.Lock()
+    writing, stopping = threading.Lock(), threading.Event()
 
     def work(job):
         arm, seed = job
         try:
             for need in needs(arm):
                 ended[need, seed].wait()
-            if job in done and (job not in needed or (ROOT / folder(arm, seed)).exists()):
+            if job in done and (job not in needed or list((ROOT / folder(arm, seed)).rglob("*.safetensors"))):
                 return
             cores = free.get()
             try:
-                line = run_arm(arm, seed, flags, cores)
+                line = run_arm(arm, seed, passed, cores)
             finally:
                 free.put(cores)
-            print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
-            if job not in done:
-                with writing:
+            with writing:
+                if not stopping.is_set() and job not in done:  # what was killed from here has no line
                     comparison.append(path, FIELDS, line)
+                    print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
         finally:
             ended[job].set()
 
-    with ThreadPoolExecutor(side_by_side) as pool:
-        for future in [pool.submit(work, job) for job in jobs]:
+    pool = ThreadPoolExecutor(side_by_side)
+    try:
+        for future in as_completed([pool.submit(work, job) for job in jobs]):
             future.result()
+    except BaseException:
+        stopping.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in RUNNING:
+            process.kill()
+        raise
+    pool.shutdown()
+
+
+def only_one():
+    """A lock on runs/: two of us would remove each other's folders."""
+    path = ROOT / "runs" / "evidence.lock"
+    path.parent.mkdir(exist_ok=True)
+    lock = open(path, "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError("report/evidence.py already runs in this folder: wait for it, or stop it") from None
+    return lock
+
+
+def check(jobs: list[tuple[str, int]], passed: list[str]) -> None:
+    """Refuse flags that some arm would not take, before any runs; and make the models that arms start from."""
+    for arm, seed in jobs:
+        if arm == START:
+            continue
+        program, *arguments = command_of(arm, seed, passed)
+        settings = urpo.Config
+        if program == "baselines.py":
+            settings = baselines.Baseline
+            arguments.pop(0)
+        config = flags.parse(settings, urpo.PRESETS, arguments)
+        flags.check(config, world=1)
+        plan.model_folder(config.model)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, epilog="Any other flag goes to every arm.")
     parser.add_argument("--only", nargs="*", default=[], help="claims or arms; all by default")
     parser.add_argument("--seeds", type=int, help="by default five for the claim main and three for others")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} with seed 0")
     parser.add_argument("--csv", type=Path, default=ROOT / "runs" / "evidence.csv", help="a line an arm and seed")
     parser.add_argument("--show", action="store_true", help="run nothing: tables and pictures of --csv")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, 6 GiB each (rm_gen 7)")
-    args, flags = parser.parse_known_args()
+    args, passed = parser.parse_known_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not args.show:
-            run_all(wanted(args.only, args.seeds, args.quick), args.csv, flags, args.jobs)
+            jobs = wanted(args.only, args.seeds, args.quick)
+            check(jobs, passed)
+            lock = only_one()  # held until this process ends
+            run_all(jobs, args.csv, passed, args.jobs)
+            lock.close()
         lines, judges = comparison.read(args.csv), {arm: needs(arm) for arm in ARMS}
         print(comparison.summary(lines, CLAIMS, judges))
         for claim, picture in comparison.pictures(lines, CLAIMS).items():
@@ -277,9 +328,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        for process in RUNNING:
-            process.kill()
-        os._exit(130)  # the threads wait for lines that will not come
+        sys.exit(130)
 
 
 if __name__ == "__main__":

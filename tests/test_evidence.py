@@ -3,9 +3,13 @@ import doctest
 import json
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import baselines
@@ -16,6 +20,7 @@ from conftest import ROOT
 from data import InputError
 from report import comparison, evidence
 from report.comparison import BASE, START
+from tiny_run import wait_for
 
 
 @pytest.mark.parametrize("module", [evidence, comparison])
@@ -25,6 +30,22 @@ def test_worked_examples_in_docstrings(module):
 
 
 # ---- the arms ----
+
+
+def test_what_defines_an_arm_cannot_be_overridden_and_a_wrong_flag_is_refused_before_all_runs():
+    command = evidence.command_of("urpo_slow", 0, ["--lr", "1"])
+    assert command[-2:] == ["--lr", "3e-6"] and command[0] == "urpo.py"
+    with pytest.raises(InputError, match="--onyl main: no such setting"):
+        evidence.check([(START, 0), ("urpo", 0)], ["--onyl", "main"])
+
+
+def test_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    lock = evidence.only_one()
+    with pytest.raises(InputError, match="already runs in this folder"):
+        evidence.only_one()
+    lock.close()
+    evidence.only_one().close()
 
 
 @pytest.mark.parametrize("arm", evidence.ARMS)
@@ -59,7 +80,7 @@ def test_the_start_comes_first_and_what_an_arm_needs_before_it():
 
 
 def test_a_part_can_be_asked_for():
-    assert evidence.wanted(["rm_gen"], 1, False) == [(START, 0), ("mix_1_1_0", 0), ("rm_gen", 0)]
+    assert evidence.wanted(["rm_gen"], 1, False) == [(START, 0), (BASE, 0), ("mix_1_1_0", 0), ("rm_gen", 0)]
     quick = [arm for arm, seed in evidence.wanted([], None, True)]
     assert set(quick) == {START, "reward_model", *evidence.QUICK}
     with pytest.raises(InputError, match="--only rm_gn: no such claim or arm"):
@@ -128,10 +149,10 @@ def test_a_line_has_the_figures_of_the_answers_and_the_command(measured):
 def test_a_run_that_died_is_a_line_and_is_shown(measured):
     path, calls, _ = measured
     line = comparison.read(path)[-1]
-    assert line["arm"] == "rm_gen" and line["status"] == "died: error: drift" and line["referee"] == ""
+    assert line["arm"] == "rm_gen" and line["status"] == "died (2): line 1 error: drift" and line["referee"] == ""
     assert not any("eval.py" in command and "rm_gen" in command for command, _ in calls)
     shown = comparison.summary(comparison.read(path), evidence.CLAIMS, {})
-    assert "- rm_gen, seed 0: died: error: drift" in shown
+    assert "- rm_gen, seed 0: died (2): line 1 error: drift" in shown
 
 
 def test_what_has_a_line_is_not_run_again(measured):
@@ -150,6 +171,29 @@ def test_a_judge_whose_folder_is_gone_is_trained_again_for_the_arm_that_needs_it
     evidence.run_all(jobs, path, [], 1)
     assert ["mix_1_1_0" in command and "rm_gen" not in command for command, _ in calls[before:]] == [True, True, False]
     assert [line["arm"] for line in comparison.read(path)] == [START, "urpo", "mix_1_1_0", "rm_gen"]
+
+
+def test_ctrl_c_kills_what_runs_and_leaves_no_line_of_it(tmp_path):
+    """As a process: SIGINT while the first arm trains."""
+    program = (
+        "import sys; sys.path.insert(0, {root!r})\n"
+        "from pathlib import Path; from report import evidence\n"
+        "evidence.ROOT, evidence.check = Path({folder!r}), lambda *arguments: None\n"
+        "evidence.sys.argv = ['evidence.py', '--csv', {csv!r}, '--jobs', '1']\n"
+        "evidence.command_of = lambda *arguments: ['-c', 'import time; print(1); time.sleep(600)']\n"
+        "evidence.main()").format(root=str(ROOT), folder=str(tmp_path), csv=str(tmp_path / "evidence.csv"))
+    process = subprocess.Popen([sys.executable, "-c", program])
+    wait_for(lambda: list(tmp_path.glob("runs/*.log")), process)
+    (trained,) = wait_for_child(process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert not trained.is_running() and not (tmp_path / "evidence.csv").exists()
+
+
+def wait_for_child(process):
+    found = []
+    wait_for(lambda: found.extend(psutil.Process(process.pid).children()) or found, process)
+    return found
 
 
 def test_more_runs_than_cores_are_refused(tmp_path):
