@@ -523,7 +523,7 @@ def positive(text: str) -> int:
 
 # What every command that measures may be told. None stands for the training's own setting on this machine.
 OPTIONS = {
-    "model": (str, None, "a folder, a hub id, raw, or seed (docs/seed.md)"),
+    "model": (str, None, "a folder, a hub id, raw, half or seed (docs/seed.md)"),
     "judge": (str, None, "the same of the judge; --model is the one that answers"),
     "rows": (positive, 64, "rows a kind"),
     "samples": (positive, 4, "answers to each prompt, beside one greedy"),

@@ -72,7 +72,7 @@ class Config:
     seed: int = flag(0, "of data order, candidate order and sampling")
     resume: bool = flag(False, "continue runs/<name> from its last checkpoint")
     # model and data
-    model: str = flag("Qwen/Qwen2.5-7B", "paper: Qwen2.5-7B. A folder, a hub id, raw, or seed (docs/seed.md)")
+    model: str = flag("Qwen/Qwen2.5-7B", "paper: Qwen2.5-7B. A folder, hub id, raw, half or seed (docs/seed.md)")
     chat_template: str = flag("", "file with a template for a base that has none: plain_turns.jinja (D20)")
     preferences: list[str] = flag(["openbmb/UltraFeedback", "Skywork/Skywork-Reward-Preference-80K-v0.2"],
                                   "P sources: .jsonl, hub id or toy (D11; paper silent)")
