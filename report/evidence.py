@@ -90,6 +90,7 @@ CLAIMS = {
 SEEDS = {"main": 5, "rates": 1}  # of a claim's arms; others have three
 QUICK = ("urpo", "rm_score", "sft")
 RUNNING: list[subprocess.Popen] = []  # all that was started: Ctrl-C ends it, so that no half run becomes a line
+STOPPING = threading.Event()  # set before what runs is killed
 FIELDS = ("arm seed status minutes eval_minutes gib referee reasoning gold all_four length rows_referee "
           "rows_reasoning rows_gold rows_all_four rows_parts command commit").split()
 
@@ -130,6 +131,8 @@ def call(command: list[str], cores: list[int], log: Path) -> tuple[int, float]:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=output, stderr=output,
                                    start_new_session=True, preexec_fn=lambda: os.sched_setaffinity(0, cores))
         RUNNING.append(process)
+        if STOPPING.is_set():  # it began after the others were killed
+            process.kill()
         return process.wait(), (time.perf_counter() - started) / 60
 
 
@@ -241,7 +244,8 @@ def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], side_by_
     done = {(line["arm"], int(line["seed"])) for line in comparison.read(path)}
     needed = {(need, seed) for arm, seed in jobs if (arm, seed) not in done for need in needs(arm)}
     ended = {job: threading.Event() for job in jobs}
-    writing, stopping = threading.Lock(), threading.Event()
+    writing = threading.Lock()
+    STOPPING.clear()
 
     def work(job):
         arm, seed = job
@@ -256,7 +260,7 @@ def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], side_by_
             finally:
                 free.put(cores)
             with writing:
-                if not stopping.is_set() and job not in done:  # what was killed from here has no line
+                if not STOPPING.is_set() and job not in done:  # what was killed from here has no line
                     comparison.append(path, FIELDS, line)
                     print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
         finally:
@@ -267,7 +271,7 @@ def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], side_by_
         for future in as_completed([pool.submit(work, job) for job in jobs]):
             future.result()
     except BaseException:
-        stopping.set()
+        STOPPING.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in RUNNING:
             process.kill()

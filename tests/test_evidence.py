@@ -183,7 +183,6 @@ def test_ctrl_c_kills_what_runs_and_leaves_no_line_of_it(tmp_path):
         "evidence.command_of = lambda *arguments: ['-c', 'import time; print(1); time.sleep(600)']\n"
         "evidence.main()").format(root=str(ROOT), folder=str(tmp_path), csv=str(tmp_path / "evidence.csv"))
     process = subprocess.Popen([sys.executable, "-c", program])
-    wait_for(lambda: list(tmp_path.glob("runs/*.log")), process)
     (trained,) = wait_for_child(process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
@@ -191,8 +190,19 @@ def test_ctrl_c_kills_what_runs_and_leaves_no_line_of_it(tmp_path):
 
 
 def wait_for_child(process):
+    """The arm that trains, and not git, which is asked for the commit before it."""
     found = []
-    wait_for(lambda: found.extend(psutil.Process(process.pid).children()) or found, process)
+
+    def started():
+        for child in psutil.Process(process.pid).children():
+            try:
+                if "time.sleep" in " ".join(child.cmdline()):
+                    found.append(child)
+            except psutil.NoSuchProcess:
+                pass
+        return found
+
+    wait_for(started, process)
     return found
 
 
