@@ -149,9 +149,9 @@ def pair_measures(margin_N: Tensor) -> dict[str, Tensor]:
     }
 
 
-def load_pairs(config: Baseline):
+def load_pairs(config: Baseline, folder: str):
     """(tokenizer, sources) of the settings, as urpo.py reads them."""
-    tokenizer = plan.load_tokenizer(plan.model_folder(config.model), config.chat_template)
+    tokenizer = plan.load_tokenizer(folder, config.chat_template)
     names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
     counts = data.mix_counts(config.mix, config.batch, warmup=False)
     sources, _ = readers.load_sources(
@@ -188,9 +188,9 @@ def reward_model(config: Baseline) -> None:
     The figures of the first pass are those of pairs that the model has not seen yet.
     """
     rank, ranks, run = dist.get_rank(), dist.get_world_size(), Path("runs") / config.name
-    tokenizer, sources = load_pairs(config)
+    folder = on_rank_0(f"preparing --model {config.model}", lambda: plan.model_folder(config.model))
+    tokenizer, sources = load_pairs(config, folder)
     torch.manual_seed(config.seed)  # of the new head
-    folder = plan.model_folder(config.model)
     model = machine.shard_policy(RewardModel(folder, config.precision))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = machine.warmup_schedule(optimizer, config.lr_warmup)
@@ -267,8 +267,13 @@ def as_points(score: float) -> float:
 
 def rm_score(config: Baseline) -> None:
     """GRPO with a scalar reward model [paper]: it scores each answer by itself, in one forward pass."""
-    tokenizer = plan.load_tokenizer(config.judge)
-    model = RewardModel(config.judge, config.precision).to(machine.DEVICE).eval()
+    folder = plan.model_folder(config.judge)
+    heads = plan.model_config(folder).architectures or [""]
+    if not heads[0].endswith("ForSequenceClassification"):  # it would get a new head, of random weights
+        raise InputError(f"rm_score: --judge {config.judge} is a {heads[0]} and no reward model: give the folder "
+                         "`model` of a run of `baselines.py reward_model`")
+    tokenizer = plan.load_tokenizer(folder)
+    model = RewardModel(folder, config.precision).to(machine.DEVICE).eval()
 
     @torch.no_grad()
     def score(config, engine, policy_tokenizer, groups: list[Group], step: int) -> None:

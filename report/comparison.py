@@ -182,16 +182,17 @@ def died(lines: list[dict]) -> str:
 
 def headline(arms: Lines) -> str:
     """URPO against the frozen generative judge, in one sentence: on instructions, as a referee, and in cost."""
-    gold, referee = from_urpo(arms, "rm_gen", "gold"), from_urpo(arms, "mix_1_1_0", "referee")
-    if not gold or not referee:
-        return "URPO against RM-gen: not measured yet."
     shown = []
-    for value, low, high in (gold, referee):
-        shown.append(interval((-value, -high, -low)))
-    seeds = len(arms[BASE].keys() & arms["rm_gen"].keys())
+    for arm, measure in (("rm_gen", "gold"), ("mix_1_1_0", "referee")):
+        found = from_urpo(arms, arm, measure)
+        if not found:
+            return "URPO against RM-gen: not measured yet."
+        value, low, high = found
+        seeds = len(arms[BASE].keys() & arms[arm].keys())
+        shown.append(f"{interval((-value, -high, -low))} ({seeds} seeds)")
     return (f"URPO minus RM-gen: instructions by hidden gold {shown[0]}; URPO's referee minus RM-gen's judge "
             f"{shown[1]}; {minutes(arms, BASE)} minutes of training against {minutes(arms, 'rm_gen')} and "
-            f"{minutes(arms, 'mix_1_1_0')} for the judge (seeds that both have: {seeds}; the machine is noisy).")
+            f"{minutes(arms, 'mix_1_1_0')} for the judge, on a noisy machine.")
 
 
 def measured_claims(arms: Lines, claims: dict[str, tuple[str, str]]) -> dict[str, tuple[str, list[str]]]:

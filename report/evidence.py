@@ -151,6 +151,8 @@ def run_arm(arm: str, seed: int, passed: list[str], cores: list[int]) -> dict:
     line = {"arm": arm, "seed": seed, "command": shlex.join(["python", *command]), "commit": git.stdout.strip(),
             "eval_minutes": 0.0}
     status, line["minutes"] = call(command, cores, log)
+    if "stopped by a signal" in log.read_text():  # a run that saved what it had ends with 0, and is no whole run
+        status = status or signal.SIGTERM.value
     if not status and not result.exists():
         model = folder(arm, seed) / "checkpoints" / "last" / "model"
         status, line["eval_minutes"] = call(
@@ -314,7 +316,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} with seed 0")
     parser.add_argument("--csv", type=Path, default=ROOT / "runs" / "evidence.csv", help="a line an arm and seed")
     parser.add_argument("--show", action="store_true", help="run nothing: tables and pictures of --csv")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, 6 GiB each (rm_gen 7)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, 7 GiB each (rm_gen 8)")
     args, passed = parser.parse_known_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

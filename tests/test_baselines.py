@@ -133,6 +133,12 @@ def test_rm_score_writes_the_scores_of_its_model(trained, smol_tokenizer):
         assert group.rewards == pytest.approx(points, abs=1e-3)
 
 
+def test_a_model_without_a_trained_head_is_no_reward_model(tmp_path, taught_model):
+    output = run(tmp_path, taught_model, "--judge", taught_model, ranks=1, status=2, program=ROOT / "baselines.py",
+                 command=["rm_score"])
+    assert "is a LlamaForCausalLM and no reward model" in output
+
+
 # ---- a frozen judge ----
 
 

@@ -155,6 +155,16 @@ def test_a_run_that_died_is_a_line_and_is_shown(measured):
     assert "- rm_gen, seed 0: died (2): line 1 error: drift" in shown
 
 
+def test_a_run_that_a_signal_stopped_is_no_whole_run(tmp_path, monkeypatch):
+    def call(command, cores, log):
+        log.write_text("stopped by a signal; 5 steps are saved and --resume continues")
+        return 0, 1.0
+
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setattr(evidence, "call", call)
+    assert evidence.run_arm("urpo", 0, [], [0])["status"].startswith("died (15): stopped by a signal")
+
+
 def test_what_has_a_line_is_not_run_again(measured):
     path, calls, jobs = measured
     before, content = len(calls), path.read_text()
