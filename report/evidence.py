@@ -318,7 +318,8 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="run nothing: tables and pictures of --csv")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, 7 GiB each (rm_gen 8)")
     args, passed = parser.parse_known_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in (signal.SIGINT, signal.SIGTERM):  # a process that a shell put in the background ignores SIGINT
+        signal.signal(name, signal.default_int_handler)
     try:
         if not args.show:
             jobs = wanted(args.only, args.seeds, args.quick)
