@@ -218,37 +218,75 @@ def summary(lines: list[dict], claims: dict[str, tuple[str, str]], judges: dict[
 # ------------------------------------------------------------------------------- pictures
 
 
-def pictures(lines: list[dict], claims: dict[str, tuple[str, str]]) -> dict[str, bytes]:
-    """Claim -> PNG, of the claims that were measured."""
+def pictures(lines: list[dict], claims: dict[str, tuple[str, str]], curves: dict[str, dict[str, float]]) -> dict:
+    """Claim -> PNG, of the claims that were measured. curves: claim -> arm -> its place on the x axis."""
     arms, found = by_arm(lines), {}
     for claim, (title, names) in measured_claims(arms, claims).items():
-        found[claim] = draw(arms, names, title)
+        if claim in curves:
+            found[claim] = draw_curve(arms, curves[claim], title)
+        else:
+            found[claim] = draw(arms, names, title)
     return found
 
 
+def placed(arms: Lines, arm: str, measure: str) -> tuple[float, float, float] | None:
+    """(place, its interval) of an arm in a picture: URPO's mean plus the arm's difference from URPO.
+
+    The difference is over the seeds that both have, so the place need not be the mean of the arm's own seeds.
+    """
+    base, found = seed_means(arms, BASE, measure), from_urpo(arms, arm, measure)
+    if arm == BASE and base:
+        found = (0.0, 0.0, 0.0)
+    if not found:
+        return None
+    value, low, high = mean(base) + np.array(found)
+    return value, low, high
+
+
 def draw(arms: Lines, names: list[str], title: str) -> bytes:
-    """An arm a line. Small dots are seeds. The large dot is URPO's mean plus the difference of the arm from URPO, with
-    its interval: where it misses the vertical line, which is URPO's mean, the arm differs. That difference is over the
-    seeds that both have, so the dot need not be the mean of the small ones."""
+    """An arm a line. Small dots are seeds. The large dot is the arm, `placed`, with its interval: where it misses the
+    vertical line, which is URPO's mean, the arm differs."""
     drawing = Figure(figsize=(14, 1.3 + 0.3 * len(names)), layout="constrained")
     drawing.suptitle(title)
     axes = drawing.subplots(1, len(MEASURES), sharey=True)
     for axis, (measure, label) in zip(axes, MEASURES.items()):
-        base = seed_means(arms, BASE, measure)
         for place, arm in enumerate(names):
-            values = seed_means(arms, arm, measure)
+            values, found = seed_means(arms, arm, measure), placed(arms, arm, measure)
             axis.plot(values, [place] * len(values), ".", color="tab:gray", markersize=3)
-            found = from_urpo(arms, arm, measure)
-            if found:
-                value, low, high = mean(base) + np.array(found)
-                axis.plot([low, high], [place, place], color="tab:blue", linewidth=1.5)
-                axis.plot(value, place, "o", color="tab:blue", markersize=5)
-        if base:
-            axis.axvline(mean(base), color="black", linewidth=0.6)
+            if arm == BASE and found:
+                axis.axvline(found[0], color="black", linewidth=0.6)
+            elif found:
+                axis.plot(found[1:], [place, place], color="tab:blue", linewidth=1.5)
+                axis.plot(found[0], place, "o", color="tab:blue", markersize=5)
         axis.set_title(label, fontsize=9, wrap=True)
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
+    return png(drawing)
+
+
+def draw_curve(arms: Lines, places: dict[str, float], title: str) -> bytes:
+    """The same arms along an x axis. places: arm -> x. The dashed line is URPO's mean."""
+    drawing = Figure(figsize=(14, 3), layout="constrained")
+    drawing.suptitle(title)
+    for axis, (measure, label) in zip(drawing.subplots(1, len(MEASURES)), MEASURES.items()):
+        xs, ys = [], []
+        for arm, x in places.items():
+            values, found = seed_means(arms, arm, measure), placed(arms, arm, measure)
+            axis.plot([x] * len(values), values, ".", color="tab:gray", markersize=3)
+            if found:
+                xs.append(x)
+                ys.append(found[0])
+                axis.plot([x, x], found[1:], color="tab:blue", linewidth=1.5)
+                if arm == BASE:
+                    axis.axhline(found[0], color="black", linewidth=0.6, linestyle="--")
+        axis.plot(xs, ys, "o-", color="tab:blue", markersize=5, linewidth=0.8)
+        axis.set_title(label, fontsize=9, wrap=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return png(drawing)
+
+
+def png(drawing: Figure) -> bytes:
     picture = io.BytesIO()
     drawing.savefig(picture, format="png", dpi=100)
     return picture.getvalue()

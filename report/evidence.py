@@ -78,7 +78,7 @@ CLAIMS = {
     "demonstrator": ("SFT by one who does not err", "sft sft_true"),
     "mixes": ("P:R:I by prompts; urpo has 1:1:2", "mix_1_1_1 mix_1_1_0 mix_1_0_1 mix_0_1_1"),
     "warm-up": ("Without warm-up, instructions join at the first step", "no_warmup"),
-    "share": ("More and more of P: 0, 2, 4, 6 (urpo), 8, 12 of 24 prompts",
+    "share": ("More and more of P; x is how many of 24 prompts, urpo has 6",
               "mix_0_1_1 p_2_of_24 p_4_of_24 p_8_of_24 mix_1_0_1"),
     "judging": ("How answers are judged; urpo: in pairs, four times", "judged_twice lists_of_4 lists_of_4_times_4"),
     "clip": ("The range of the ratio; urpo: .8 to 1.28", "clip_symmetric clip_off"),
@@ -87,6 +87,8 @@ CLAIMS = {
     "base": ("From a base without competence, and from a half-taught one", "raw half"),
     "drift": ("Three times the steps", "three_times"),
 }
+# Claim -> arm -> its place on the x axis: a claim about an amount is drawn as a curve.
+CURVES = {"share": {"mix_0_1_1": 0, "p_2_of_24": 2, "p_4_of_24": 4, "urpo": 6, "p_8_of_24": 8, "mix_1_0_1": 12}}
 SEEDS = {"main": 5, "rates": 1}  # of a claim's arms; others have three
 QUICK = ("urpo", "rm_score", "sft")
 RUNNING: list[subprocess.Popen] = []  # all that was started: Ctrl-C ends it, so that no half run becomes a line
@@ -329,7 +331,7 @@ def main() -> None:
             lock.close()
         lines, judges = comparison.read(args.csv), {arm: needs(arm) for arm in ARMS}
         print(comparison.summary(lines, CLAIMS, judges))
-        for claim, picture in comparison.pictures(lines, CLAIMS).items():
+        for claim, picture in comparison.pictures(lines, CLAIMS, CURVES).items():
             write_whole(args.csv.with_name(f"{args.csv.stem}-{claim}.png"), picture)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -269,8 +269,10 @@ def test_a_table_names_cost_and_judge(measured):
 
 def test_pictures_are_drawn_of_what_was_measured(measured):
     lines = comparison.read(measured[0])
-    found = comparison.pictures(lines, evidence.CLAIMS)
+    found = comparison.pictures(lines, evidence.CLAIMS, evidence.CURVES)
     assert set(found) == {"main"} and all(png.startswith(b"\x89PNG") for png in found.values())
+    lines += [line | {"arm": arm} for line in lines if line["arm"] == BASE for arm in evidence.CURVES["share"]]
+    assert "share" in comparison.pictures(lines, evidence.CLAIMS, evidence.CURVES)
     assert comparison.headline({}) == "URPO against RM-gen: not measured yet."
 
 
@@ -281,5 +283,5 @@ def test_the_document_shows_the_tables_of_the_csv():
     for line in comparison.summary(lines, evidence.CLAIMS, judges).splitlines():
         assert line in text, "run `python report/evidence.py --show --csv docs/evidence.csv`, copy the tables"
     assert text.splitlines()[0].startswith(("# ", "**URPO", "URPO"))
-    for claim in comparison.pictures(lines, evidence.CLAIMS):
+    for claim in comparison.pictures(lines, evidence.CLAIMS, evidence.CURVES):
         assert f"(evidence-{claim}.png)" in text and (ROOT / "docs" / f"evidence-{claim}.png").exists()
