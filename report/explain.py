@@ -178,6 +178,8 @@ def text_differences(where: str, group: Group, settings: dict, tokenizer) -> lis
         if not known or data.answer_text(tokenizer, ids, stops) != text:
             wrong.append(f"{where}, answer {i}: the text is not what the token ids say")
     for k, judgement in enumerate(group.judgements, 1):
+        if settings.get("judge") and judgement["prompt"] is None:  # a reward model scored them: baselines.py rm_score
+            continue
         shown = [group.texts[i] for i in judgement["order"]]
         ids, cut = data.encode_judgement(tokenizer, group.prompt.instruction, shown, settings["max_judge_tokens"])
         if (tokenizer.decode(ids), cut) != (judgement["prompt"], judgement.get("cut")):

@@ -8,6 +8,7 @@ import torch
 
 import baselines
 import data
+import eval
 import flags
 import machine
 import readers
@@ -131,6 +132,13 @@ def test_rm_score_writes_the_scores_of_its_model(trained, smol_tokenizer):
         expected = [points[i] for i in judgement["order"]]
         assert parse_scores(judgement["text"], 4) == pytest.approx(expected, abs=1e-3)
         assert group.rewards == pytest.approx(points, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["rm_score", "rm_gen"])
+def test_the_numbers_of_a_run_whose_judge_is_another_model_can_be_made_again(trained, monkeypatch, capsys, name):
+    monkeypatch.chdir(trained.parent)
+    eval.main(["explain", str(trained / name), "--all"])
+    assert "rewards and advantages are as the texts make them" in capsys.readouterr().out
 
 
 def test_a_model_without_a_trained_head_is_no_reward_model(tmp_path, taught_model):
