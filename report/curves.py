@@ -99,7 +99,8 @@ def draw_brief(names: list[str], tables: list[pandas.DataFrame], settings: dict)
     tables = smooth
     mean = pandas.concat(tables).groupby("step").mean()
     drawing = Figure(figsize=(11, 7), layout="constrained")
-    drawing.suptitle(f"{len(names)} runs on the laptop's world (thin) and their mean (thick): running mean of 5 steps")
+    shown = f"{len(names)} runs on the laptop's world (thin) and their mean (thick)"
+    drawing.suptitle(f"{shown if len(names) > 1 else 'A run'}: running mean of 5 steps")
     for axis, (title, figures) in zip(drawing.subplots(2, 2, sharex=True).flat, BRIEF.items()):
         for figure in figures.split():
             draw_figure(axis, figure, tables, mean)
