@@ -419,25 +419,3 @@ def test_a_base_without_a_template_is_measured_with_one_from_a_file(tmp_path, ti
     options = {name: evaluation.parse_arguments([name, "--model", "m", "--chat_template", "file"]).chat_template
                for name in ("heldout", "rewardbench", "reasoning")}
     assert set(options.values()) == {"file"}
-
-
-def test_rewardbench_counts_a_row_of_the_hub_that_stands_there_twice(tmp_path, engine, monkeypatch):
-    """As the official weights do. Training reads such rows once."""
-    pair = {"prompt": "q", "chosen": "good", "rejected": "bad", "subset": "hep-go"}
-    monkeypatch.setattr(readers, "hub_records", lambda *_: [pair, pair])
-    fake = engine(judge)
-    main(["rewardbench", "--model", "m", "--data", "some/hub-set", "--json", str(tmp_path / "out.json")])
-    assert fake.calls == [4]
-    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
-    assert figures["Reasoning"]["hep-go: accuracy"]["count"] == 2
-
-
-def test_a_base_without_a_template_is_measured_with_one_from_a_file(tmp_path, tiny_model, smol_tokenizer, monkeypatch):
-    folder = shutil.copytree(tiny_model, tmp_path / "base")
-    smol_tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").unlink()
-    _, tokenizer = evaluation.open_model(str(folder), str(ROOT / "plain_turns.jinja"))
-    assert "User: Hi" in tokenizer.decode(data.encode_chat(tokenizer, "Hi"))
-    options = {name: evaluation.parse_arguments([name, "--model", "m", "--chat_template", "file"]).chat_template
-               for name in ("heldout", "rewardbench", "reasoning")}
-    assert set(options.values()) == {"file"}

@@ -355,16 +355,3 @@ def test_the_checksum_of_the_rows_changes_with_any_row_and_with_their_order():
     rows = readers.load_source("reasoning", "toy", count=3)
     found = {str(part): readers.checksums({"reasoning": part}) for part in (rows, rows[::-1], rows[:2])}
     assert len({value["reasoning"] for value in found.values()}) == 3
-
-
-def test_the_answer_of_a_whole_solution_is_what_stands_in_its_box():
-    row = readers.read_row("reasoning", "file:1", {"problem": "2 + 2?", "solution": r"The sum is $\\boxed{4}$."})
-    assert row.answer == "4" and verify_answer(r"so \\boxed{4}", row.answer) == 1
-    with pytest.raises(InputError, match="file:1: field 'solution': no .*boxed.* nobody knows which of it is the answer"):
-        readers.read_row("reasoning", "file:1", {"problem": "2 + 2?", "solution": "The sum is four, or 4."})
-
-
-def test_the_checksum_of_the_rows_changes_with_any_row_and_with_their_order():
-    rows = readers.load_source("reasoning", "toy", count=3)
-    found = {str(part): readers.checksums({"reasoning": part}) for part in (rows, rows[::-1], rows[:2])}
-    assert len({value["reasoning"] for value in found.values()}) == 3

@@ -399,8 +399,3 @@ def test_figures_of_nothing_are_unknown():
 def test_more_judgements_than_lists_that_differ_are_refused():
     with pytest.raises(ValueError, match="only 2 lists differ"):
         judge_orders(2, 2, 3, random.Random(0))
-
-
-def test_more_judgements_than_lists_that_differ_are_refused():
-    with pytest.raises(ValueError, match="only 2 lists differ"):
-        judge_orders(2, 2, 3, random.Random(0))

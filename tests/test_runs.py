@@ -230,20 +230,3 @@ def test_checkpoints_without_a_log_are_a_run_too(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="holds a run"):
         runs.check_folder("old", resume=False)
     runs.check_folder("old", resume=True)
-
-
-def test_a_run_does_not_go_on_with_other_rows():
-    before = {"preference": 1, "reasoning": 2}
-    runs.check_sources(before, dict(before))
-    runs.check_sources(None, before)  # a run from before rows were noted
-    with pytest.raises(InputError, match="the rows of reasoning are not those that the run began with"):
-        runs.check_sources(before, before | {"reasoning": 3})
-
-
-def test_checkpoints_without_a_log_are_a_run_too(tmp_path, monkeypatch):
-    """Otherwise a new run of the same name would one day resume from the old one's checkpoint."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "old" / "checkpoints" / "step_9").mkdir(parents=True)
-    with pytest.raises(InputError, match="holds a run"):
-        runs.check_folder("old", resume=False)
-    runs.check_folder("old", resume=True)
