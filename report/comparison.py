@@ -239,8 +239,7 @@ def placed(arms: Lines, arm: str, measure: str) -> tuple[float, float, float] | 
         found = (0.0, 0.0, 0.0)
     if not found:
         return None
-    value, low, high = mean(base) + np.array(found)
-    return value, low, high
+    return tuple(mean(base) + np.array(found))
 
 
 def draw(arms: Lines, names: list[str], title: str) -> bytes:
@@ -251,16 +250,16 @@ def draw(arms: Lines, names: list[str], title: str) -> bytes:
     axes = drawing.subplots(1, len(MEASURES), sharey=True)
     for axis, (measure, label) in zip(axes, MEASURES.items()):
         for place, arm in enumerate(names):
-            values, found = seed_means(arms, arm, measure), placed(arms, arm, measure)
+            values = seed_means(arms, arm, measure)
+            found = placed(arms, arm, measure)
             axis.plot(values, [place] * len(values), ".", color="tab:gray", markersize=3)
             if arm == BASE and found:
                 axis.axvline(found[0], color="black", linewidth=0.6)
             elif found:
                 axis.plot(found[1:], [place, place], color="tab:blue", linewidth=1.5)
                 axis.plot(found[0], place, "o", color="tab:blue", markersize=5)
-        axis.set_title(label, fontsize=9, wrap=True)
         axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        finish_panel(axis, label)
     axes[0].invert_yaxis()
     return png(drawing)
 
@@ -272,7 +271,8 @@ def draw_curve(arms: Lines, places: dict[str, float], title: str) -> bytes:
     for axis, (measure, label) in zip(drawing.subplots(1, len(MEASURES)), MEASURES.items()):
         xs, ys = [], []
         for arm, x in places.items():
-            values, found = seed_means(arms, arm, measure), placed(arms, arm, measure)
+            values = seed_means(arms, arm, measure)
+            found = placed(arms, arm, measure)
             axis.plot([x] * len(values), values, ".", color="tab:gray", markersize=3)
             if found:
                 xs.append(x)
@@ -281,9 +281,13 @@ def draw_curve(arms: Lines, places: dict[str, float], title: str) -> bytes:
                 if arm == BASE:
                     axis.axhline(found[0], color="black", linewidth=0.6, linestyle="--")
         axis.plot(xs, ys, "o-", color="tab:blue", markersize=5, linewidth=0.8)
-        axis.set_title(label, fontsize=9, wrap=True)
-        axis.spines[["top", "right"]].set_visible(False)
+        finish_panel(axis, label)
     return png(drawing)
+
+
+def finish_panel(axis, title: str) -> None:
+    axis.set_title(title, fontsize=9, wrap=True)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def png(drawing: Figure) -> bytes:
