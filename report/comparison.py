@@ -103,15 +103,17 @@ def difference(values: np.ndarray, others: np.ndarray, draws: int = 4000) -> tup
     return float(paired.mean()), float(low), float(high)
 
 
-def from_urpo(arms: Lines, arm: str, measure: str) -> tuple[float, float, float] | None:
-    """`difference` of an arm from URPO over the seeds that both have."""
-    if arm in (START, BASE):
+def difference_from(arms: Lines, arm: str, measure: str, base: str = BASE) -> tuple[float, float, float] | None:
+    """`difference` of an arm from another over the seeds that both have. A start has one seed, which stands for all."""
+    if arm in (START, base):
         return None
-    own, base = of_seeds(arms, arm, measure), of_seeds(arms, BASE, measure)
-    seeds = sorted(own.keys() & base.keys())
+    own, others = of_seeds(arms, arm, measure), of_seeds(arms, base, measure)
+    if base.startswith(START) and others:
+        others = dict.fromkeys(own, others[0])
+    seeds = sorted(own.keys() & others.keys())
     if not seeds:
         return None
-    return difference(np.array([own[seed] for seed in seeds]), np.array([base[seed] for seed in seeds]))
+    return difference(np.array([own[seed] for seed in seeds]), np.array([others[seed] for seed in seeds]))
 
 
 def minutes(arms: Lines, arm: str) -> str:
@@ -158,7 +160,7 @@ def table(arms: Lines, names: list[str], judges: dict[str, list[str]]) -> str:
         cells = [arm, str(len(arms[arm]))]
         for measure in MEASURES:
             cells.append(figure(seed_means(arms, arm, measure)))
-            found = from_urpo(arms, arm, measure)
+            found = difference_from(arms, arm, measure)
             if found:
                 cells[-1] += f"<br>{interval(found)}"
         trained = minutes(arms, arm)
@@ -184,7 +186,7 @@ def headline(arms: Lines) -> str:
     """URPO against the frozen generative judge, in one sentence: on instructions, as a referee, and in cost."""
     shown = []
     for arm, measure in (("rm_gen", "gold"), ("mix_1_1_0", "referee")):
-        found = from_urpo(arms, arm, measure)
+        found = difference_from(arms, arm, measure)
         if not found:
             return "URPO against RM-gen: not measured yet."
         value, low, high = found
@@ -234,7 +236,7 @@ def placed(arms: Lines, arm: str, measure: str) -> tuple[float, float, float] | 
 
     The difference is over the seeds that both have, so the place need not be the mean of the arm's own seeds.
     """
-    base, found = seed_means(arms, BASE, measure), from_urpo(arms, arm, measure)
+    base, found = seed_means(arms, BASE, measure), difference_from(arms, arm, measure)
     if arm == BASE and base:
         found = (0.0, 0.0, 0.0)
     if not found:

@@ -68,6 +68,7 @@ ARMS = {
 }
 for arm in ("urpo", "rm_gen", "rm_score", "sft", "mix_0_1_1"):
     ARMS |= {f"{arm}_slow": f"{ARMS[arm]} --lr 3e-6", f"{arm}_fast": f"{ARMS[arm]} --lr 3e-5"}
+STARTS = {START: "seed", "start_raw": "raw", "start_half": "half"}  # models before any training, measured once
 # Claim -> what its picture says, and its arms. In this order they are run.
 CLAIMS = {
     "main": ("One model that judges itself, and the paper's baselines; mix_1_1_0 judges for rm_gen, reward_model for "
@@ -84,7 +85,7 @@ CLAIMS = {
     "clip": ("The range of the ratio; urpo: .8 to 1.28", "clip_symmetric clip_off"),
     "advantage": ("How advantages are scaled", "advantage_center advantage_batch"),
     "own": ("Beyond the paper: the referee also learns from the policy's own right and wrong sums", "own_preferences"),
-    "base": ("From a base without competence, and from a half-taught one", "raw half"),
+    "base": ("From a base without competence, and from a half-taught one", "start_raw raw start_half half"),
     "drift": ("Three times the steps", "three_times"),
 }
 # Claim -> arm -> its place on the x axis: a claim about an amount is drawn as a curve.
@@ -111,9 +112,9 @@ def folder(arm: str, seed: int) -> Path:
 
 
 def command_of(arm: str, seed: int, passed: list[str]) -> list[str]:
-    """What is typed after `python` to train an arm; for the start, to measure it."""
-    if arm == START:
-        return ["eval.py", "heldout", "--model", "seed", "--json", str(folder(arm, seed) / "heldout-after.json")]
+    """What is typed after `python` to train an arm; for a start, to measure it."""
+    if arm in STARTS:
+        return ["eval.py", "heldout", "--model", STARTS[arm], "--json", str(folder(arm, seed) / "heldout-after.json")]
     command = ARMS[arm].format(**{need: folder(need, seed) for need in needs(arm)})
     program, *own = shlex.split(command)
     if program == "baselines.py":
@@ -228,6 +229,8 @@ def wanted(only: list[str], seeds: int | None, quick: bool) -> list[tuple[str, i
         for seed in range(1 if quick else seeds or SEEDS.get(claim, 3)):
             for arm in arms.split():
                 asked = not only or claim in only or arm in only
+                if arm in STARTS and seed > 0:
+                    continue
                 if arm in QUICK if quick else asked:
                     found |= dict.fromkeys([(BASE, seed), *((need, seed) for need in needs(arm)), (arm, seed)])
     return list(found)
@@ -298,7 +301,7 @@ def only_one():
 def check(jobs: list[tuple[str, int]], passed: list[str]) -> None:
     """Refuse flags that some arm would not take, before any runs; and make the models that arms start from."""
     for arm, seed in jobs:
-        if arm == START:
+        if arm in STARTS:
             continue
         program, *arguments = command_of(arm, seed, passed)
         settings = urpo.Config

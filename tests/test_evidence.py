@@ -65,7 +65,7 @@ def test_every_arm_is_a_command_that_its_program_takes(arm):
 
 def test_claims_name_arms_and_every_arm_belongs_to_a_claim():
     named = {arm for _, arms in evidence.CLAIMS.values() for arm in arms.split()}
-    assert named == set(evidence.ARMS)
+    assert named == {*evidence.ARMS, *evidence.STARTS} - {START}
 
 
 def test_the_start_comes_first_and_what_an_arm_needs_before_it():
@@ -246,10 +246,19 @@ def test_the_interval_of_a_difference_covers_rows_and_seeds():
 
 def test_a_difference_is_taken_over_the_seeds_that_both_have(measured):
     arms = comparison.by_arm(comparison.read(measured[0]))
-    assert comparison.from_urpo(arms, "mix_1_1_0", "reasoning") == (-0.25, -0.25, -0.25)
+    assert comparison.difference_from(arms, "mix_1_1_0", "reasoning") == (-0.25, -0.25, -0.25)
     arms["mix_1_1_0"] = {1: arms["mix_1_1_0"][0]}
-    assert comparison.from_urpo(arms, "mix_1_1_0", "reasoning") is None
-    assert comparison.from_urpo(arms, BASE, "reasoning") is None
+    assert comparison.difference_from(arms, "mix_1_1_0", "reasoning") is None
+    assert comparison.difference_from(arms, BASE, "reasoning") is None
+
+
+def test_a_start_has_one_seed_that_stands_for_all(measured):
+    arms = comparison.by_arm(comparison.read(measured[0]))
+    arms[BASE][1] = arms[BASE][0]
+    assert comparison.difference_from(arms, BASE, "reasoning", START) == (0.5, 0.5, 0.5)
+    jobs = evidence.wanted(["base"], 2, False)
+    assert ("raw", 1) in jobs and ("start_raw", 0) in jobs and ("start_raw", 1) not in jobs
+    assert evidence.command_of("start_raw", 0, [])[:4] == ["eval.py", "heldout", "--model", "raw"]
 
 
 def test_wins_against_the_start(measured):
