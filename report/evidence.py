@@ -277,7 +277,7 @@ def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], side_by_
     try:
         for future in as_completed([pool.submit(work, job) for job in jobs]):
             future.result()
-    except BaseException:
+    except BaseException:  # Ctrl-C too: end what runs, then raise it again
         STOPPING.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in RUNNING:
