@@ -253,16 +253,17 @@ def measure(model: RewardModel, tokenizer, config: Baseline) -> dict:
     }
 
 
-def as_points(score: float) -> float:
-    """A scalar as a score of 1 to 10: 5.5 points and one more for each unit of log-odds, cut to the range (ours).
+def as_points(score_G: Tensor) -> list[float]:
+    """A group's scalars as scores: its mean is 5.5 points, a unit of log-odds is one, all cut to 1 to 10 (ours).
 
-    The group's advantages do not change under such a shift, so the cut alone matters. It lets the log and `report`
-    read a reward model's scores as they read a judge's.
+    A reward model learns differences only, so its scores may all be high: uncentred, the best answers of a group would
+    tie at the cut. Advantages do not change under a shift. The log and `report` read these as a judge's scores.
 
-    >>> as_points(0.25), as_points(-7.0)
-    (5.75, 1.0)
+    >>> as_points(torch.tensor([6.0, 5.0, -2.0]))
+    [8.5, 7.5, 1.0]
     """
-    return min(max(5.5 + score, LOWEST_SCORE), HIGHEST_SCORE)
+    points_G = 5.5 + score_G - score_G.mean()
+    return points_G.clamp(LOWEST_SCORE, HIGHEST_SCORE).tolist()
 
 
 def rm_score(config: Baseline) -> None:
@@ -283,7 +284,7 @@ def rm_score(config: Baseline) -> None:
             if not orders:
                 continue
             row = Prompt("preference", group.prompt.instruction, tuple(group.texts))
-            points = list(map(as_points, score_rows(model, tokenizer, [row]).tolist()))
+            points = as_points(score_rows(model, tokenizer, [row]))
             for order in orders:
                 text = data.score_line([points[i] for i in order])
                 group.judgements.append({"order": order, "cut": 0, "prompt": None, "text": text})

@@ -128,10 +128,15 @@ def test_rm_score_writes_the_scores_of_its_model(trained, smol_tokenizer):
     for group in judged[:3]:
         row = Prompt("preference", group.prompt.instruction, tuple(group.texts))
         (judgement,) = group.judgements
-        points = [baselines.as_points(score) for score in score_rows(model, smol_tokenizer, [row]).tolist()]
+        points = baselines.as_points(score_rows(model, smol_tokenizer, [row]))
         expected = [points[i] for i in judgement["order"]]
         assert parse_scores(judgement["text"], 4) == pytest.approx(expected, abs=1e-3)
         assert group.rewards == pytest.approx(points, abs=1e-3)
+
+
+def test_a_reward_model_whose_scores_are_all_high_still_tells_the_best_answers_apart():
+    score_G = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    assert baselines.as_points(score_G + 20) == pytest.approx(baselines.as_points(score_G)) == [6.0, 5.0, 4.0, 7.0]
 
 
 @pytest.mark.parametrize("name", ["rm_score", "rm_gen"])
