@@ -1,8 +1,9 @@
 """Tables and pictures of the arms in a CSV that report/evidence.py writes.
 
-A difference is the mean over seeds and held-out rows of (arm - URPO), row by row and seed by seed. Its interval is a
-bootstrap that draws seeds and rows anew, each with replacement: rows are shared by all seeds, so they are drawn once
-for all. Unknown is not zero: what was not measured is "-".
+A difference is the mean over an arm's seeds and rows minus URPO's over its own. Its interval is a bootstrap that draws
+the seeds of each anew, and the held-out rows, each with replacement. All runs answer the same rows, so these are drawn
+once for both. A seed is not paired: what it shares between two arms is the order of prompts, and URPO's luck with one
+seed would then stand in every difference from it. Unknown is not zero: what was not measured is "-".
 """
 import csv
 import io
@@ -18,6 +19,8 @@ SAMPLES = 4  # answers to each held-out prompt, the default of `eval.py heldout`
 MEASURES = {"referee": "referee, right in both orders", "reasoning": "reasoning, solved",
             "gold": "instructions: on topic, whole, in order", "all_four": "the same and the constraint",
             "wins": "wins against the start, by gold"}
+ONE_ANSWER = {"referee_greedy": "both orders, greedy", "referee_expected": "expected score, both orders averaged",
+              "reasoning_greedy": "reasoning, greedy"}  # without the chance of sampling; no interval, one mean a run
 BASE, START = "urpo", "start"  # the arm that others are compared with; the model that all arms start from
 Lines = dict[str, dict[int, dict]]  # arm -> seed -> line of the CSV
 
@@ -88,32 +91,30 @@ def seed_means(arms: Lines, arm: str, measure: str) -> list[float]:
 
 
 def difference(values: np.ndarray, others: np.ndarray, draws: int = 4000) -> tuple[float, float, float]:
-    """(mean of values - others, 95 % interval). Both are [seeds, rows], paired.
+    """(mean of values - mean of others, 95 % interval). Both are [seeds, rows]; rows are paired, seeds are not.
 
-    >>> difference(np.ones((3, 8)), np.zeros((3, 8)))
+    >>> difference(np.ones((3, 8)), np.zeros((5, 8)))
     (1.0, 1.0, 1.0)
     """
-    paired = values - others
-    seeds, rows = paired.shape
     rng = np.random.default_rng(0)
-    picked_seeds = rng.integers(seeds, size=(draws, seeds))
-    picked_rows = rng.integers(rows, size=(draws, rows))
-    means = np.array([paired[np.ix_(s, r)].mean() for s, r in zip(picked_seeds, picked_rows)])
+    rows = rng.integers(values.shape[1], size=(draws, values.shape[1]))
+    seeds = rng.integers(len(values), size=(draws, len(values)))
+    other_seeds = rng.integers(len(others), size=(draws, len(others)))
+    means = np.empty(draws)
+    for i in range(draws):
+        own = values[np.ix_(seeds[i], rows[i])]
+        other = others[np.ix_(other_seeds[i], rows[i])]
+        means[i] = own.mean() - other.mean()
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(paired.mean()), float(low), float(high)
+    return float(values.mean() - others.mean()), float(low), float(high)
 
 
 def difference_from(arms: Lines, arm: str, measure: str, base: str = BASE) -> tuple[float, float, float] | None:
-    """`difference` of an arm from another over the seeds that both have. A start has one seed, which stands for all."""
-    if arm in (START, base):
-        return None
+    """`difference` of an arm from another, each with all its seeds; None where one was not measured."""
     own, others = of_seeds(arms, arm, measure), of_seeds(arms, base, measure)
-    if base.startswith(START) and others:
-        others = dict.fromkeys(own, others[0])
-    seeds = sorted(own.keys() & others.keys())
-    if not seeds:
+    if arm in (START, base) or not own or not others:
         return None
-    return difference(np.array([own[seed] for seed in seeds]), np.array([others[seed] for seed in seeds]))
+    return difference(np.array(list(own.values())), np.array(list(others.values())))
 
 
 def minutes(arms: Lines, arm: str) -> str:
@@ -154,8 +155,7 @@ def table(arms: Lines, names: list[str], judges: dict[str, list[str]]) -> str:
 
     judges: arm -> the arms that it needs; their minutes are its judge's.
     """
-    head = ["arm", "seeds", *MEASURES.values(), "minutes", "GiB"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for arm in names:
         cells = [arm, str(len(arms[arm]))]
         for measure in MEASURES:
@@ -170,7 +170,27 @@ def table(arms: Lines, names: list[str], judges: dict[str, list[str]]) -> str:
         cells.append(trained)
         cells.append(f"{max(memory):.1f}" if memory else "-")
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(["arm", "seeds", *MEASURES.values(), "minutes", "GiB"], lines)
+
+
+def table_of_one_answer(arms: Lines) -> str:
+    """The means without sampling, of the runs that have them."""
+    lines = []
+    for arm, runs in arms.items():
+        having = [line for line in runs.values() if line.get("reasoning_greedy")]
+        if not having:
+            continue
+        cells = [arm, str(len(having))]
+        for measure in ONE_ANSWER:
+            cells.append(figure([float(line[measure]) for line in having]))
+        lines.append(cells)
+    return markdown(["arm", "seeds", *ONE_ANSWER.values()], lines)
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] * len(head)
+    rows = [" | ".join(cells) for cells in [head, rule, *lines]]
+    return "\n".join(f"| {row} |" for row in rows)
 
 
 def died(lines: list[dict]) -> str:
@@ -190,8 +210,8 @@ def headline(arms: Lines) -> str:
         if not found:
             return "URPO against RM-gen: not measured yet."
         value, low, high = found
-        seeds = len(arms[BASE].keys() & arms[arm].keys())
-        shown.append(f"{interval((-value, -high, -low))} ({seeds} seeds)")
+        runs = f"{len(arms[BASE])} and {len(arms[arm])} runs"
+        shown.append(f"{interval((-value, -high, -low))} ({runs})")
     return (f"URPO minus RM-gen: instructions by hidden gold {shown[0]}; URPO's referee minus RM-gen's judge "
             f"{shown[1]}; {minutes(arms, BASE)} minutes of training against {minutes(arms, 'rm_gen')} and "
             f"{minutes(arms, 'mix_1_1_0')} for the judge, on a noisy machine.")
@@ -214,6 +234,7 @@ def summary(lines: list[dict], claims: dict[str, tuple[str, str]], judges: dict[
     parts = [headline(arms)]
     for claim, (title, names) in measured_claims(arms, claims).items():
         parts.append(f"**{claim}.** {title}\n\n{table(arms, names, judges)}")
+    parts.append(f"**greedy.** Without sampling, of the runs that kept it\n\n{table_of_one_answer(arms)}")
     return "\n\n".join([*parts, *filter(None, [died(lines)])])
 
 
@@ -232,10 +253,7 @@ def pictures(lines: list[dict], claims: dict[str, tuple[str, str]], curves: dict
 
 
 def placed(arms: Lines, arm: str, measure: str) -> tuple[float, float, float] | None:
-    """(place, its interval) of an arm in a picture: URPO's mean plus the arm's difference from URPO.
-
-    The difference is over the seeds that both have, so the place need not be the mean of the arm's own seeds.
-    """
+    """(mean, and around it the interval of the difference from URPO) of an arm in a picture."""
     base, found = seed_means(arms, BASE, measure), difference_from(arms, arm, measure)
     if arm == BASE and base:
         found = (0.0, 0.0, 0.0)

@@ -96,7 +96,8 @@ QUICK = ("urpo", "rm_score", "sft")
 RUNNING: list[subprocess.Popen] = []  # all that was started: Ctrl-C ends it, so that no half run becomes a line
 STOPPING = threading.Event()  # set before what runs is killed
 FIELDS = ("arm seed status minutes eval_minutes gib referee reasoning gold all_four length rows_referee "
-          "rows_reasoning rows_gold rows_all_four rows_parts command commit").split()
+          "rows_reasoning rows_gold rows_all_four rows_parts command commit referee_greedy referee_expected "
+          "reasoning_greedy").split()
 
 
 def needs(arm: str) -> list[str]:
@@ -179,7 +180,8 @@ def measured(home: Path) -> dict:
     rows_parts: for each answer to an instruction how many of the four parts of the hidden gold it has.
     """
     rows = {"referee": "", "reasoning": "", "gold": "", "all_four": "", "parts": ""}
-    for answer in json.loads((home / "heldout-after.json").read_text())["answers"]:
+    heldout = json.loads((home / "heldout-after.json").read_text())
+    for answer in heldout["answers"]:
         if answer["kind"] == "preference":
             rows["referee"] += str(right_in_both_orders(answer))
         elif answer["kind"] == "reasoning":
@@ -190,6 +192,11 @@ def measured(home: Path) -> dict:
             rows["all_four"] += str(sum(map(all, golds)))
             rows["parts"] += "".join(str(sum(gold)) for gold in golds)
     line = {}
+    if "reasoning" in heldout["figures"]:  # a reward model answers nothing
+        referee, reasoning = heldout["figures"]["referee"], heldout["figures"]["reasoning"]
+        line["referee_greedy"] = referee["both orders, greedy"]["value"]
+        line["referee_expected"] = referee["expected score"]["value"]
+        line["reasoning_greedy"] = reasoning["greedy"]["value"]
     for name, digits in rows.items():
         line[f"rows_{name}"] = digits
         if digits and name != "parts":
@@ -320,7 +327,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="claims or arms; all by default")
     parser.add_argument("--seeds", type=int, help="by default five for the claim main and three for others")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} with seed 0")
-    parser.add_argument("--csv", type=Path, default=ROOT / "runs" / "evidence.csv", help="a line an arm and seed")
+    parser.add_argument("--csv", type=Path, default=ROOT / "runs" / "evidence.csv", help="a line an arm and seed, same flags")
     parser.add_argument("--show", action="store_true", help="run nothing: tables and pictures of --csv")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, 7 GiB each (rm_gen 8)")
     args, passed = parser.parse_known_args()

@@ -103,6 +103,12 @@ def answers(right: int) -> list[dict]:
     return kinds * 4
 
 
+FIGURES = {
+    "referee": {"both orders, greedy": {"value": 0.875}, "expected score": {"value": 0.9}},
+    "reasoning": {"greedy": {"value": 0.5}},
+}
+
+
 def fake_call(right: dict[str, int], calls: list):
     """In place of a process: writes what training and measuring would leave behind."""
 
@@ -118,7 +124,7 @@ def fake_call(right: dict[str, int], calls: list):
         log.write_text("")
         (home / "log.jsonl").write_text(json.dumps({"peak_memory_gib": 6.1, "instruction": {"length": 9.0}}) + "\n")
         if command[0] == "eval.py":
-            (home / "heldout-after.json").write_text(json.dumps({"answers": answers(right[arm])}))
+            (home / "heldout-after.json").write_text(json.dumps({"answers": answers(right[arm]), "figures": FIGURES}))
         return 0, 2.0
 
     return call
@@ -141,6 +147,7 @@ def test_a_line_has_the_figures_of_the_answers_and_the_command(measured):
     line = {line["arm"]: line for line in comparison.read(path)}["urpo"]
     assert line["status"] == "done" and line["minutes"] == line["eval_minutes"] == "2.0" and line["gib"] == "6.1"
     assert line["rows_reasoning"] == line["rows_referee"] == line["rows_gold"] == line["rows_all_four"] == "3333"
+    assert (line["referee_greedy"], line["referee_expected"], line["reasoning_greedy"]) == ("0.875", "0.9", "0.5")
     assert line["reasoning"] == "0.75" and line["rows_parts"] == "4441" * 4
     assert line["command"] == ("python urpo.py --preset smol --name evidence-urpo-0 --seed 0 --save_every 0 --lr 2e-5")
     assert len({tuple(cores) for _, cores in calls}) == 1
@@ -244,21 +251,30 @@ def test_the_interval_of_a_difference_covers_rows_and_seeds():
     assert high - low > 2 * 1.5 * error
 
 
-def test_a_difference_is_taken_over_the_seeds_that_both_have(measured):
+def test_a_difference_is_that_of_the_means_however_many_seeds_each_arm_has(measured):
     arms = comparison.by_arm(comparison.read(measured[0]))
-    assert comparison.difference_from(arms, "mix_1_1_0", "reasoning") == (-0.25, -0.25, -0.25)
     arms["mix_1_1_0"] = {1: arms["mix_1_1_0"][0]}
-    assert comparison.difference_from(arms, "mix_1_1_0", "reasoning") is None
+    arms[BASE] = {0: arms[BASE][0], 1: arms[BASE][0], 2: arms["mix_1_1_0"][1]}  # .75, .75, .5
+    value, low, high = comparison.difference_from(arms, "mix_1_1_0", "reasoning")
+    assert value == pytest.approx(0.5 - 2 / 3) and (low, high) == (-0.25, 0)
     assert comparison.difference_from(arms, BASE, "reasoning") is None
+    assert comparison.difference_from(arms, "rm_gen", "reasoning") is None
 
 
-def test_a_start_has_one_seed_that_stands_for_all(measured):
+def test_a_start_is_one_model_whatever_the_seed(measured):
     arms = comparison.by_arm(comparison.read(measured[0]))
     arms[BASE][1] = arms[BASE][0]
     assert comparison.difference_from(arms, BASE, "reasoning", START) == (0.5, 0.5, 0.5)
     jobs = evidence.wanted(["base"], 2, False)
     assert ("raw", 1) in jobs and ("start_raw", 0) in jobs and ("start_raw", 1) not in jobs
     assert evidence.command_of("start_raw", 0, [])[:4] == ["eval.py", "heldout", "--model", "raw"]
+
+
+def test_greedy_figures_are_those_of_the_runs_that_have_them(measured):
+    arms = comparison.by_arm(comparison.read(measured[0]))
+    arms["mix_1_1_0"][0]["reasoning_greedy"] = ""
+    shown = comparison.table_of_one_answer(arms)
+    assert "| urpo | 1 | .88 | .90 | .50 |" in shown and "mix_1_1_0" not in shown
 
 
 def test_wins_against_the_start(measured):
