@@ -6,6 +6,7 @@
 
 Arms run side by side, one process on a core each, from the same base over the same prompts, then answer the same
 held-out rows. report/comparison.py makes tables and pictures of the CSV; docs/evidence.md says what they show.
+A line is skipped whatever flags made it: one CSV is for one set of flags.
 """
 import argparse
 import fcntl
@@ -327,7 +328,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="claims or arms; all by default")
     parser.add_argument("--seeds", type=int, help="by default five for the claim main and three for others")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} with seed 0")
-    parser.add_argument("--csv", type=Path, default=ROOT / "runs" / "evidence.csv", help="a line an arm and seed, same flags")
+    parser.add_argument("--csv", type=Path, default=ROOT / "runs" / "evidence.csv", help="a line an arm and seed")
     parser.add_argument("--show", action="store_true", help="run nothing: tables and pictures of --csv")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, 7 GiB each (rm_gen 8)")
     args, passed = parser.parse_known_args()
