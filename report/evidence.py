@@ -69,7 +69,9 @@ ARMS = {
 }
 for arm in ("urpo", "rm_gen", "rm_score", "sft", "mix_0_1_1"):
     ARMS |= {f"{arm}_slow": f"{ARMS[arm]} --lr 3e-6", f"{arm}_fast": f"{ARMS[arm]} --lr 3e-5"}
-ARMS["rm_gen_three_times"] = f"{ARMS['rm_gen']} --steps 72"  # is it the judge's learning that wears its score out?
+# Is it the judge's learning that wears its score out? First with the prompts of rm_gen, then with those of urpo.
+ARMS["rm_gen_three_times"] = f"{ARMS['rm_gen']} --steps 72"
+ARMS["rm_gen_1_1_2_three_times"] = ARMS["rm_gen_three_times"].replace("0:1:1", "1:1:2")
 STARTS = {START: "seed", "start_raw": "raw", "start_half": "half"}  # models before any training, measured once
 # Claim -> what its picture says, and its arms. In this order they are run.
 CLAIMS = {
@@ -88,7 +90,8 @@ CLAIMS = {
     "advantage": ("How advantages are scaled", "advantage_center advantage_batch"),
     "own": ("Beyond the paper: the referee also learns from the policy's own right and wrong sums", "own_preferences"),
     "base": ("From a base without competence, and from a half-taught one", "start_raw raw start_half half"),
-    "drift": ("Three times the steps; rm_gen_three_times is under a frozen judge", "three_times rm_gen_three_times"),
+    "drift": ("Three times the steps; rm_gen_... is under a frozen judge, and with 1_1_2 has the prompts of urpo",
+              "three_times rm_gen_three_times rm_gen_1_1_2_three_times"),
 }
 # Claim -> arm -> its place on the x axis: a claim about an amount is drawn as a curve.
 CURVES = {"share": {"mix_0_1_1": 0, "p_2_of_24": 2, "p_4_of_24": 4, "urpo": 6, "p_8_of_24": 8, "mix_1_0_1": 12}}
