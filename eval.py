@@ -167,6 +167,9 @@ def answer_figures(rows: list[Prompt], greedy, sampled) -> dict[str, dict]:
     golds = [gold_of(row, samples) for row, samples in zip(rows, sampled)]
     if all(golds):
         figures |= metrics.gold_figures(golds)
+        of_greedy = metrics.gold_figures([gold_of(row, samples) for row, samples in zip(rows, greedy)])
+        for name in ("on topic, whole, in order", "all four"):
+            figures[f"{name}, greedy"] = of_greedy[name]
     return figures
 
 

@@ -2,8 +2,9 @@
 
 A difference is the mean over an arm's seeds and rows minus URPO's over its own. Its interval is a bootstrap that draws
 the seeds of each anew, and the held-out rows, each with replacement. All runs answer the same rows, so these are drawn
-once for both. A seed is not paired: what it shares between two arms is the order of prompts, and URPO's luck with one
-seed would then stand in every difference from it. Unknown is not zero: what was not measured is "-".
+once for both. A seed is not paired: two arms share its order of prompts and at most the steps before they part, and
+URPO's luck with one seed would then stand in every difference from it. Unknown is not zero: what was not measured is
+"-".
 """
 import csv
 import io
@@ -19,8 +20,9 @@ SAMPLES = 4  # answers to each held-out prompt, the default of `eval.py heldout`
 MEASURES = {"referee": "referee, right in both orders", "reasoning": "reasoning, solved",
             "gold": "instructions: on topic, whole, in order", "all_four": "the same and the constraint",
             "wins": "wins against the start, by gold"}
-ONE_ANSWER = {"referee_greedy": "both orders, greedy", "referee_expected": "expected score, both orders averaged",
-              "reasoning_greedy": "reasoning, greedy"}  # without the chance of sampling; no interval, one mean a run
+STEADY = {"referee_expected": "pairs in order, by the mean of eight sampled scores",
+          "referee_greedy": "referee, right in both orders, greedy", "reasoning_greedy": "reasoning, greedy",
+          "gold_greedy": "instructions: on topic, whole, in order, greedy"}  # with little or no chance of sampling
 BASE, START = "urpo", "start"  # the arm that others are compared with; the model that all arms start from
 Lines = dict[str, dict[int, dict]]  # arm -> seed -> line of the CSV
 
@@ -62,7 +64,7 @@ def row_values(arms: Lines, line: dict, measure: str) -> np.ndarray | None:
 
     "wins" is how often an answer has more parts of the hidden gold than one of the start; a tie is .5.
     """
-    digits = line["rows_parts" if measure == "wins" else f"rows_{measure}"]
+    digits = line.get("rows_parts" if measure == "wins" else f"rows_{measure}")
     if not digits:
         return None
     values = np.array(list(digits), float)
@@ -173,18 +175,21 @@ def table(arms: Lines, names: list[str], judges: dict[str, list[str]]) -> str:
     return markdown(["arm", "seeds", *MEASURES.values(), "minutes", "GiB"], lines)
 
 
-def table_of_one_answer(arms: Lines) -> str:
-    """The means without sampling, of the runs that have them."""
+def steady_table(arms: Lines) -> str:
+    """What an arm does when chance is small, of the runs that kept it; for the last column the difference from URPO."""
     lines = []
     for arm, runs in arms.items():
         having = [line for line in runs.values() if line.get("reasoning_greedy")]
         if not having:
             continue
         cells = [arm, str(len(having))]
-        for measure in ONE_ANSWER:
-            cells.append(figure([float(line[measure]) for line in having]))
+        for measure in STEADY:
+            cells.append(figure([float(line[measure]) for line in having if line.get(measure)]))
+        found = difference_from(arms, arm, "gold_greedy")
+        if found:
+            cells[-1] += f"<br>{interval(found)}"
         lines.append(cells)
-    return markdown(["arm", "seeds", *ONE_ANSWER.values()], lines)
+    return markdown(["arm", "seeds", *STEADY.values()], lines)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -234,7 +239,7 @@ def summary(lines: list[dict], claims: dict[str, tuple[str, str]], judges: dict[
     parts = [headline(arms)]
     for claim, (title, names) in measured_claims(arms, claims).items():
         parts.append(f"**{claim}.** {title}\n\n{table(arms, names, judges)}")
-    parts.append(f"**greedy.** Without sampling, of the runs that kept it\n\n{table_of_one_answer(arms)}")
+    parts.append(f"**greedy.** With little chance or none, of the runs that kept it\n\n{steady_table(arms)}")
     return "\n\n".join([*parts, *filter(None, [died(lines)])])
 
 

@@ -6,7 +6,8 @@
 
 Arms run side by side, one process on a core each, from the same base over the same prompts, then answer the same
 held-out rows. report/comparison.py makes tables and pictures of the CSV; docs/evidence.md says what they show.
-A line is skipped whatever flags made it: one CSV is for one set of flags.
+A line is skipped whatever flags made it: one CSV is for one set of flags. A run that died has a line too: delete it,
+and the run is tried again.
 """
 import argparse
 import fcntl
@@ -101,7 +102,7 @@ RUNNING: list[subprocess.Popen] = []  # all that was started: Ctrl-C ends it, so
 STOPPING = threading.Event()  # set before what runs is killed
 FIELDS = ("arm seed status minutes eval_minutes gib referee reasoning gold all_four length rows_referee "
           "rows_reasoning rows_gold rows_all_four rows_parts command commit referee_greedy referee_expected "
-          "reasoning_greedy").split()
+          "reasoning_greedy gold_greedy rows_gold_greedy").split()
 
 
 def needs(arm: str) -> list[str]:
@@ -182,8 +183,9 @@ def measured(home: Path) -> dict:
     """The figures of a run. rows_...: for each held-out row a digit, how many of its four answers are right.
 
     rows_parts: for each answer to an instruction how many of the four parts of the hidden gold it has.
+    rows_gold_greedy: the one greedy answer, counted as four.
     """
-    rows = {"referee": "", "reasoning": "", "gold": "", "all_four": "", "parts": ""}
+    rows = {"referee": "", "reasoning": "", "gold": "", "all_four": "", "gold_greedy": "", "parts": ""}
     heldout = json.loads((home / "heldout-after.json").read_text())
     for answer in heldout["answers"]:
         if answer["kind"] == "preference":
@@ -192,6 +194,8 @@ def measured(home: Path) -> dict:
             rows["reasoning"] += str(int(sum(verify_answer(text, answer["truth"]) for text in answer["sampled"])))
         else:
             golds = [list(world.gold(answer["asked"], text).values()) for text in answer["sampled"]]
+            *parts, _ = world.gold(answer["asked"], answer["greedy"][0]).values()
+            rows["gold_greedy"] += str(SAMPLES * all(parts))
             rows["gold"] += str(sum(all(gold[:3]) for gold in golds))
             rows["all_four"] += str(sum(map(all, golds)))
             rows["parts"] += "".join(str(sum(gold)) for gold in golds)

@@ -9,6 +9,7 @@ import eval as evaluation
 import machine
 import metrics
 from conftest import Tokenizer
+from data import Prompt
 from eval import main
 from metrics import expected_scores, interval, pair_figures, referee_figures, table
 from toy import world
@@ -183,6 +184,15 @@ def answer(words):
 
 def generate(engine, prompts, n, *_, **__):
     return [[machine.Sample(answer(words).split(), answer(words), True, [])] * n for words in prompts]
+
+
+def test_the_hidden_gold_is_counted_of_greedy_and_of_sampled_answers():
+    row = Prompt("instruction", "Tell me about dogs.")
+    good = machine.Sample([1], "Dogs need a walk every day.", True, [])
+    bad = machine.Sample([1], "walk a. Cats need every", True, [])
+    figures = evaluation.answer_figures([row], [[good]], [[good, bad, bad, bad]])
+    assert figures["on topic, whole, in order"]["value"] == 0.25
+    assert figures["on topic, whole, in order, greedy"]["value"] == figures["all four, greedy"]["value"] == 1.0
 
 
 def test_heldout_from_files_to_json(tmp_path, monkeypatch, no_model, capsys):

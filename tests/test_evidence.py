@@ -97,7 +97,7 @@ def answers(right: int) -> list[dict]:
     forward, backward = ["<scores>9, 2</scores>"] * 4, ["<scores>2, 9</scores>"] * right + [""] * (4 - right)
     kinds = [
         {"kind": "reasoning", "asked": "2 + 2?", "truth": "4", "sampled": sums},
-        {"kind": "instruction", "asked": "Tell me about dogs.", "truth": "", "sampled": facts},
+        {"kind": "instruction", "asked": "Tell me about dogs.", "truth": "", "sampled": facts, "greedy": facts[:1]},
         {"kind": "preference", "asked": "Say hi.", "truth": [1, 0], "sampled": forward, "mirrored": backward},
     ]
     return kinds * 4
@@ -273,8 +273,10 @@ def test_a_start_is_one_model_whatever_the_seed(measured):
 def test_greedy_figures_are_those_of_the_runs_that_have_them(measured):
     arms = comparison.by_arm(comparison.read(measured[0]))
     arms["mix_1_1_0"][0]["reasoning_greedy"] = ""
-    shown = comparison.table_of_one_answer(arms)
-    assert "| urpo | 1 | .88 | .90 | .50 |" in shown and "mix_1_1_0" not in shown
+    arms["rm_gen"] = {0: arms[BASE][0] | {"gold_greedy": "", "rows_gold_greedy": ""}}
+    shown = comparison.steady_table(arms)
+    assert "| urpo | 1 | .90 | .88 | .50 | 1.00 |" in shown and "mix_1_1_0" not in shown
+    assert "| rm_gen | 1 | .90 | .88 | .50 | - |" in shown
 
 
 def test_wins_against_the_start(measured):
