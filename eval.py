@@ -180,15 +180,17 @@ def gold_of(row: Prompt, samples: list[machine.Sample]) -> list[dict] | None:
     return [world.gold(row.instruction, sample.text) for sample in samples]
 
 
-def record(row: Prompt, greedy: list[machine.Sample], sampled: list[machine.Sample], mirrored=()) -> dict:
+def record(row: Prompt, greedy, sampled, mirrored_greedy, mirrored) -> dict:
     """One row in the JSON: the question, the answers, and how many parts of the hidden gold each sampled one has.
 
-    mirrored: of a pair, the sampled judgements of the other order.
+    Answers are lists of machine.Sample. mirrored: of a pair, the judgements of the other order.
     """
     golds = gold_of(row, sampled)
-    return {"kind": row.kind, "asked": row.instruction, "responses": row.responses, "truth": row.truth or row.answer,
-            "greedy": [sample.text for sample in greedy], "sampled": [sample.text for sample in sampled],
-            "mirrored": [sample.text for sample in mirrored], "gold": golds and [sum(gold.values()) for gold in golds]}
+    answers = {"greedy": greedy, "sampled": sampled, "mirrored_greedy": mirrored_greedy, "mirrored": mirrored}
+    found = {"kind": row.kind, "asked": row.instruction, "responses": row.responses, "truth": row.truth or row.answer}
+    for name, samples in answers.items():
+        found[name] = [sample.text for sample in samples]
+    return found | {"gold": golds and [sum(gold.values()) for gold in golds]}
 
 
 def heldout(args) -> None:
@@ -215,9 +217,9 @@ def heldout(args) -> None:
         judged["first wins, both orders"] = metrics.figure(0.0, len(pairs))
         figures["referee"] = judged
     shown = [*questions, *tasks, *pairs]  # of the pairs, the better response first
-    mirrored = [[]] * first + sampled[len(shown):]
+    mirrored_greedy, mirrored = ([[]] * first + answers[len(shown):] for answers in (greedy, sampled))
     finish(args, figures, table({args.model: {"figures": figures}}, "n"),
-           answers=list(map(record, shown, greedy, sampled, mirrored)))
+           answers=list(map(record, shown, greedy, sampled, mirrored_greedy, mirrored)))
 
 
 # ------------------------------------------------------------------------------- rewardbench

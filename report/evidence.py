@@ -101,8 +101,9 @@ QUICK = ("urpo", "rm_score", "sft")
 RUNNING: list[subprocess.Popen] = []  # all that was started: Ctrl-C ends it, so that no half run becomes a line
 STOPPING = threading.Event()  # set before what runs is killed
 FIELDS = ("arm seed status minutes eval_minutes gib referee reasoning gold all_four length rows_referee "
-          "rows_reasoning rows_gold rows_all_four rows_parts command commit referee_greedy referee_expected "
-          "reasoning_greedy gold_greedy rows_gold_greedy").split()
+          "rows_reasoning rows_gold rows_all_four rows_parts command commit referee_expected referee_greedy "
+          "reasoning_greedy gold_greedy all_four_greedy rows_referee_greedy rows_reasoning_greedy rows_gold_greedy "
+          "rows_all_four_greedy").split()
 
 
 def needs(arm: str) -> list[str]:
@@ -182,29 +183,24 @@ def run_arm(arm: str, seed: int, passed: list[str], cores: list[int]) -> dict:
 def measured(home: Path) -> dict:
     """The figures of a run. rows_...: for each held-out row a digit, how many of its four answers are right.
 
-    rows_parts: for each answer to an instruction how many of the four parts of the hidden gold it has.
-    rows_gold_greedy: the one greedy answer, counted as four.
+    rows_..._greedy: the one greedy answer, counted as four. rows_parts: for each answer to an instruction how many of
+    the four parts of the hidden gold it has.
     """
-    rows = {"referee": "", "reasoning": "", "gold": "", "all_four": "", "gold_greedy": "", "parts": ""}
+    rows = {field.removeprefix("rows_"): "" for field in FIELDS if field.startswith("rows_")}
     heldout = json.loads((home / "heldout-after.json").read_text())
     for answer in heldout["answers"]:
-        if answer["kind"] == "preference":
-            rows["referee"] += str(right_in_both_orders(answer))
-        elif answer["kind"] == "reasoning":
-            rows["reasoning"] += str(int(sum(verify_answer(text, answer["truth"]) for text in answer["sampled"])))
+        if "scores" in answer:  # a reward model: its scalar is always or never right
+            counts = {"referee": SAMPLES * (answer["scores"][0] > answer["scores"][1])}
         else:
-            golds = [list(world.gold(answer["asked"], text).values()) for text in answer["sampled"]]
-            *parts, _ = world.gold(answer["asked"], answer["greedy"][0]).values()
-            rows["gold_greedy"] += str(SAMPLES * all(parts))
-            rows["gold"] += str(sum(all(gold[:3]) for gold in golds))
-            rows["all_four"] += str(sum(map(all, golds)))
-            rows["parts"] += "".join(str(sum(gold)) for gold in golds)
+            counts = count_right(answer, answer["sampled"], answer["mirrored"])
+            for name, count in count_right(answer, answer["greedy"], answer["mirrored_greedy"]).items():
+                counts[f"{name}_greedy"] = SAMPLES * count
+        for name, count in counts.items():
+            rows[name] += str(count)
+        rows["parts"] += "".join(map(str, answer.get("gold") or []))
     line = {}
     if "reasoning" in heldout["figures"]:  # a reward model answers nothing
-        referee, reasoning = heldout["figures"]["referee"], heldout["figures"]["reasoning"]
-        line["referee_greedy"] = referee["both orders, greedy"]["value"]
-        line["referee_expected"] = referee["expected score"]["value"]
-        line["reasoning_greedy"] = reasoning["greedy"]["value"]
+        line["referee_expected"] = heldout["figures"]["referee"]["expected score"]["value"]
     for name, digits in rows.items():
         line[f"rows_{name}"] = digits
         if digits and name != "parts":
@@ -217,19 +213,23 @@ def measured(home: Path) -> dict:
     return line
 
 
-def right_in_both_orders(answer: dict) -> int:
-    """Of a pair's four samples, how many are right in both orders. A scalar is always or never right.
+def count_right(answer: dict, texts: list[str], mirrored: list[str]) -> dict[str, int]:
+    """Of some texts that answer a held-out row, how many are right, by measure. mirrored: a pair in the other order.
 
-    >>> right_in_both_orders({"sampled": ["<scores>9, 2</scores>"] * 2, "mirrored": ["<scores>1, 3</scores>", ""]})
-    1
+    >>> pair = {"kind": "preference"}  # the first response is the better one
+    >>> count_right(pair, ["<scores>9, 2</scores>", "<scores>9, 2</scores>"], ["<scores>1, 3</scores>", ""])
+    {'referee': 1}
     """
-    if "scores" in answer:
-        return SAMPLES * (answer["scores"][0] > answer["scores"][1])
-    right = 0
-    for forward, backward in zip(answer["sampled"], answer["mirrored"], strict=True):
-        first, second = parse_scores(forward, 2), parse_scores(backward, 2)
-        right += bool(first and second and first[0] > first[1] and second[1] > second[0])
-    return right
+    if answer["kind"] == "preference":
+        right = 0
+        for forward, backward in zip(texts, mirrored, strict=True):
+            first, second = parse_scores(forward, 2), parse_scores(backward, 2)
+            right += bool(first and second and first[0] > first[1] and second[1] > second[0])
+        return {"referee": right}
+    if answer["kind"] == "reasoning":
+        return {"reasoning": int(sum(verify_answer(text, answer["truth"]) for text in texts))}
+    golds = [list(world.gold(answer["asked"], text).values()) for text in texts]
+    return {"gold": sum(all(gold[:3]) for gold in golds), "all_four": sum(map(all, golds))}
 
 
 # ------------------------------------------------------------------------------- all arms

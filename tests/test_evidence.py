@@ -91,22 +91,23 @@ def test_a_part_can_be_asked_for():
 
 
 def answers(right: int) -> list[dict]:
-    """Four held-out rows, of which `right` samples of four are right, in every kind."""
+    """Four held-out rows of every kind. Of four samples `right` are right, and so is what is greedy."""
     sums = ["so 4"] * right + ["so 5"] * (4 - right)
     facts = ["Dogs need a walk every day."] * right + ["walk a. Cats need every"] * (4 - right)
     forward, backward = ["<scores>9, 2</scores>"] * 4, ["<scores>2, 9</scores>"] * right + [""] * (4 - right)
     kinds = [
-        {"kind": "reasoning", "asked": "2 + 2?", "truth": "4", "sampled": sums},
-        {"kind": "instruction", "asked": "Tell me about dogs.", "truth": "", "sampled": facts, "greedy": facts[:1]},
-        {"kind": "preference", "asked": "Say hi.", "truth": [1, 0], "sampled": forward, "mirrored": backward},
+        {"kind": "reasoning", "asked": "2 + 2?", "truth": "4", "sampled": sums, "gold": None},
+        {"kind": "instruction", "asked": "Tell me about dogs.", "truth": "", "sampled": facts,
+         "gold": [4] * right + [1] * (4 - right)},
+        {"kind": "preference", "asked": "Say hi.", "truth": [1, 0], "sampled": forward, "gold": None},
     ]
+    for answer in kinds:
+        mirrored = backward if answer["kind"] == "preference" else []
+        answer |= {"greedy": answer["sampled"][:1], "mirrored": mirrored, "mirrored_greedy": mirrored[:1]}
     return kinds * 4
 
 
-FIGURES = {
-    "referee": {"both orders, greedy": {"value": 0.875}, "expected score": {"value": 0.9}},
-    "reasoning": {"greedy": {"value": 0.5}},
-}
+FIGURES = {"referee": {"expected score": {"value": 0.9}}, "reasoning": {}}
 
 
 def fake_call(right: dict[str, int], calls: list):
@@ -147,7 +148,9 @@ def test_a_line_has_the_figures_of_the_answers_and_the_command(measured):
     line = {line["arm"]: line for line in comparison.read(path)}["urpo"]
     assert line["status"] == "done" and line["minutes"] == line["eval_minutes"] == "2.0" and line["gib"] == "6.1"
     assert line["rows_reasoning"] == line["rows_referee"] == line["rows_gold"] == line["rows_all_four"] == "3333"
-    assert (line["referee_greedy"], line["referee_expected"], line["reasoning_greedy"]) == ("0.875", "0.9", "0.5")
+    for measure in ("referee", "reasoning", "gold", "all_four"):
+        assert line[f"{measure}_greedy"] == "1.0" and line[f"rows_{measure}_greedy"] == "4444"
+    assert line["referee_expected"] == "0.9"
     assert line["reasoning"] == "0.75" and line["rows_parts"] == "4441" * 4
     assert line["command"] == ("python urpo.py --preset smol --name evidence-urpo-0 --seed 0 --save_every 0 --lr 2e-5")
     assert len({tuple(cores) for _, cores in calls}) == 1
@@ -235,8 +238,12 @@ def test_a_mistake_of_ours_ends_all_and_is_shown(tmp_path, monkeypatch):
         evidence.run_all([(START, 0), ("urpo", 0), ("urpo", 1)], tmp_path / "evidence.csv", [], 1)
 
 
-def test_a_scalar_that_ties_is_not_right():
-    assert [evidence.right_in_both_orders({"scores": scores}) for scores in ([1, 1], [2, 1], [1, 2])] == [0, 4, 0]
+def test_a_scalar_that_ties_is_not_right(tmp_path):
+    rows = [{"kind": "preference", "scores": scores} for scores in ([1, 1], [2, 1], [1, 2])]
+    (tmp_path / "heldout-after.json").write_text(json.dumps({"answers": rows, "figures": {}}))
+    line = evidence.measured(tmp_path)
+    assert line["rows_referee"] == "040" and line["rows_referee_greedy"] == line["rows_parts"] == ""
+    assert "referee_greedy" not in line
 
 
 # ---- tables and pictures ----
@@ -275,8 +282,8 @@ def test_greedy_figures_are_those_of_the_runs_that_have_them(measured):
     arms["mix_1_1_0"][0]["reasoning_greedy"] = ""
     arms["rm_gen"] = {0: arms[BASE][0] | {"gold_greedy": "", "rows_gold_greedy": ""}}
     shown = comparison.steady_table(arms)
-    assert "| urpo | 1 | .90 | .88 | .50 | 1.00 |" in shown and "mix_1_1_0" not in shown
-    assert "| rm_gen | 1 | .90 | .88 | .50 | - |" in shown
+    assert "| urpo | 1 | .90 | 1.00 | 1.00 | 1.00 |" in shown and "mix_1_1_0" not in shown
+    assert "| rm_gen | 1 | .90 | 1.00 | 1.00 | - |" in shown
 
 
 def test_wins_against_the_start(measured):
