@@ -455,8 +455,7 @@ STORE = None  # the ranks' common notes; made by start_ranks
 def start_ranks(timeout_minutes: float) -> tuple[int, int]:
     """(rank, number of ranks), after all ranks have met. Without torchrun this process is a group of one.
 
-    It comes before the engine, which would start a group of its own. The group is never destroyed, which vLLM would
-    answer with an error.
+    Before the engine, which would start a group of its own. Never destroyed, which vLLM would answer with an error.
     """
     global STORE
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free port
@@ -485,8 +484,11 @@ def stop(error: Exception) -> None:
             raise error
         message = ("another rank died, or stalled for longer than --timeout; its own message says why; --resume "
                    f"continues from the newest checkpoint ({message.splitlines()[0]})")
-    # Once: mostly all ranks find the same mistake, but not always.
-    first = STORE.add(message, 1) == 1 if STORE else os.environ.get("RANK", "0") == "0"
+    try:  # once: mostly all ranks find the same mistake, but not always; torchrun holds notes before the ranks meet
+        notes = STORE or ("TORCHELASTIC_RUN_ID" in os.environ and next(dist.rendezvous("env://"))[0])
+        first = not notes or notes.add(message, 1) == 1
+    except dist.DistError:  # the notes were on a node that is gone
+        first = True
     if first:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

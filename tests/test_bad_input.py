@@ -427,3 +427,18 @@ def test_the_command_ends_with_one_line_and_writes_nothing(tmp_path, ranks, argu
     assert status == (1 if ranks else 2)  # torchrun has a status of its own
     assert len(errors) == 1 and part in errors[0] and (ranks or not any("Traceback" in line for line in lines))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_that_one_rank_finds_before_the_ranks_have_met_is_told_though_the_other_is_killed_for_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import machine
+if os.environ["RANK"] == "0":
+    time.sleep(600)  # torchrun kills it when rank 1 ends
+machine.stop(machine.InputError("--lr 0.0: must be above 0"))
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                           script], text=True, capture_output=True, timeout=300)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if "error: " in line] == ["error: --lr 0.0: must be above 0"]

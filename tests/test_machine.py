@@ -1,6 +1,7 @@
 """machine.py: packed rows against separate sequences, attention against a dense mask, the policy, equal work for all
 ranks, and errors of rank 0. What needs several ranks is in test_invariance.py, the sampler in test_end_to_end.py."""
 import doctest
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,16 @@ def test_an_error_that_all_ranks_find_is_one_line_printed_once_and_status_2(monk
             machine.stop(error)
         assert caught.value.code == 2
     assert capsys.readouterr().err == printed
+
+
+def test_an_error_is_told_though_the_node_that_held_the_ranks_notes_is_gone(monkeypatch, capsys):
+    def add(message, count):
+        raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(machine, "STORE", SimpleNamespace(add=add))
+    with pytest.raises(SystemExit):
+        machine.stop(RuntimeError("Connection closed by peer"))
+    assert capsys.readouterr().err.startswith("error: another rank died")
 
 
 def test_a_runtime_error_that_is_no_lost_rank_keeps_its_traceback():

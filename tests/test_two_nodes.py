@@ -18,7 +18,8 @@ def start_agent(folder, model, node: int, port: str, *arguments) -> subprocess.P
         environment.pop(name, None)
     cores = sorted(os.sched_getaffinity(0))
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two", "--local_addr=127.0.0.1"]
+                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two", "--local_addr=127.0.0.1",
+                f"--rdzv_conf=is_host={node == 0}"]  # both are at the endpoint: the first to come would hold the notes
     with open(folder / f"output-{node}", "w") as output:
         return subprocess.Popen(
             [sys.executable, *launcher, ROOT / "urpo.py", *SIZES, "--model", model, *STEPS, *arguments], cwd=folder,
