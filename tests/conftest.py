@@ -75,6 +75,16 @@ def taught_model(tmp_path_factory, smol_tokenizer) -> str:
     return make_taught_model(tmp_path_factory.mktemp("taught"), smol_tokenizer)
 
 
+@pytest.fixture(scope="session")
+def finished(taught_model, tmp_path_factory):
+    """The folder of a run of six steps, one of them warm-up, on two ranks."""
+    from tiny_run import SIX_STEPS, run
+
+    folder = tmp_path_factory.mktemp("run")
+    run(folder, taught_model, *SIX_STEPS)
+    return folder / "runs" / "e2e"
+
+
 @pytest.fixture
 def make_policy(tiny_model, process_group):
     def make(temperature=0.7, logit_chunk=1024, recompute=False):

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,17 +13,7 @@ import runs
 import urpo
 from conftest import ROOT
 from rewards import group_advantages, preference_reward, self_rewards, verify_answer
-from tiny_run import kill_all, lines, run, same_in_every_run, start, wait_for
-
-SCHEDULE = ("--steps", "6", "--save_every", "3")
-
-
-@pytest.fixture(scope="module")
-def finished(taught_model, tmp_path_factory):
-    """A run of six steps, one of them warm-up, on two ranks."""
-    folder = tmp_path_factory.mktemp("run")
-    run(folder, taught_model, *SCHEDULE)
-    return folder / "runs" / "e2e"
+from tiny_run import SIX_STEPS, kill_all, lines, run, same_in_every_run, start, wait_for
 
 
 def test_every_step_is_logged_with_its_seven_parts_and_in_step_with_the_sampler(finished):
@@ -121,12 +110,12 @@ def test_the_checkpoint_loads_in_transformers_and_in_vllm_and_they_agree(finishe
 
 def test_three_steps_kill_9_and_three_more_equal_six_to_every_digit_and_bit(finished, taught_model, tmp_path):
     """The kill falls into step 4 or 5: what was logged of them is cut, and repeated."""
-    process, log = start(tmp_path, taught_model, *SCHEDULE), tmp_path / "runs" / "e2e" / "log.jsonl"
+    process, log = start(tmp_path, taught_model, *SIX_STEPS), tmp_path / "runs" / "e2e" / "log.jsonl"
     wait_for(lambda: len(lines(log)) >= 4, process)
     kill_all(process)
     assert [folder.name for folder in (log.parent / "checkpoints").glob("step_*")] == ["step_3"]
     killed = len(lines(log))
-    output = run(tmp_path, taught_model, *SCHEDULE, "--resume")
+    output = run(tmp_path, taught_model, *SIX_STEPS, "--resume")
     assert f"runs/e2e/log.jsonl: cut {killed - 3} lines from step 3 on, which the run repeats" in output
     assert same_in_every_run(lines(log)) == same_in_every_run(lines(finished / "log.jsonl"))
     assert lines(log.parent / "rollouts.jsonl") == lines(finished / "rollouts.jsonl")

@@ -15,7 +15,7 @@ import pytest
 import runs
 import urpo
 from conftest import ROOT
-from tiny_run import lines, run
+from tiny_run import lines
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -167,10 +167,9 @@ def test_another_rank_correlation(forked):
     assert evaluated(folder, "rewards.kendall_tau([5, 5], [1, 0])") == 0
 
 
-def test_every_key_of_the_log_stands_in_the_readme(taught_model, tmp_path):
-    run(tmp_path, taught_model, "--steps", "4", ranks=1)
-    log = lines(tmp_path / "runs" / "e2e" / "log.jsonl")
-    assert max(line["instruction"]["format"] for line in log[1:]) > 0 and log[1]["updates"] > 0
+def test_every_key_of_the_log_stands_in_the_readme(finished):
+    log = lines(finished / "log.jsonl")
+    assert max(line["instruction"]["format"] for line in log[1:]) > 0 and sum(line["updates"] for line in log) > 0
     keys = set()
     for line in log:
         for key, value in line.items():

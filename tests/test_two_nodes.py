@@ -3,10 +3,8 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from conftest import ROOT, free_port
-from tiny_run import SIZES, kill_all, lines, run, same_in_every_run, wait_for
+from tiny_run import SIZES, kill_all, lines, same_in_every_run, wait_for
 
 STEPS = ("--steps", "5", "--save_every", "2")
 
@@ -31,15 +29,9 @@ def outputs(folder) -> str:
     return "\n".join((folder / f"output-{node}").read_text()[-3000:] for node in (0, 1))
 
 
-@pytest.fixture(scope="module")
-def one_agent(taught_model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    run(folder, taught_model, *STEPS)
-    return lines(folder / "runs" / "e2e" / "log.jsonl")
-
-
 def test_two_agents_train_as_one_agent_with_two_ranks_to_every_digit_and_resume_after_one_was_killed(
-        one_agent, taught_model, tmp_path):
+        finished, taught_model, tmp_path):
+    one_agent = lines(finished / "log.jsonl")[:5]
     log, port = tmp_path / "runs" / "e2e" / "log.jsonl", free_port()
     agents = [start_agent(tmp_path, taught_model, node, port) for node in (0, 1)]
     wait_for(lambda: len(lines(log)) >= 3, agents[0])

@@ -25,6 +25,7 @@ SIZES = ("--preset smol --name e2e --batch 12 --mix 1:1:1 --group 4 --judgements
          "--max_prompt_tokens 700 --max_answer_tokens 24 --max_referee_tokens 24 --max_judge_tokens 700 "
          "--preferences toy:4 --toy_rows 40 --row_tokens 512 --save_every 0 --keep 0 "
          "--warmup_steps 1 --lr 1e-3 --lr_warmup 0 --max_drift 0.001 --precision float32").split()
+SIX_STEPS = ("--steps", "6", "--save_every", "3")  # of the run that conftest.py makes once for all tests, `finished`
 
 
 def teach_score_lines(model, tokenizer, n=4):
