@@ -181,7 +181,9 @@ def steady_table(arms: Lines) -> str:
             continue
         cells = [arm, str(len(having))]
         for measure in STEADY:
-            cells.append(figure([float(line[measure]) for line in having if line.get(measure)]))
+            values = [float(line[measure]) for line in having if line.get(measure)]
+            fewer = f" ({len(values)})" if 0 < len(values) < len(having) else ""
+            cells.append(figure(values) + fewer)
         found = difference_from(arms, arm, "gold_greedy")
         if found:
             cells[-1] += f"<br>{interval(found)}"
@@ -236,7 +238,7 @@ def summary(lines: list[dict], claims: dict[str, tuple[str, str]], judges: dict[
     parts = [headline(arms)]
     for claim, (title, names) in measured_claims(arms, claims).items():
         parts.append(f"**{claim}.** {title}\n\n{table(arms, names, judges)}")
-    parts.append(f"**greedy.** With little chance or none, of the runs that kept it\n\n{steady_table(arms)}")
+    parts.append(f"**greedy.** With little chance or none, of runs that kept it; (1): of one seed\n\n{steady_table(arms)}")
     return "\n\n".join([*parts, *filter(None, [died(lines)])])
 
 
