@@ -238,7 +238,7 @@ def summary(lines: list[dict], claims: dict[str, tuple[str, str]], judges: dict[
     parts = [headline(arms)]
     for claim, (title, names) in measured_claims(arms, claims).items():
         parts.append(f"**{claim}.** {title}\n\n{table(arms, names, judges)}")
-    parts.append(f"**greedy.** With little chance or none, of runs that kept it; (1): of one seed\n\n{steady_table(arms)}")
+    parts.append(f"**greedy.** With little chance, of runs that kept it; (1): of one seed\n\n{steady_table(arms)}")
     return "\n\n".join([*parts, *filter(None, [died(lines)])])
 
 
