@@ -24,24 +24,34 @@ def settings(preset="paper", **changes) -> dict:
     return asdict(urpo.Config(**urpo.PRESETS[preset])) | changes
 
 
-def fake_update(model: str, world: int, prompt: int, answer: int, chunk: int) -> dict:
-    """GiB that torch's own memory tracker counts, without a GPU and without computing anything."""
-    case = {"config": dict(zip(plan.FIELDS, plan.SHAPES[model])), "world": world, "prompt": prompt, "answer": answer,
-            "group": 8, "chunk": chunk, "vocabulary": 151665}
-    done = subprocess.run([sys.executable, ROOT / "tests" / "fake_update.py", json.dumps(case)], capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+FAKE = {  # model, ranks, tokens of a prompt, of an answer, of a chunk of logits
+    "layer": ("Qwen/Qwen2.5-7B", 8, 512, 1984, 1024),  # 16,384 tokens: a layer at work is the peak
+    "root": ("Qwen/Qwen2.5-7B", 8, 512, 192, 1024),  # 2,048 tokens: the whole gradient of embedding and head is
+    "head": ("Qwen/Qwen2.5-1.5B", 1, 512, 960, 1024),  # one GPU: the logits are
+}
 
 
-@pytest.mark.parametrize("model, world, prompt, answer, chunk", [
-    ("Qwen/Qwen2.5-7B", 8, 512, 1984, 1024),  # 16,384 tokens: a layer at work is the peak
-    ("Qwen/Qwen2.5-7B", 8, 512, 192, 1024),  # 2,048 tokens: the whole gradient of embedding and head is
-    ("Qwen/Qwen2.5-1.5B", 1, 512, 960, 1024),  # one GPU: the logits are
-], ids=["layer", "root", "head"])
-def test_states_within_5_and_the_peak_of_the_update_within_20_percent_of_fake_tensors(
-        model, world, prompt, answer, chunk):
-    found = fake_update(model, world, prompt, answer, chunk)
+@pytest.fixture(scope="module")
+def fake_updates() -> dict[str, dict]:
+    """GiB that torch's own memory tracker counts, without a GPU and without computing anything. Side by side."""
+    started = {}
+    for name, (model, world, prompt, answer, chunk) in FAKE.items():
+        case = {"config": dict(zip(plan.FIELDS, plan.SHAPES[model])), "world": world, "prompt": prompt,
+                "answer": answer, "group": 8, "chunk": chunk, "vocabulary": 151665}
+        started[name] = subprocess.Popen([sys.executable, ROOT / "tests" / "fake_update.py", json.dumps(case)],
+                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    found = {}
+    for name, process in started.items():
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+        found[name] = json.loads(output.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", list(FAKE))
+def test_states_within_5_and_the_peak_of_the_update_within_20_percent_of_fake_tensors(fake_updates, name):
+    model, world, prompt, answer, chunk = FAKE[name]
+    found = fake_updates[name]
     shape = plan.planned_shape(model)
     tokens = prompt + 8 * answer
     assert found["tokens"] == tokens
