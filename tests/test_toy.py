@@ -238,6 +238,19 @@ def test_a_model_is_made_once_in_silence_and_whole_or_not_at_all(tmp_path, monke
     assert capfd.readouterr() == ("", "")
 
 
+def test_of_two_processes_that_make_a_model_at_once_the_first_one_stands(tmp_path, monkeypatch):
+    class Parts:
+        def save_pretrained(self, folder):
+            for made in (tmp_path / "raw", folder):
+                made.mkdir(exist_ok=True)
+                (made / "weights").write_text(made.name)
+
+    monkeypatch.setattr(seed, "CACHE", tmp_path)
+    monkeypatch.setattr(seed, "load", lambda name: (Parts(), Parts()))
+    assert seed.folder("raw") == str(tmp_path / "raw")
+    assert (tmp_path / "raw" / "weights").read_text() == "raw" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(seed, "CACHE", tmp_path)
     find = importlib.util.find_spec

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import sys
 import time
 import zlib
@@ -56,7 +57,12 @@ def folder(name: str) -> str:
         unfinished = path.with_name(f"{name}.{os.getpid()}")
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-    unfinished.rename(path)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+        shutil.rmtree(unfinished)  # another process made the same at the same time, and was first
     return str(path)
 
 
