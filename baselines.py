@@ -59,9 +59,29 @@ class Baseline(urpo.Config):
 # ------------------------------------------------------------------------------- RM-gen
 
 
+def judge_folder(config: Baseline, head: str, made_by: str) -> str:
+    """The folder of --judge. head: how the name of its architecture ends; any other would get random weights.
+
+    Raises InputError on every rank, where no such model is there. made_by: the command that makes one.
+    """
+
+    def find():
+        folder = plan.model_folder(config.judge)
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise InputError(f"--judge {config.judge}: no model here (no config.json): give a folder that "
+                             f"`{made_by}` made")
+        found = (plan.model_config(folder).architectures or ["model without a name"])[0]
+        if not found.endswith(head):
+            raise InputError(f"--judge {config.judge} is a {found} and no ...{head}: give a folder that "
+                             f"`{made_by}` made")
+        return folder
+
+    return on_rank_0(f"preparing --judge {config.judge}", find)
+
+
 def rm_gen(config: Baseline) -> None:
     """GRPO with a separate generative reward model [paper]: another model judges, and its weights never change."""
-    folder = on_rank_0(f"preparing --judge {config.judge}", lambda: plan.model_folder(config.judge))
+    folder = judge_folder(config, "ForCausalLM", "urpo.py --mix 1:1:0")
     tokenizer = plan.load_tokenizer(folder, config.chat_template)
     longest = config.max_judge_tokens + config.max_referee_tokens
     plan.check_model(folder, len(tokenizer), longest)
@@ -268,11 +288,7 @@ def as_points(score_G: Tensor) -> list[float]:
 
 def rm_score(config: Baseline) -> None:
     """GRPO with a scalar reward model [paper]: it scores each answer by itself, in one forward pass."""
-    folder = plan.model_folder(config.judge)
-    heads = plan.model_config(folder).architectures or [""]
-    if not heads[0].endswith("ForSequenceClassification"):  # it would get a new head, of random weights
-        raise InputError(f"rm_score: --judge {config.judge} is a {heads[0]} and no reward model: give the folder "
-                         "`model` of a run of `baselines.py reward_model`")
+    folder = judge_folder(config, "ForSequenceClassification", "baselines.py reward_model")
     tokenizer = plan.load_tokenizer(folder)
     model = RewardModel(folder, config.precision).to(machine.DEVICE).eval()
 
@@ -293,6 +309,21 @@ def rm_score(config: Baseline) -> None:
 
 
 # ------------------------------------------------------------------------------- SFT
+
+
+def error_rates(errors: str) -> list[float]:
+    """--errors as the demonstrator's rates on P, R and I.
+
+    >>> error_rates(".4:.4:.6")
+    [0.4, 0.4, 0.6]
+    """
+    try:
+        rates = [float(part) for part in errors.split(":")]
+    except ValueError:
+        rates = []
+    if len(rates) != 3 or not all(0 <= rate <= 1 for rate in rates):
+        raise InputError(f"--errors {errors}: give three rates between 0 and 1 for P:R:I, for example .4:.4:.6")
+    return rates
 
 
 def demonstrate(tokenizer, group: Group, size: int, worked: dict[str, dict], errors: list[float], rng) -> None:
@@ -341,7 +372,7 @@ def sft(config: Baseline) -> None:
         raise InputError("sft: the demonstrator knows the toy world alone: --preferences toy:2 --reasoning toy "
                          "--instructions toy")
     rank, ranks, run = dist.get_rank(), dist.get_world_size(), Path("runs") / config.name
-    errors = list(map(float, config.errors.split(":")))
+    errors = error_rates(config.errors)
     worked = {row["question"]: row for row in world.records("reasoning", "train", config.toy_rows)}
     worked |= {row["instruction"]: row for row in world.records("instruction", "train", config.toy_rows)}
     tokenizer, sources, policy, optimizer, schedule, engine, log, first_step = urpo.set_up(config, run)

@@ -176,7 +176,7 @@ def steady_table(arms: Lines) -> str:
     """What an arm does when chance is small, of the runs that kept it; for the last column the difference from URPO."""
     lines = []
     for arm, runs in arms.items():
-        having = [line for line in runs.values() if line.get("reasoning_greedy")]
+        having = [line for line in runs.values() if line.get("referee_expected")]
         if not having:
             continue
         cells = [arm, str(len(having))]

@@ -98,6 +98,7 @@ CLAIMS = {
 CURVES = {"share": {"mix_0_1_1": 0, "p_2_of_24": 2, "p_4_of_24": 4, "urpo": 6, "p_8_of_24": 8, "mix_1_0_1": 12}}
 SEEDS = {"main": 5, "rates": 1}  # of a claim's arms; others have three
 QUICK = ("urpo", "rm_score", "sft")
+OURS = ("--name", "--seed", "--save_every", "--resume", "--model")  # one value for all arms would spoil the comparison
 RUNNING: list[subprocess.Popen] = []  # all that was started: Ctrl-C ends it, so that no half run becomes a line
 STOPPING = threading.Event()  # set before what runs is killed
 FIELDS = ("arm seed status minutes eval_minutes gib referee reasoning gold all_four length rows_referee "
@@ -184,23 +185,23 @@ def measured(home: Path) -> dict:
     """The figures of a run. rows_...: for each held-out row a digit, how many of its four answers are right.
 
     rows_..._greedy: the one greedy answer, counted as four. rows_parts: for each answer to an instruction how many of
-    the four parts of the hidden gold it has.
+    the four parts of the hidden gold it has. A reward model has referee_expected alone: its scalar sees no order, so
+    it is not asked in both.
     """
     rows = {field.removeprefix("rows_"): "" for field in FIELDS if field.startswith("rows_")}
     heldout = json.loads((home / "heldout-after.json").read_text())
     for answer in heldout["answers"]:
-        if "scores" in answer:  # a reward model: its scalar is always or never right
-            counts = {"referee": SAMPLES * (answer["scores"][0] > answer["scores"][1])}
-        else:
-            counts = count_right(answer, answer["sampled"], answer["mirrored"])
-            for name, count in count_right(answer, answer["greedy"], answer["mirrored_greedy"]).items():
-                counts[f"{name}_greedy"] = SAMPLES * count
+        if "scores" in answer:  # of a reward model, which writes nothing
+            continue
+        counts = count_right(answer, answer["sampled"], answer["mirrored"])
+        for name, count in count_right(answer, answer["greedy"], answer["mirrored_greedy"]).items():
+            counts[f"{name}_greedy"] = SAMPLES * count
         for name, count in counts.items():
             rows[name] += str(count)
         rows["parts"] += "".join(map(str, answer.get("gold") or []))
-    line = {}
-    if "reasoning" in heldout["figures"]:  # a reward model answers nothing
-        line["referee_expected"] = heldout["figures"]["referee"]["expected score"]["value"]
+    referee = heldout["figures"]["referee"]
+    expected = referee["accuracy"] if "accuracy" in referee else referee["expected score"]  # the first: a scalar's
+    line = {"referee_expected": expected["value"]}
     for name, digits in rows.items():
         line[f"rows_{name}"] = digits
         if digits and name != "parts":
@@ -255,7 +256,8 @@ def wanted(only: list[str], seeds: int | None, quick: bool) -> list[tuple[str, i
 def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], side_by_side: int) -> None:
     """All jobs that have no line yet, so many at a time, each on its own cores.
 
-    A judge that has its line and whose folder is gone is trained again for an arm that needs it.
+    A judge that has its line and whose folder is gone is trained again for an arm that needs it. That is another
+    model, since sampling differs, and has a line of its own, as `..._again`.
     """
     every = sorted(os.sched_getaffinity(0))
     share = len(every) // side_by_side
@@ -282,10 +284,12 @@ def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], side_by_
                 line = run_arm(arm, seed, passed, cores)
             finally:
                 free.put(cores)
+            if job in done:
+                line["arm"] = f"{arm}_again"
             with writing:
-                if not STOPPING.is_set() and job not in done:  # what was killed from here has no line
+                if not STOPPING.is_set():  # what was killed from here has no line
                     comparison.append(path, FIELDS, line)
-                    print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
+                    print(f"{line['arm']} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
         finally:
             ended[job].set()
 
@@ -316,6 +320,10 @@ def only_one():
 
 def check(jobs: list[tuple[str, int]], passed: list[str]) -> None:
     """Refuse flags that some arm would not take, before any runs; and make the models that arms start from."""
+    for argument in passed:
+        if argument.split("=")[0] in OURS:
+            raise InputError(f"{argument}: each arm has its own, so it cannot be given to all; refused are "
+                             f"{', '.join(OURS)}")
     for arm, seed in jobs:
         if arm in STARTS:
             continue
@@ -339,8 +347,9 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="run nothing: tables and pictures of --csv")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, 7 GiB each (rm_gen 8)")
     args, passed = parser.parse_known_args()
-    for name in (signal.SIGINT, signal.SIGTERM):  # a process that a shell put in the background ignores SIGINT
-        signal.signal(name, signal.default_int_handler)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: its terminal was closed
+        if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN:  # under nohup it shall go on
+            signal.signal(name, signal.default_int_handler)  # also in the background, where a shell ignores SIGINT
     try:
         if not args.show:
             jobs = wanted(args.only, args.seeds, args.quick)

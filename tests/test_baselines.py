@@ -16,7 +16,7 @@ import runs
 import urpo
 from baselines import RewardModel, encode_answer, margins, score_rows
 from conftest import ROOT
-from data import Group, Prompt
+from data import Group, InputError, Prompt
 from rewards import parse_scores
 from tiny_run import lines, run, start
 
@@ -146,10 +146,14 @@ def test_the_numbers_of_a_run_whose_judge_is_another_model_can_be_made_again(tra
     assert "rewards and advantages are as the texts make them" in capsys.readouterr().out
 
 
-def test_a_model_without_a_trained_head_is_no_reward_model(tmp_path, taught_model):
-    output = run(tmp_path, taught_model, "--judge", taught_model, ranks=1, status=2, program=ROOT / "baselines.py",
-                 command=["rm_score"])
-    assert "is a LlamaForCausalLM and no reward model" in output
+def test_a_judge_of_another_kind_or_none_at_all_is_refused(trained, taught_model, process_group):
+    for command, judge, message in [
+        (baselines.rm_score, taught_model, "is a LlamaForCausalLM and no ...ForSequenceClassification"),
+        (baselines.rm_gen, str(trained / "reward_model" / "model"), "is a LlamaForSequenceClassification and no"),
+        (baselines.rm_gen, "runs/mistyped", "--judge runs/mistyped: no model here"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            command(baselines.Baseline(judge=judge))
 
 
 # ---- a frozen judge ----
@@ -227,6 +231,12 @@ def test_sft_lowers_its_loss_and_its_checkpoint_loads(trained):
     log = lines(trained / "sft" / "log.jsonl")
     assert log[-1]["loss"] < 0.9 * log[0]["loss"] and log[-1]["updates"] == 2
     assert (trained / "sft" / "checkpoints" / "last" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("errors", ["0:0", "a:b:c", "0:0:7", ""])
+def test_rates_of_error_that_are_none_are_refused(errors):
+    with pytest.raises(InputError, match=f"--errors {errors}: give three rates"):
+        baselines.error_rates(errors)
 
 
 def test_sft_refuses_data_without_a_demonstrator(tmp_path, taught_model):

@@ -37,6 +37,9 @@ def test_what_defines_an_arm_cannot_be_overridden_and_a_wrong_flag_is_refused_be
     assert command[-2:] == ["--lr", "3e-6"] and command[0] == "urpo.py"
     with pytest.raises(InputError, match="--onyl main: no such setting"):
         evidence.check([(START, 0), ("urpo", 0)], ["--onyl", "main"])
+    for flag in (["--seed", "7"], ["--name=x"], ["--model", "half"], ["--resume", "True"], ["--save_every", "2"]):
+        with pytest.raises(InputError, match=f"{flag[0]}: each arm has its own"):
+            evidence.check([("urpo", 0)], flag)
 
 
 def test_one_at_a_time(tmp_path, monkeypatch):
@@ -190,11 +193,13 @@ def test_a_judge_whose_folder_is_gone_is_trained_again_for_the_arm_that_needs_it
     before = len(calls)
     evidence.run_all(jobs, path, [], 1)
     assert ["mix_1_1_0" in command and "rm_gen" not in command for command, _ in calls[before:]] == [True, True, False]
-    assert [line["arm"] for line in comparison.read(path)] == [START, "urpo", "mix_1_1_0", "rm_gen"]
+    found = [line["arm"] for line in comparison.read(path)]
+    assert found == [START, "urpo", "mix_1_1_0", "mix_1_1_0_again", "rm_gen"]
 
 
-def test_ctrl_c_kills_what_runs_and_leaves_no_line_of_it(tmp_path):
-    """As a process: SIGINT while the first arm trains."""
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_or_a_closed_terminal_kills_what_runs_and_leaves_no_line_of_it(tmp_path, stop):
+    """As a process: a signal while the first arm trains."""
     program = (
         "import sys; sys.path.insert(0, {root!r})\n"
         "from pathlib import Path; from report import evidence\n"
@@ -204,7 +209,7 @@ def test_ctrl_c_kills_what_runs_and_leaves_no_line_of_it(tmp_path):
         "evidence.main()").format(root=str(ROOT), folder=str(tmp_path), csv=str(tmp_path / "evidence.csv"))
     process = subprocess.Popen([sys.executable, "-c", program])
     (trained,) = wait_for_child(process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     assert process.wait(timeout=60) == 130
     assert not trained.is_running() and not (tmp_path / "evidence.csv").exists()
 
@@ -238,12 +243,13 @@ def test_a_mistake_of_ours_ends_all_and_is_shown(tmp_path, monkeypatch):
         evidence.run_all([(START, 0), ("urpo", 0), ("urpo", 1)], tmp_path / "evidence.csv", [], 1)
 
 
-def test_a_scalar_that_ties_is_not_right(tmp_path):
-    rows = [{"kind": "preference", "scores": scores} for scores in ([1, 1], [2, 1], [1, 2])]
-    (tmp_path / "heldout-after.json").write_text(json.dumps({"answers": rows, "figures": {}}))
+def test_a_scalar_sees_no_order_so_its_figure_is_not_that_of_both_orders(tmp_path):
+    figures = {"referee": {"accuracy": {"value": 0.9}}}
+    heldout = {"answers": [{"kind": "preference", "scores": [2, 1]}], "figures": figures}
+    (tmp_path / "heldout-after.json").write_text(json.dumps(heldout))
     line = evidence.measured(tmp_path)
-    assert line["rows_referee"] == "040" and line["rows_referee_greedy"] == line["rows_parts"] == ""
-    assert "referee_greedy" not in line
+    assert line["referee_expected"] == 0.9 and not {"referee", "referee_greedy", "reasoning"} & set(line)
+    assert line["rows_referee"] == line["rows_referee_greedy"] == line["rows_parts"] == ""
 
 
 # ---- tables and pictures ----
@@ -279,7 +285,7 @@ def test_a_start_is_one_model_whatever_the_seed(measured):
 
 def test_greedy_figures_are_those_of_the_runs_that_have_them(measured):
     arms = comparison.by_arm(comparison.read(measured[0]))
-    arms["mix_1_1_0"][0]["reasoning_greedy"] = ""
+    arms["mix_1_1_0"][0]["referee_expected"] = ""
     arms["rm_gen"] = {0: arms[BASE][0] | {"gold_greedy": "", "rows_gold_greedy": ""}}
     shown = comparison.steady_table(arms)
     assert "| urpo | 1 | .90 | 1.00 | 1.00 | 1.00 |" in shown and "mix_1_1_0" not in shown
