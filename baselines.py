@@ -10,7 +10,8 @@
 Each takes the flags of urpo.py, draws the same prompts from a seed, and starts under torchrun as urpo.py does. What a
 baseline has no use for it ignores: reward_model all but data, rate and steps, sft the clip and the sampling.
 report/evidence.py compares them, and counts what a separate judge costs. What a GPU would do here is not yet run: the
-judge stays awake beside the policy's engine, so halve --gpu_memory.
+judge stays awake in its memory, which --plan does not count, beside the policy's engine and the trainer. Both engines
+take --gpu_memory, so give half of it or less.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def rm_gen(config: Baseline) -> None:
     plan.check_model(folder, len(tokenizer), longest)
     sequences = config.batch // dist.get_world_size() * config.group
     judge = machine.start_engine(
-        folder, longest, config.cpu_cache, config.gpu_memory, sequences, tokenizer.chat_template)
+        folder, longest, config.cpu_cache, config.gpu_memory, sequences, tokenizer.chat_template, sleeps=False)
 
     def score(config, engine, policy_tokenizer, groups: list[Group], step: int) -> None:
         urpo.self_score(config, judge, tokenizer, groups, step)

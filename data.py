@@ -322,6 +322,14 @@ def request_seed(seed: int, step: int, index: int, role: str) -> int:
     return zlib.crc32(f"{seed}/{step}/{index}/{role}".encode())
 
 
+def checksum(rows: list[Prompt]) -> int:
+    """A number for rows in their order, by which a changed file is noticed."""
+    found = 0
+    for row in rows:
+        found = zlib.crc32(repr(row).encode(), found)
+    return found
+
+
 # ------------------------------------------------------------------------------- Group
 
 
@@ -383,6 +391,30 @@ class Group:
 
 
 RECORDED = ("prompt_ids", "answers", "texts", "finished", "judgements", "rewards", "advantages", "entropy")
+
+
+def share_evenly(groups: list[Group], world: int) -> list[list[Group]]:
+    """Groups to `world` ranks, equally many to each, the work about even: the longest first, each to the idlest rank.
+
+    A group without signal costs nothing.
+
+    >>> groups = [Group(index, None, [0] * tokens, [], advantages=[advantage])
+    ...           for index, (tokens, advantage) in enumerate([(9, 1.0), (7, 1.0), (6, 1.0), (9, 0.0)])]
+    >>> [[group.index for group in hand] for hand in share_evenly(groups, 2)]
+    [[0, 3], [1, 2]]
+    """
+
+    def cost(group):
+        return group.tokens * group.has_signal
+
+    share = len(groups) // world
+    hands, work = [[] for _ in range(world)], [0] * world
+    for group in sorted(groups, key=cost, reverse=True):
+        free = [rank for rank in range(world) if len(hands[rank]) < share]
+        idlest = min(free, key=lambda rank: work[rank])
+        hands[idlest].append(group)
+        work[idlest] += cost(group)
+    return hands
 
 
 def judgement_orders(group: Group, step: int, seed: int, listed: int, judgements: int,

@@ -23,8 +23,9 @@ def parse(settings: type, presets: dict[str, dict], arguments: list[str]):
 
     parser = HfArgumentParser(settings, description=DESCRIPTION, allow_abbrev=False)
     parser.error = refuse
-    preset = parser.parse_known_args([a for a in arguments if a not in ("-h", "--help")])[0].preset
-    if preset == "auto" and machine.missing_gpu():
+    asked = [argument for argument in arguments if argument not in ("-h", "--help")]
+    preset = parser.parse_known_args(asked)[0].preset
+    if preset == "auto" and asked == arguments and machine.missing_gpu():  # help is given anywhere
         raise InputError(machine.missing_gpu())
     preset = machine.PRESET if preset == "auto" else preset
     parser.set_defaults(**presets[preset])

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import fingerprint
-from data import Group, InputError, answer_text, stop_ids
+from data import Group, InputError, answer_text, checksum, share_evenly, stop_ids
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -331,13 +331,14 @@ SAMPLED_AT_ONCE = 8192  # tokens of one forward pass; a GPU reads a longer promp
 
 
 def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memory: float | None = None,
-                 sequences: int | None = None, chat_template: str | None = None):
+                 sequences: int | None = None, chat_template: str | None = None, sleeps: bool = True):
     """A vLLM engine in this process.
 
     max_tokens: of one sequence. cpu_cache: GiB for keys and values on a CPU; while they are full, requests wait.
     gpu_memory: in training, the share of the GPU that the engine may take while it is awake. It then joins the group
-    of all ranks, and on a GPU it can sleep while the trainer works. sequences: the most that are sampled at a time;
-    vLLM takes memory and CUDA graphs for as many. chat_template: the trainer's, which says what ends an answer.
+    of all ranks, and on a GPU it can sleep while the trainer works, unless `sleeps` is False: vLLM lets one engine of a
+    process do so. sequences: the most that are sampled at a time; vLLM takes memory and CUDA graphs for as many.
+    chat_template: the trainer's, which says what ends an answer.
     """
     if not GPU:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two ranks share one core
@@ -354,7 +355,7 @@ def start_engine(folder: str, max_tokens: int, cpu_cache: float = 1.0, gpu_memor
     options = dict(max_model_len=max_tokens, max_num_batched_tokens=SAMPLED_AT_ONCE, disable_log_stats=True,
                    load_format="safetensors", logprobs_mode="processed_logprobs", use_tqdm_on_load=False)
     if gpu_memory is not None:
-        options.update(distributed_executor_backend="external_launcher", enable_sleep_mode=GPU,
+        options.update(distributed_executor_backend="external_launcher", enable_sleep_mode=GPU and sleeps,
                        gpu_memory_utilization=gpu_memory)
     if sequences is not None:
         options.update(max_num_seqs=sequences)
@@ -542,34 +543,19 @@ def gather(items: list) -> list | None:
 
 
 def each_row_once(fits, rows: list) -> list[bool]:
-    """Whether each row fits; every rank measures a part, and all get the whole."""
+    """Whether each row fits; every rank measures a part, and all get the whole.
+
+    Raises InputError on every rank where not all have read the same rows: the batch of a step must be one.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     parts, found = [None] * world, [False] * len(rows)
     bar = tqdm(rows[rank::world], "measuring prompts", delay=10, leave=False, disable=rank != 0)
-    dist.all_gather_object(parts, [fits(row) for row in bar])
-    for other, part in enumerate(parts):
+    dist.all_gather_object(parts, (checksum(rows), [fits(row) for row in bar]))
+    if any(rows_read != parts[0][0] for rows_read, _ in parts):
+        raise InputError("the ranks have read different rows: give every node the same files and versions")
+    for other, (_, part) in enumerate(parts):
         found[other::world] = part
     return found
-
-
-def share_evenly(groups: list[Group], world: int) -> list[list[Group]]:
-    """Groups to `world` ranks, equally many to each, the work about even: the longest first, each to the idlest rank.
-
-    A group without signal costs nothing.
-
-    >>> groups = [Group(index, None, [0] * tokens, [], advantages=[advantage])
-    ...           for index, (tokens, advantage) in enumerate([(9, 1.0), (7, 1.0), (6, 1.0), (9, 0.0)])]
-    >>> [[group.index for group in hand] for hand in share_evenly(groups, 2)]
-    [[0, 3], [1, 2]]
-    """
-    hands: list[list[Group]] = [[] for _ in range(world)]
-    work = [0] * world
-    for group in sorted(groups, key=lambda group: group.tokens * group.has_signal, reverse=True):
-        free = [rank for rank in range(world) if len(hands[rank]) < len(groups) // world]
-        idlest = min(free, key=lambda rank: work[rank])
-        hands[idlest].append(group)
-        work[idlest] += group.tokens * group.has_signal
-    return hands
 
 
 def rebalance(groups: list[Group], minibatches: int) -> list[Group]:

@@ -466,6 +466,11 @@ def node_memory(shape: Shape, settings: dict, nproc: int, nodes: int) -> float:
     return nproc * cpu_memory(shape, settings, nproc * nodes)["together"]["update"]
 
 
+def loading_memory(shape: Shape, here: int) -> float:
+    """GiB of a GPU node's own memory: each of its ranks reads the whole model in bf16 before it keeps its share."""
+    return here * (2 * shape.parameters / 2**30 + 5)
+
+
 def check_memory(shape: Shape, settings: dict, world: int, here: int, gpu_gib: float | None, host_gib: float) -> None:
     """here: ranks on this machine. gpu_gib: of one GPU; None on a CPU. host_gib: free in this machine."""
     if gpu_gib is not None:
@@ -473,6 +478,10 @@ def check_memory(shape: Shape, settings: dict, world: int, here: int, gpu_gib: f
         if reason:
             raise InputError(f"{world} GPUs, {shape.parameters / 1e9:.1f}B parameters: {reason}: use "
                              f"{what_to_change(shape, settings, world, gpu_gib)} (python urpo.py --plan shows all)")
+        loading = loading_memory(shape, here)
+        if loading > host_gib:
+            raise InputError(f"{here} ranks of this node load {loading:.0f} GiB into its own memory, and "
+                             f"{host_gib:.0f} GiB are free: use a node with more, or a smaller model")
         return
     reason = cache_too_small(shape, settings, world, None)
     if reason:
@@ -504,7 +513,7 @@ def split_arguments(arguments: list[str]):
             raise InputError(f"{flag}: no setting of a run, it belongs to --plan; give --plan too, or leave it out "
                              "(torchrun's --nproc_per_node and --nnodes start ranks)")
     own, rest = parser.parse_known_args(arguments)
-    if own.gpu_gib and "--preset" not in names:
+    if (own.gpu_gib or own.plan and machine.missing_gpu()) and "--preset" not in names:
         rest += ["--preset", "paper"]
     return own, rest
 
@@ -533,7 +542,7 @@ def show(settings: dict, asked) -> str:
         cells = " ".join(f"{row[part]:12.2f}" if row.get(part) else f"{'-':>12}" for part in PARTS)
         lines.append(f"{name:22}{cells}")
     sequences = cache_sequences(shape, settings, world, gpu_gib)
-    loading = nproc * (2 * shape.parameters / 2**30 + 5) if on_gpu else nproc * rows["together"]["update"]
+    loading = loading_memory(shape, nproc) if on_gpu else nproc * rows["together"]["update"]
     lines += ["", f"cache of a rank: {sequences:.0f} answers of full length at a time, of "
               f"{settings['batch'] // world * settings['group']} a step",
               f"longest packed row: {longest_row(settings)} tokens",

@@ -10,11 +10,10 @@ import json
 import math
 import os
 import re
-import zlib
 
 from tqdm import tqdm
 
-from data import FLAGS, InputError, Prompt, encode_judgement, encode_prompt, swapped
+from data import FLAGS, InputError, Prompt, checksum, encode_judgement, encode_prompt, swapped
 from rewards import check_answer, final_answer
 
 # ------------------------------------------------------------------------------- formats
@@ -291,13 +290,8 @@ def load_sources(names: dict[str, list[str]], counts: dict[str, int], tokenizer,
 
 
 def checksums(sources: dict[str, list[Prompt]]) -> dict[str, int]:
-    """A number for the rows of each kind, by which a changed file is noticed."""
-    found = {}
-    for kind, rows in sources.items():
-        found[kind] = 0
-        for row in rows:
-            found[kind] = zlib.crc32(repr(row).encode(), found[kind])
-    return found
+    """That of the rows of each kind."""
+    return {kind: checksum(rows) for kind, rows in sources.items()}
 
 
 def better_first(row: Prompt) -> Prompt | None:

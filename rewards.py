@@ -117,6 +117,8 @@ def verify_answer(response: str, answer: str) -> float:
     (1.0, 1.0)
     >>> verify_answer(r"\boxed{(x-1)(x+1)}", "x^2-1"), verify_answer(r"It is 12, so \boxed{13}", "12")
     (1.0, 0.0)
+    >>> verify_answer(r"\boxed{\text{Friday}}", "friday")
+    1.0
     """
     given, truth = final_answer(response), _tidy(answer)
     if not given or not truth or max(len(given), len(truth)) > LONGEST_ANSWER:
@@ -124,7 +126,7 @@ def verify_answer(response: str, answer: str) -> float:
     given_number, true_number = _read_number(given), _read_number(truth)
     if given_number and true_number:
         return float(_same_number(given_number, true_number))
-    if "".join(given.split()).casefold() == "".join(truth.split()).casefold():
+    if _letters(given) == _letters(truth):
         return 1.0
     if WORD.search(given) or WORD.search(truth):  # math_verify would read "cat" as c*a*t
         return 0.0
@@ -196,14 +198,17 @@ def self_rewards(texts: Sequence[str], orders: Sequence[Sequence[int]]) -> list[
 # ------------------------------------------------------------------------------- all kinds
 
 
-def group_rewards(prompt, texts: Sequence[str], judgements: Sequence[dict], tau: str = "b") -> list[float] | None:
+def group_rewards(prompt, texts: Sequence[str], judgements: Sequence[dict], tau: str = "b",
+                  finished: Sequence[bool] | None = None) -> list[float] | None:
     """The rewards of the G answers to one prompt: the one place where the kind of a prompt decides.
 
     prompt: a data.Prompt. judgements: of an instruction's group, each {"order", "text", ...}. A new verifiable
     reward is one more branch here. Returns None where nothing could be judged.
+    finished: False where an answer was cut off at its limit. Such a ranking cannot be read, whatever it has said (D17).
     """
     if prompt.kind == "preference":
-        return [preference_reward(text, prompt.truth, tau) for text in texts]
+        whole = finished or [True] * len(texts)
+        return [preference_reward(text, prompt.truth, tau) if ended else -1.0 for text, ended in zip(texts, whole)]
     if prompt.kind == "reasoning":
         return [verify_answer(text, prompt.answer) for text in texts]
     verdicts = [judgement["text"] for judgement in judgements]
@@ -339,6 +344,14 @@ WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 DECORATION = (("{,}", ","), ("\\!", ""), ("\\,", ""), ("\\$", ""), ("$", ""), ("\\%", "%"), ("\u2212", "-"))
 
 
+WORDING = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}")
+
+
+def _letters(text: str) -> str:
+    """What is compared letter by letter: without case, spaces, and LaTeX around words."""
+    return "".join(WORDING.sub(r"\1", text).split()).casefold()
+
+
 def _tidy(text: str) -> str:
     for mark, plain in DECORATION:
         text = text.replace(mark, plain)
@@ -382,7 +395,7 @@ def _same_number(given: tuple[Fraction, bool], truth: tuple[Fraction, bool]) -> 
 
 
 def check_answer(answer: str) -> None:
-    r"""Refuse a true answer that no response could match. data.py calls it for each row at load (D10).
+    r"""Refuse a true answer that no response could match. readers.py calls it for each row at load (D10).
 
     >>> check_answer(r"\frac{1}{2}")
     >>> check_answer("1/0")

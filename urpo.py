@@ -190,7 +190,7 @@ def self_score(config: Config, engine, tokenizer, groups: list[Group], step: int
 def reward(config: Config, groups: list[Group]) -> None:
     """Part 4: the reward of every answer by its kind, then advantages within the group."""
     for group in groups:
-        group.rewards = group_rewards(group.prompt, group.texts, group.judgements, config.tau)
+        group.rewards = group_rewards(group.prompt, group.texts, group.judgements, config.tau, group.finished)
     spreads = batch_spreads(groups) if config.advantage == "batch" else {}
     for group in groups:
         if group.rewards is None:  # of some answer no judgement can be read: the group teaches nothing, counted (D8)

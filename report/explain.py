@@ -112,7 +112,7 @@ def batch_spreads(groups: list[Group], tau: str) -> dict[str, float]:
     rewards: dict[str, list[float]] = {}
     for group in groups:
         try:
-            own = group_rewards(group.prompt, group.texts, group.judgements, tau)
+            own = group_rewards(group.prompt, group.texts, group.judgements, tau, group.finished)
         except ValueError:
             continue  # `derive` says what is wrong with it
         rewards.setdefault(group.prompt.kind, []).extend(own or [])
@@ -123,7 +123,7 @@ def derive(step: int, group: Group, settings: dict, spreads: dict[str, float]) -
     """The group with its rewards and advantages made again, and where its record says otherwise."""
     where = f"step {step}, prompt {group.index}"
     try:
-        rewards = group_rewards(group.prompt, group.texts, group.judgements, settings["tau"])
+        rewards = group_rewards(group.prompt, group.texts, group.judgements, settings["tau"], group.finished)
     except ValueError as error:
         return group, [f"{where}: {error}"]
     advantages = [0.0] * len(group.texts)  # stays so where no judgement could be read (D8)

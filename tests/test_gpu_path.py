@@ -16,6 +16,7 @@ import torch
 import data
 import flags
 import machine
+import plan
 import readers
 import urpo
 from conftest import ROOT, VOCABULARY, gradients, random_groups
@@ -133,7 +134,9 @@ def test_the_options_of_an_engine_on_a_gpu(as_on_a_gpu, monkeypatch):
         get_tokenizer=lambda: SimpleNamespace()))
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     machine.start_engine("folder", 25600, 1.0, 0.6, sequences=192, chat_template="turns")
-    (options,) = made
+    machine.start_engine("folder", 25600, 1.0, 0.3, sleeps=False)  # a frozen judge's, beside the policy's
+    options, judge = made
+    assert judge["enable_sleep_mode"] is False and judge["gpu_memory_utilization"] == 0.3
     assert options["dtype"] == "bfloat16" and options["enable_sleep_mode"] and options["max_num_seqs"] == 192
     assert options["gpu_memory_utilization"] == 0.6 and options["distributed_executor_backend"] == "external_launcher"
     assert options["max_num_batched_tokens"] == machine.SAMPLED_AT_ONCE == 8192  # what the plan counts with
@@ -308,6 +311,12 @@ def test_a_cuda_build_that_sees_no_gpu_names_the_driver_and_does_not_train_on_th
         f"error: this torch is built for CUDA {cuda} and sees no GPU. That CUDA needs an NVIDIA driver of {driver} or "
         "newer (nvidia-smi shows yours). --preset smol trains on the CPU\n")
     assert flags.parse(urpo.Config, urpo.PRESETS, ["--preset", "smol"]).preset == "smol"
+    monkeypatch.setattr(sys, "argv", ["urpo.py", "--help"])  # as on the login node of a cluster
+    with pytest.raises(SystemExit) as caught:
+        urpo.main()
+    assert caught.value.code == 0 and "--clip_high" in capsys.readouterr().out
+    asked, arguments = plan.split_arguments(["--plan"])
+    assert asked.plan and arguments == ["--preset", "paper"]
 
 
 def test_a_build_without_cuda_takes_the_laptops_preset_by_itself(monkeypatch):

@@ -116,6 +116,8 @@ def test_a_7b_model_on_two_cards_is_refused_before_its_first_step_and_the_advice
     assert "use --gpu_memory 0.3 (python urpo.py --plan shows all)" in message
     plan.check_memory(SEVEN_B, settings(gpu_memory=0.3), 2, 2, 79.0, 500.0)
     plan.check_memory(SEVEN_B, settings(), 8, 8, 79.0, 500.0)
+    with pytest.raises(InputError, match="8 ranks of this node load 153 GiB into its own memory, and 100 GiB are free"):
+        plan.check_memory(SEVEN_B, settings(), 8, 8, 79.0, 100.0)
 
 
 def test_a_flag_is_named_where_a_flag_is_enough():

@@ -311,6 +311,7 @@ def test_group_rewards_takes_the_reward_of_the_prompts_kind():
     texts = ["<scores>9, 1, 1</scores>", "so <scores>1, 9, 5</scores>", "the first one"]
     assert group_rewards(pair, texts, []) == pytest.approx([0.8165, -1, -1], abs=1e-4)
     assert group_rewards(pair, texts, [], "strict") == pytest.approx([2 / 3, -1, -1])
+    assert group_rewards(pair, texts[:1] * 2, [], "b", [True, False]) == pytest.approx([0.8165, -1], abs=1e-4)
     assert group_rewards(Prompt("reasoning", "What is 6 * 7?", answer="42"), ["\\boxed{42}", "43"], []) == [1, 0]
     ask = Prompt("instruction", "Say hi.", check="one word")
     verdicts = [{"order": [1, 0], "text": "<scores>9, 3</scores>"}, {"order": [0, 1], "text": "?"}]

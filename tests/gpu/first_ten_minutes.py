@@ -274,6 +274,8 @@ def main() -> None:
         home.mkdir(parents=True)
         check("6. two steps, save, resume, one step", lambda: train(plan.model_folder(model), home))
     if int(os.environ.get("RANK", 0)) == 0:
+        if ranks > 1:
+            print("6. skipped under torchrun: it starts a run of its own, so start this script with python too")
         bad = sum(not result["good"] for result in RESULTS)
         print(f"{len(RESULTS) - bad} of {len(RESULTS)} checks are good")
         if machine.GPU:
