@@ -207,7 +207,8 @@ def test_ctrl_c_or_a_closed_terminal_kills_what_runs_and_leaves_no_line_of_it(tm
         "evidence.sys.argv = ['evidence.py', '--csv', {csv!r}, '--jobs', '1']\n"
         "evidence.command_of = lambda *arguments: ['-c', 'import time; print(1); time.sleep(600)']\n"
         "evidence.main()").format(root=str(ROOT), folder=str(tmp_path), csv=str(tmp_path / "evidence.csv"))
-    process = subprocess.Popen([sys.executable, "-c", program])
+    process = subprocess.Popen(  # as from a terminal: under nohup it would ignore that this is closed
+        [sys.executable, "-c", program], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     (trained,) = wait_for_child(process)
     process.send_signal(stop)
     assert process.wait(timeout=60) == 130
