@@ -1,7 +1,7 @@
 """Write the right line numbers into docs/questions.md and into the README's diffs: `python tests/anchors.py`.
 
-Line numbers move with every change of the code. tests/test_readme.py checks them. The tables of docs/evidence.md are
-made of its CSV again too.
+Line numbers move with every change of the code. tests/test_readme.py checks them. The tables of
+docs/evidence-method.md are made of docs/evidence.csv again too.
 """
 import re
 import subprocess
@@ -43,10 +43,13 @@ readme = ROOT / "README.md"
 text = readme.read_text(encoding="utf-8")
 readme.write_text(re.sub(r"--- a/(\S+)\n\+\+\+ .*\n((?:@@.*\n(?:[ +-].*\n)+)+)", renewed_diff, text))
 
-# The first line of docs/evidence.md, and all below its heading "Tables", is what `report/evidence.py --show` prints.
+# What `report/evidence.py --show` prints: the first line of docs/evidence.md, then the tables of evidence-method.md.
 show = [sys.executable, ROOT / "report" / "evidence.py", "--show", "--csv", ROOT / "docs" / "evidence.csv"]
 shown = subprocess.run(show, capture_output=True, text=True, check=True).stdout
-page = ROOT / "docs" / "evidence.md"
-prose = page.read_text(encoding="utf-8").partition("\n## Tables\n")[0].partition("\n")[2]
 headline, _, tables = shown.partition("\n")
-page.write_text(f"{headline}\n{prose}\n## Tables\n{tables}", encoding="utf-8")
+page = ROOT / "docs" / "evidence.md"
+findings = page.read_text(encoding="utf-8").partition("\n")[2]
+page.write_text(f"{headline}\n{findings}", encoding="utf-8")
+page = ROOT / "docs" / "evidence-method.md"
+method = page.read_text(encoding="utf-8").partition("\n## Tables\n")[0]
+page.write_text(f"{method}\n## Tables\n{tables}", encoding="utf-8")
