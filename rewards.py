@@ -5,39 +5,38 @@ In the order in which a step uses them:
     P  preference    r = tau(scores in the answer, true scores)              preference_reward   [paper]
     R  reasoning     r = 1 if the final answer equals the true one, else 0   verify_answer       [paper]
     I  instruction   r_i = mean score that the model itself gave answer i    self_rewards        [paper]
-                     which answers each of its judgements sees               judge_orders
-    all kinds        one dispatch, for training and for `eval.py explain`    group_rewards
+    all kinds        one dispatch, for training and for `lab.audit`          group_rewards
                      A = (r - mean) / std within the group                   group_advantages    [paper]
+                     w, a token's weight in the loss                         token_weight        [DAPO]
                      min(rho A, clip(rho, 0.8, 1.28) A)                      clipped_objective   [paper, DAPO]
 
-Below the equations: how the final answer of a text is found and read, and the process in which symbolic maths is
-checked. The paper is silent on details such as the scale of scores, ties and unreadable judgements; our choices
-D2 to D10 are listed in the README.
+Below the equations: the figures of a step, which are made of them.
 
-One rule holds everywhere: unknown is not zero. A judgement that cannot be read is None, or the -1 of D4; it is
-never a score.
+One rule holds everywhere: unknown is not zero. A judgement that cannot be read is None, or on P the worst tau, -1; it
+is never a score.
 """
-import json
+
+from __future__ import annotations
+
 import math
-import random
 import re
-import subprocess
-import sys
-import threading
-from fractions import Fraction
+from statistics import pstdev
 from typing import Sequence
 
 import torch
 from scipy.stats import kendalltau
 
-LOWEST_SCORE, HIGHEST_SCORE = 1.0, 10.0  # D2; the referee's prompt states the same range
-SMALLEST_SPREAD = 1e-6  # a group whose rewards deviate less than this has no signal (D9)
+from infra.answers import final_answer, same_answer
+from infra.ranks import all_reduce
+
+LOWEST_SCORE, HIGHEST_SCORE = 1.0, 10.0  # our choice; the referee's prompt states the same range
+SMALLEST_SPREAD = 1e-6  # a group whose rewards deviate less than this has no signal (our choice)
 
 # ------------------------------------------------------------------------------- P: ranking responses
 
 
 def parse_scores(text: str, n: int) -> list[float] | None:
-    """The scores in a referee's answer: n decimals in [1, 10] in its LAST score block, else None (D2, D4).
+    """The scores in a referee's answer: n decimals in [1, 10] in its LAST score block, else None (our choice).
 
     An earlier block never counts. It may be a draft, or a quoted answer that tries to score itself.
 
@@ -65,7 +64,7 @@ def parse_scores(text: str, n: int) -> list[float] | None:
 
 
 def kendall_tau(scores: Sequence[float], truth: Sequence[float], variant: str = "b") -> float:
-    """Kendall's tau of two lists in which higher is better, in [-1, 1]. tau is the paper's, the variant ours (D3).
+    """Kendall's tau of two lists in which higher is better, in [-1, 1]. tau is the paper's, the variant ours.
 
     C and D are the numbers of pairs on which the lists agree and disagree.
 
@@ -94,7 +93,7 @@ def kendall_tau(scores: Sequence[float], truth: Sequence[float], variant: str = 
 
 
 def preference_reward(text: str, truth: Sequence[float], variant: str = "b") -> float:
-    """Reward of one ranking: tau of its scores with the truth [paper]; -1 if it cannot be read (D4).
+    """Reward of one ranking: tau of its scores with the truth [paper]; -1 if it cannot be read (our choice).
 
     >>> preference_reward("<scores>8, 6</scores>", [1, 0]), preference_reward("the first one", [1, 0])
     (1.0, -1.0)
@@ -107,11 +106,11 @@ def preference_reward(text: str, truth: Sequence[float], variant: str = "b") -> 
 
 
 def verify_answer(response: str, answer: str) -> float:
-    r"""Reward of one solution: 1 if its final answer equals `answer`, else 0 [paper]. The check is ours (D10).
+    r"""Reward of one solution: 1 if its final answer equals `answer`, else 0 [paper]. The check is our choice.
 
-    Two plain numbers must be equal exactly. "50%" equals 50 and also 1/2, since data sets write either. Words are
-    compared letter by letter. Everything symbolic goes to math_verify; what that cannot decide in CHECK_SECONDS is
-    not verified, so 0. No text makes this function raise.
+    The final answer is the last box, or without one the last number. Two plain numbers must be equal exactly; "50%"
+    equals 50 and also 1/2, since data sets write either. Words are compared letter by letter. Everything symbolic goes
+    to math_verify, and what that cannot decide in time is not verified, so 0. No text makes this function raise.
 
     >>> verify_answer(r"First \boxed{3}. No: \boxed{1{,}024}.", "1024"), verify_answer("so 3/4 it is", "0.75")
     (1.0, 1.0)
@@ -120,62 +119,19 @@ def verify_answer(response: str, answer: str) -> float:
     >>> verify_answer(r"\boxed{\text{Friday}}", "friday")
     1.0
     """
-    given, truth = final_answer(response), _tidy(answer)
-    if not given or not truth or max(len(given), len(truth)) > LONGEST_ANSWER:
-        return 0.0
-    given_number, true_number = _read_number(given), _read_number(truth)
-    if given_number and true_number:
-        return float(_same_number(given_number, true_number))
-    if _letters(given) == _letters(truth):
-        return 1.0
-    if WORD.search(given) or WORD.search(truth):  # math_verify would read "cat" as c*a*t
-        return 0.0
-    return float(math_verify(truth, given) is True)
+    return float(same_answer(final_answer(response), answer))
 
 
 # ------------------------------------------------------------------------------- I: self-scores
 
 
-def judge_strides(size: int, listed: int) -> list[int]:
-    """The steps around a ring of `size` answers that meet `listed` different ones before one comes again.
-
-    >>> judge_strides(4, 2), judge_strides(4, 4)
-    ([1, 2, 3], [1, 3])
-    """
-    return [stride for stride in range(1, size) if listed <= size // math.gcd(size, stride)]
-
-
-def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) -> list[list[int]]:
-    """Which answers each judgement of a group sees, and in which order (our choice D6). No list comes twice.
-
-    The answers stand in a ring p, shuffled. List (d, j) is p[j], p[j + d], p[j + 2d], ... around the ring, `listed`
-    of them. One stride d and all j together show every answer `listed` times, once in each position. The first
-    judgements * size / listed of these lists are taken, so every answer is judged `judgements` times. With all answers
-    in one list, the orders are that of the ring, begun at another answer each time.
-
-    Here every pair of four answers meets, and each answer stands first as often as last:
-
-    >>> judge_orders(4, 2, 4, random.Random(1))
-    [[1, 2], [2, 0], [0, 3], [3, 1], [1, 0], [2, 3], [0, 1], [3, 2]]
-    """
-    ring = rng.sample(range(size), size)
-    orders = []
-    for stride in judge_strides(size, listed):
-        for first in range(size):
-            orders.append([ring[(first + place * stride) % size] for place in range(listed)])
-    wanted = judgements * size // listed
-    if wanted > len(orders):
-        raise ValueError(f"{wanted} judgements wanted, and only {len(orders)} lists differ")
-    return orders[:wanted]
-
-
 def self_rewards(texts: Sequence[str], orders: Sequence[Sequence[int]]) -> list[float] | None:
     """Rewards of a group of open answers: r_i = mean score of answer i over the judgements that can be read.
 
-    That the policy scores its own group is the paper's. The shuffled orders and the mean are ours (D6).
+    That the policy scores its own group is the paper's. The shuffled orders and the mean are ours.
     texts[k] is judgement k; orders[k][j] is the answer that it was shown at position j. A judgement may see a part of
     the group. Returns one reward in [1, 10] an answer; or None if no judgement of some answer can be read: that group
-    then has no advantage (D8).
+    then has no advantage.
 
     >>> texts = ["<scores>9, 2</scores>", "<scores>4, 3</scores>", "<scores>7, 1</scores>"]
     >>> self_rewards(texts, [[2, 0], [1, 2], [0, 1]])
@@ -184,12 +140,17 @@ def self_rewards(texts: Sequence[str], orders: Sequence[Sequence[int]]) -> list[
     """
     if len(texts) != len(orders):
         raise ValueError(f"{len(texts)} judgements against {len(orders)} orders")
-    found = {answer: [] for order in orders for answer in order}  # the scores of each answer
-    if set(found) != set(range(len(found))) or any(len(set(order)) < len(order) for order in orders):
-        raise ValueError("orders must name the answers of a group, counted from 0, and none twice in one order")
+    found: dict[int, list[float]] = {}  # the scores of each answer
     for text, order in zip(texts, orders):
-        for answer, score in zip(order, parse_scores(text, len(order)) or ()):
-            found[answer].append(score)
+        if len(set(order)) < len(order):
+            raise ValueError("an order names an answer twice")
+        scores = parse_scores(text, len(order))
+        for place, answer in enumerate(order):
+            found.setdefault(answer, [])
+            if scores:
+                found[answer].append(scores[place])
+    if set(found) != set(range(len(found))):
+        raise ValueError("orders must name the answers of a group, counted from 0")
     if not found or not all(found.values()):
         return None
     return [sum(found[answer]) / len(found[answer]) for answer in range(len(found))]
@@ -198,21 +159,24 @@ def self_rewards(texts: Sequence[str], orders: Sequence[Sequence[int]]) -> list[
 # ------------------------------------------------------------------------------- all kinds
 
 
-def group_rewards(prompt, texts: Sequence[str], judgements: Sequence[dict], tau: str = "b",
-                  finished: Sequence[bool] | None = None) -> list[float] | None:
-    """The rewards of the G answers to one prompt: the one place where the kind of a prompt decides.
+def group_rewards(config, group) -> list[float] | None:
+    """The rewards of the G answers to one prompt (a data.Group): the one place where the kind of a prompt decides.
 
-    prompt: a data.Prompt. judgements: of an instruction's group, each {"order", "text", ...}. A new verifiable
-    reward is one more branch here. Returns None where nothing could be judged.
-    finished: False where an answer was cut off at its limit. Such a ranking cannot be read, whatever it has said (D17).
+    A new verifiable reward is one more branch here. None where nothing could be judged: that group teaches nothing.
+    A ranking that was cut off at its limit of tokens cannot be read, whatever it has said (our choice).
     """
+    prompt = group.prompt
     if prompt.kind == "preference":
-        whole = finished or [True] * len(texts)
-        return [preference_reward(text, prompt.truth, tau) if ended else -1.0 for text, ended in zip(texts, whole)]
+        rewards = []
+        for text, finished in zip(group.texts, group.finished):
+            rewards.append(preference_reward(text, prompt.truth, config.tau) if finished else -1.0)
+        return rewards
     if prompt.kind == "reasoning":
-        return [verify_answer(text, prompt.answer) for text in texts]
-    verdicts = [judgement["text"] for judgement in judgements]
-    orders = [judgement["order"] for judgement in judgements]
+        return [verify_answer(text, prompt.answer) for text in group.texts]
+    verdicts, orders = [], []
+    for judgement in group.judgements:
+        verdicts.append(judgement["text"])
+        orders.append(judgement["order"])
     return self_rewards(verdicts, orders)
 
 
@@ -220,14 +184,12 @@ REWARD_RANGE = {"preference": (-1.0, 1.0), "reasoning": (0.0, 1.0), "instruction
 
 
 def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tuple[float, float] = (0.0, 1.0),
-                     batch_std: float | None = None, eps: float = 1e-6) -> torch.Tensor:
+                     eps: float = 1e-6) -> torch.Tensor:
     """A = (r - mean) / (std + eps) over the last dimension, the G answers to one prompt; float32.
 
-    Group-relative advantages are the paper's. The unbiased std and its floor are ours (D9): a group whose std is
-    below 1e-6, or of one answer, gets exactly 0. scale="center" is A = r - mean (Dr. GRPO), with `reward_range`
-    mapped to [0, 1] first: otherwise a score of 1 to 10 would weigh nine times as much as a solved question (ours).
-    scale="batch" divides by `batch_std` instead, that of all rewards of this kind in the batch: a group whose rewards
-    hardly differ then weighs less (ours by kind; TRL has it over all rewards as scale_rewards="batch").
+    Group-relative advantages are the paper's. The unbiased std and its floor are ours: a group whose std is below
+    1e-6, or of one answer, gets exactly 0. scale="center" is A = r - mean (Dr. GRPO), with `reward_range` mapped to
+    [0, 1] first: otherwise a score of 1 to 10 would weigh nine times as much as a solved question (ours).
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [7., 7., 7., 7.]]))
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
@@ -235,10 +197,8 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tu
     >>> group_advantages(torch.tensor([10., 1.]), "center", REWARD_RANGE["instruction"])
     tensor([ 0.5000, -0.5000])
     """
-    if scale not in ("std", "center", "batch"):
-        raise ValueError(f"unknown advantage scale {scale!r}: use 'std', 'center' or 'batch'")
-    if scale == "batch" and batch_std is None:
-        raise ValueError("scale 'batch' needs batch_std, of all rewards of this kind in the batch")
+    if scale not in ("std", "center"):
+        raise ValueError(f"unknown advantage scale {scale!r}: use 'std' or 'center'")
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite: leave an unjudged group out, instead of passing nan")
     if rewards.shape[-1] < 2:
@@ -246,16 +206,13 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tu
     rewards = rewards.double()
     centered = rewards - rewards.mean(dim=-1, keepdim=True)
     std = rewards.std(dim=-1, keepdim=True)
-    if scale == "center":
-        lowest, highest = reward_range
-        advantages = centered / (highest - lowest)
-    else:
-        advantages = centered / ((std if scale == "std" else batch_std) + eps)
+    lowest, highest = reward_range
+    advantages = centered / (std + eps if scale == "std" else highest - lowest)
     return torch.where(std < SMALLEST_SPREAD, 0.0, advantages).float()
 
 
 def loss_denominator(lengths: Sequence[int], loss: str) -> int:
-    """What the loss of a global minibatch is divided by (D15): its answer tokens, or with sequence-mean its answers.
+    """What the loss of a global minibatch is divided by: its answer tokens, or with sequence-mean its answers.
 
     lengths: tokens of each answer.
     """
@@ -265,7 +222,7 @@ def loss_denominator(lengths: Sequence[int], loss: str) -> int:
 
 
 def token_weight(length: int, denominator: float, loss: str) -> float:
-    """The weight w of each token of an answer of `length` tokens: the one place where the mean is defined (D15).
+    """The weight w of each token of an answer of `length` tokens: the one place where the mean is defined.
 
         token-mean      w = 1 / (answer tokens of the global minibatch)                               DAPO
         sequence-mean   w = 1 / (answers of the global minibatch) / (tokens of this answer)           GRPO
@@ -304,7 +261,7 @@ def clipped_tokens(ratio: torch.Tensor, advantage: torch.Tensor, low: float, hig
     return too_low.sum().item(), too_high.sum().item()
 
 
-# ------------------------------------------------------------------------------- figures about judges
+# ------------------------------------------------------------------------------- figures of a step
 
 
 def mean(values) -> float | None:
@@ -313,168 +270,166 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def first_position_preference(score_rows: Sequence[Sequence[float]]) -> float:
+class Tally:
+    """Sums over the rows of one minibatch, from which the log's figures of an update are made."""
+
+    def __init__(self):
+        self.loss, self.clipped_low, self.clipped_high, self.tokens = 0.0, 0, 0, 0
+        self.norm: float | None = None  # of the gradient; None: no rank has a row, so there is no update
+
+    def add(self, loss: torch.Tensor, ratio_N: torch.Tensor, row, low: float, high: float) -> None:
+        """One row. The weight of an idle row is 0, so its token does not count."""
+        clipped_low, clipped_high = clipped_tokens(ratio_N, row.advantage_N, low, high)
+        self.loss += loss.item()
+        self.clipped_low += clipped_low
+        self.clipped_high += clipped_high
+        self.tokens += (row.weight_N > 0).sum().item()
+
+    @property
+    def updated(self) -> bool:
+        """Whether there was an update: the same on all ranks, since the norm is."""
+        return self.norm is not None and math.isfinite(self.norm)
+
+
+def update_figures(tallies: list[Tally], world: int) -> dict:
+    """Means over the updates of a step, of all ranks. Nothing of a skipped update counts."""
+    done = [tally for tally in tallies if tally.updated]
+    empty = [tally for tally in tallies if tally.norm is None]
+    loss = norm = low = high = tokens = 0.0
+    for tally in done:
+        norm += tally.norm
+        loss += all_reduce(tally.loss)
+        low += all_reduce(tally.clipped_low)
+        high += all_reduce(tally.clipped_high)
+        tokens += all_reduce(tally.tokens)
+    updates, tokens = max(len(done), 1), max(tokens, 1)
+    return {
+        "loss": loss / world / updates,
+        "grad_norm": norm / updates,
+        "clipped_low": low / tokens,
+        "clipped_high": high / tokens,
+        "updates": len(done),
+        "skipped_updates": len(tallies) - len(done),
+        "nonfinite_updates": len(tallies) - len(done) - len(empty),
+    }
+
+
+def step_figures(config, groups: list) -> dict[str, dict]:
+    """{kind: its figures} of a step, from the groups of its whole batch, in the order of the batch."""
+    kinds: dict[str, list] = {"preference": [], "reasoning": [], "instruction": []}
+    for group in groups:
+        kinds[group.prompt.kind].append(group)
+    shares = gradient_shares(config, groups)
+    figures = {}
+    for kind, part in kinds.items():
+        if part:
+            figures[kind] = {**kind_figures(part), "gradient_share": shares.get(kind)}
+    return figures
+
+
+def gradient_shares(config, groups: list) -> dict[str, float]:
+    """The part of each kind in what pulls at the weights: its sum of w |A| over all answer tokens, over that of all.
+
+    w is a token's weight in the loss, A its advantage. A mix by prompt count is no mix by gradient: long answers pull
+    more, and so do kinds whose answers differ. Empty where no group has a signal.
+    """
+    pull: dict[str, float] = {}
+    size = len(groups) // config.minibatches
+    for first in range(0, size * config.minibatches, size or 1):
+        minibatch, lengths = groups[first : first + size], []
+        for group in minibatch:
+            lengths += map(len, group.answers)
+        denominator = loss_denominator(lengths, config.loss)
+        for group in minibatch:
+            kind = group.prompt.kind
+            for answer, advantage in zip(group.answers, group.advantages):
+                weight = token_weight(len(answer), denominator, config.loss)
+                pull[kind] = pull.get(kind, 0.0) + len(answer) * weight * abs(advantage)
+    total = sum(pull.values())
+    return {kind: part / total for kind, part in pull.items()} if total else {}
+
+
+def kind_figures(groups: list) -> dict:
+    """The figures of one kind of prompt in one step, from the groups of all ranks.
+
+    Readable judgements, a good mean tau and a lively spread of self-scores can all stand over a referee that writes
+    one constant line. What exposes it: `zero_spread`, the share of judged groups without any gradient; `distinct`,
+    the number of different answers in a group; and `first_position`.
+    """
+    rewards, spreads, advantages, lengths, finished, distinct, entropy = [], [], [], [], [], [], []
+    for group in groups:
+        if group.rewards is not None:  # else no judgement of the group could be read
+            rewards += group.rewards
+            spreads.append(pstdev(group.rewards))
+        advantages += map(abs, group.advantages)
+        lengths += map(len, group.answers)
+        finished += group.finished
+        distinct.append(len(set(group.texts)))
+        if group.entropy is not None:
+            entropy.append(group.entropy)
+    figures = {
+        "prompts": len(groups),
+        "unjudged": len(groups) - len(spreads),
+        "reward": mean(rewards),
+        "reward_std": mean(spreads),
+        "zero_spread": mean(spread < SMALLEST_SPREAD for spread in spreads),
+        "advantage_scale": mean(advantages),
+        "length": mean(lengths),
+        "tokens": sum(lengths),
+        "finished": mean(finished),
+        "distinct": mean(distinct),
+        "entropy": mean(entropy),
+    }
+    if groups[0].prompt.kind == "preference":
+        figures |= ranking_figures(groups)
+    if groups[0].prompt.kind == "instruction":
+        figures |= self_score_figures(groups)
+    return figures
+
+
+def ranking_figures(groups: list) -> dict:
+    """What the referee wrote on P: the mean tau of the rankings that can be read, and what `reading_figures` says."""
+    verdicts, taus = [], []
+    for group in groups:
+        for text, reward in zip(group.texts, group.rewards):
+            scores = parse_scores(text, len(group.prompt.truth))
+            verdicts.append(scores)
+            if scores:
+                taus.append(reward)
+    return {"tau": mean(taus), **reading_figures(verdicts)}
+
+
+def self_score_figures(groups: list) -> dict:
+    """What the referee wrote on I: the spread within a judgement, in points; the share of judgements that saw cuts."""
+    verdicts, spreads, cuts = [], [], []
+    for group in groups:
+        for judgement in group.judgements:
+            scores = parse_scores(judgement["text"], len(judgement["order"]))
+            verdicts.append(scores)
+            cuts.append(judgement["cut"] > 0)
+            if scores:
+                spreads.append(pstdev(scores))
+    return {"score_std": mean(spreads), "cut": mean(cuts), **reading_figures(verdicts)}
+
+
+def reading_figures(verdicts: list) -> dict:
+    """verdicts: scores in the order shown, None where a judgement cannot be read."""
+    read = [scores for scores in verdicts if scores]
+    readable = len(read) / len(verdicts) if verdicts else None
+    return {"format": readable, "first_position": first_position_preference(read)}
+
+
+def first_position_preference(score_rows: Sequence[Sequence[float]]) -> float | None:
     """How much a judge prefers what stands first: mean of [first is on top] / (number on top) - 1/N (ours).
 
     Rows are scores in the order shown, N to a row. A judge blind to order has 0 in expectation, and one that gives
-    the same score to all has exactly 0. Always first is 1 - 1/N, never first -1/N. Of no rows: nan.
+    the same score to all has exactly 0. Always first is 1 - 1/N, never first -1/N. None of no rows.
 
     >>> first_position_preference([[9, 3], [8, 2], [5, 5], [1, 7]])
     0.125
     """
     shares = []
-    for row in filter(None, score_rows):
+    for row in score_rows:
         best = max(row)
         shares.append((row[0] == best) / list(row).count(best) - 1 / len(row))
-    return sum(shares) / len(shares) if shares else math.nan
-
-
-# ------------------------------------------------------------------------------- finding and reading a final answer
-
-LONGEST_ANSWER = 200  # characters; no final answer worth paying for is longer
-
-# A number in running text: ASCII digits only. No branch gives back what it has read, so a search is linear.
-# A minus after a digit, a letter or a bracket subtracts or spans a range: the last number of "3-5" is 5.
-NUMBER = re.compile(r"(?P<sign>(?<![0-9A-Za-z)\]}])[-+])?"
-                    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-                    r"(?P<exponent>[eE][-+]?[0-9]+)?(?:/(?P<denominator>[0-9]+))?(?P<percent> ?%)?")
-UNIT = re.compile(r"\s*(?:\\(?:text|mathrm|mbox)\{[^{}]*\}|\^\{?\\circ\}?)$")
-WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
-# What only decorates a number in LaTeX: dollar signs, thin spaces, `{,}` for a thousands comma.
-DECORATION = (("{,}", ","), ("\\!", ""), ("\\,", ""), ("\\$", ""), ("$", ""), ("\\%", "%"), ("\u2212", "-"))
-
-
-WORDING = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}")
-
-
-def _letters(text: str) -> str:
-    """What is compared letter by letter: without case, spaces, and LaTeX around words."""
-    return "".join(WORDING.sub(r"\1", text).split()).casefold()
-
-
-def _tidy(text: str) -> str:
-    for mark, plain in DECORATION:
-        text = text.replace(mark, plain)
-    return text.strip()
-
-
-def final_answer(response: str) -> str:
-    """The last `\\boxed{...}`, else the last number, else "". A box left open answers nothing."""
-    start = response.rfind("\\boxed{")
-    if start < 0:
-        answer = ""
-        for number in NUMBER.finditer(_tidy(response)):
-            answer = number.group()
-        return answer
-    start += len("\\boxed{")
-    depth = 1
-    for token in re.finditer(r"\\.|[{}]", response[start:], re.DOTALL):  # steps over \\{ and \\}
-        depth += {"{": 1, "}": -1}.get(token.group(), 0)
-        if depth == 0:
-            return _tidy(response[start : start + token.start()])
-    return ""
-
-
-def _read_number(text: str) -> tuple[Fraction, bool] | None:
-    """The exact value of a plain number, and whether a percent sign follows it; None for anything else."""
-    match = NUMBER.fullmatch(UNIT.sub("", text.removesuffix(".")))
-    if match is None or len(match["exponent"] or "") > 5 or not int(match["denominator"] or 1):
-        return None  # a longer exponent, as in 1e99999, would only fill the memory
-    value = Fraction(match["digits"].replace(",", "") + (match["exponent"] or ""))
-    value /= int(match["denominator"] or 1)
-    return (-value if match["sign"] == "-" else value), match["percent"] is not None
-
-
-def _same_number(given: tuple[Fraction, bool], truth: tuple[Fraction, bool]) -> bool:
-    (a, a_percent), (b, b_percent) = given, truth
-    if a == b:
-        return True
-    if a_percent and not b_percent:
-        return a == 100 * b
-    return b_percent and not a_percent and b == 100 * a
-
-
-def check_answer(answer: str) -> None:
-    r"""Refuse a true answer that no response could match. readers.py calls it for each row at load (D10).
-
-    >>> check_answer(r"\frac{1}{2}")
-    >>> check_answer("1/0")
-    Traceback (most recent call last):
-    ValueError: unreadable answer '1/0': not a number, not words, nothing that math_verify can parse
-    """
-    text = _tidy(answer)
-    if not text:
-        raise ValueError("the answer is empty")
-    if len(text) > LONGEST_ANSWER:
-        raise ValueError(f"the answer is longer than {LONGEST_ANSWER} characters: {text[:40]!r}...")
-    if _read_number(text) or WORD.search(text):
-        return
-    readable = not NUMBER.fullmatch(text) and math_verify(text)
-    # The second check asks how long one comparison takes: every response would cost as much.
-    if readable is None or readable and math_verify(text, "1") is None:
-        raise ValueError(f"unreadable answer {answer!r}: math_verify needs more than {CHECK_SECONDS} s or "
-                         f"{CHECK_BYTES >> 30} GiB for it")
-    if not readable:
-        raise ValueError(f"unreadable answer {answer!r}: not a number, not words, "
-                         "nothing that math_verify can parse")
-
-
-# ------------------------------------------------------------------------------- the sandbox of symbolic maths
-
-CHECK_SECONDS, CHECK_BYTES = 2, 2 << 30  # of CPU time and memory, for one answer in math_verify
-
-# The program of the sandbox. It reads a JSON line [text] or [truth, text] and answers `true` or `false`. It is a
-# text of its own because importing rewards.py would load torch there. It ends when the trainer closes its input.
-SANDBOX = """
-import json, logging, resource, sys
-seconds, size = map(int, sys.argv[1:])
-resource.setrlimit(resource.RLIMIT_AS, (size, size))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-from math_verify import LatexExtractionConfig, parse, verify
-logging.disable()  # it warns that its own timer is off
-print("ready", flush=True)
-for line in sys.stdin:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    read = [parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", "first_match", None)
-            for text in json.loads(line)]
-    print(json.dumps(all(read) and (len(read) == 1 or verify(*read, timeout_seconds=None))), flush=True)
-"""
-
-
-class MathVerify:
-    """math_verify in a process of its own: sympy can spend hours on nine characters, and nothing stops a thread.
-
-    The kernel ends that process at CHECK_SECONDS of CPU time (it counts whole seconds, so at most one more) or at
-    CHECK_BYTES of memory. A new one starts with the next answer. CPU time, not the clock's, so that what is verified
-    does not depend on how busy the machine is.
-    """
-
-    def __init__(self):
-        self.process, self.stopped, self.lock = None, 0, threading.Lock()
-
-    def start(self) -> None:
-        # -P: no module of the working folder is imported. A new session: Ctrl-C reaches the trainer alone.
-        command = [sys.executable, "-P", "-c", SANDBOX, str(CHECK_SECONDS), str(CHECK_BYTES)]
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        start_new_session=True)
-        if self.process.stdout.readline() != "ready\n":
-            raise RuntimeError("math_verify did not start; its own message stands above")
-
-    def __call__(self, *texts: str) -> bool | None:
-        """Is [text] readable, or [truth, text] readable and equal? None: it was stopped, which `stopped` counts."""
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.start()
-            self.process.stdin.write(json.dumps(texts) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-            if answer:
-                return json.loads(answer)
-            self.process.wait()
-            self.stopped += 1
-            return None
-
-
-math_verify = MathVerify()
+    return mean(shares)

@@ -1,0 +1,232 @@
+"""The policy: a language model whose forward pass gives log-probs of a packed row, sharded over all ranks by FSDP2.
+
+Tensor names: N answer tokens, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from infra.ranks import DEVICE, GPU, InputError, exchange, free_gib, ranks_here
+from infra.rows import Row, block_mask, row_attention
+
+LOGIT_CHUNK = 1024  # answer tokens whose logits are made at once
+RECOMPUTE = GPU  # layers and logits again in the backward pass: a third more work, and activations that fit a card
+MOST_PADDED = 1024  # the largest logit bias that vLLM's kernel on a GPU takes
+# Large pages for large tensors: a CPU's update takes 1/8 less time. Torch reads this at its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# ------------------------------------------------------------------------------- a model's folder
+
+
+def check_folder(model: str) -> str:
+    """A hub id as it is, or a local folder that holds a model. Raises InputError that says what is missing."""
+    if model.startswith((".", "/")) or model.endswith("/model") or os.path.exists(model):
+        if not os.path.isfile(os.path.join(model, "config.json")):
+            raise InputError(f"{model}: no model here (no config.json); give a folder that save_pretrained wrote. "
+                             "`python -m lab.seed` writes the laptop's, toy/model")
+        if not any(Path(model).glob("*.safetensors")):
+            raise InputError(f"{model}: no *.safetensors here, and no other format is read, since a pickle "
+                             "(pytorch_model.bin) can run code; save it as safetensors where you trust it")
+    return model
+
+
+def model_config(folder: str):
+    """The config.json of a folder or hub id."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise no_language_model(folder, error) from None
+
+
+def no_language_model(folder: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"--model {folder}: its config.json names no language model that transformers knows ({reason}); "
+                      "use another")
+
+
+def empty_model(folder: str, config):
+    """The model without any weights. Refuses one that trainer or sampler could not use."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # wants its own code to be run; no language model
+        raise no_language_model(folder, error) from None
+    if not hasattr(lm, "lm_head") or not hasattr(getattr(lm, "model", None), "layers"):
+        raise InputError(f"--model {folder}: {type(lm).__name__} has no model.layers and lm_head; use a model built "
+                         "as Llama and Qwen are")
+    return lm
+
+
+def check_model(folder: str, *, vocabulary: int, tokens: int) -> None:
+    """Refuse a model that trainer or sampler could not use, before its weights are loaded.
+
+    vocabulary: the tokenizer's size. tokens: the longest sequence.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    config = model_config(folder)
+    empty_model(folder, config)
+    if vocabulary > config.vocab_size:
+        raise InputError(f"--model {folder}: its tokenizer has {vocabulary} tokens and the model {config.vocab_size}: "
+                         "give the tokenizer that belongs to it")
+    if config.vocab_size - vocabulary > MOST_PADDED:
+        raise InputError(f"--model {folder}: the model has {config.vocab_size} token ids and its tokenizer only "
+                         f"{vocabulary}. The sampler forbids the others one by one, and takes {MOST_PADDED} at most: "
+                         f"cut the embedding (model.resize_token_embeddings({vocabulary})), save it, use that")
+    longest = getattr(config, "max_position_embeddings", tokens)
+    if tokens > longest:
+        raise InputError(f"--model {folder} reads {longest} tokens, and the longest prompt with its answer may have "
+                         f"{tokens}: lower --max_judge_tokens, --max_prompt_tokens, --max_answer_tokens or "
+                         "--max_referee_tokens")
+    for path in Path(folder).glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):  # reads the header, and compares it with the size
+                pass
+        except SafetensorError as error:
+            raise InputError(f"{path}: damaged or cut off ({error}); copy it again") from None
+
+
+def check_memory(folder: str) -> None:
+    """Refuse a model that cannot fit: its training state and the sampler's weights alone are larger than what is free.
+
+    A lower bound, bytes a parameter of each rank: 16 / ranks for fp32 weights, gradient and AdamW's two moments, and
+    the sampler's copy. `python -m lab.plan` counts the rest.
+    """
+    parameters = sum(weight.numel() for weight in empty_model(folder, model_config(folder)).parameters())
+    gpu, host = free_gib()
+    here = 1 if GPU else ranks_here()  # on a CPU all ranks share the memory
+    state, sampler = 16 / dist.get_world_size(), 2 if GPU else 4
+    needed, free = here * parameters * (state + sampler) / 2**30, gpu if GPU else host
+    fault = ""
+    if needed > free:
+        fault = (f"--model {folder}: {parameters / 1e6:.0f}M parameters take {needed:.1f} GiB at least, and {free:.1f} "
+                 "GiB are free: use more ranks, a smaller model, or more memory (python -m lab.plan)")
+    for found in exchange(fault):  # every node has its own memory, and all ranks must stop together
+        if found:
+            raise InputError(found)
+
+
+# ------------------------------------------------------------------------------- log-probs of a row
+
+
+class Policy(nn.Module):
+    """The language model. Its forward pass gives the log-prob of every answer token of one packed row.
+
+    This module is FSDP2's root, so that `forward` gathers and frees the embedding and the head by itself.
+    vocabulary: the tokenizer's size. compute: the dtype of a forward pass; master weights are fp32.
+    """
+
+    def __init__(self, lm, vocabulary: int, temperature: float, compute: torch.dtype, recompute: bool):
+        super().__init__()
+        self.lm, self.vocabulary, self.temperature = lm, vocabulary, temperature
+        self.compute, self.recompute = compute, recompute
+
+    def forward(self, row: Row) -> Tensor:
+        """Row -> log pi(token) [N], nats, fp32."""
+        mask = block_mask(row) if GPU else None
+        output = self.lm.model(input_ids=row.ids_T[None], position_ids=row.position_T[None], attention_mask=mask,
+                               row=row, use_cache=False)
+        hidden_NH = output.last_hidden_state[0, row.source_N]
+        logprobs = []
+        for chunk in zip(hidden_NH.split(LOGIT_CHUNK), row.target_N.split(LOGIT_CHUNK)):
+            if self.recompute:  # all logits together, N x V, would be the largest tensor of all
+                logprobs.append(checkpoint(self.token_logprobs, *chunk, use_reentrant=False))
+            else:
+                logprobs.append(self.token_logprobs(*chunk))
+        return torch.cat(logprobs)
+
+    def token_logprobs(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
+        # Padded vocabulary rows exist in the head but are never sampled, so they are no part of the softmax.
+        logits_NV = self.lm.lm_head(hidden_NH)[:, : self.vocabulary].float()
+        if self.temperature != 1:
+            logits_NV = logits_NV / self.temperature
+        return -nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
+
+
+def load_policy(folder: str, *, vocabulary: int, precision: str, temperature: float = 1.0,
+                recompute: bool = RECOMPUTE) -> Policy:
+    """The policy of a model's folder, sharded over all ranks: fp32 master weights, compute in `precision`.
+
+    Weights are read in the folder's own precision. Only the layer that is about to be sharded is whole in fp32, for
+    eight ranks with a whole 7B model in fp32 would take 244 GB of the host's memory.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register("row_attention", row_attention)
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True,
+                                              trust_remote_code=False,
+                                              attn_implementation="flex_attention" if GPU else "row_attention")
+    lm.train()
+    if recompute:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return shard_policy(Policy(lm, vocabulary, temperature, getattr(torch, precision), recompute))
+
+
+# ------------------------------------------------------------------------------- shards
+
+
+def shard_policy(policy: Policy) -> Policy:
+    """Each layer, then the rest, in fp32 over all ranks."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.init_device_mesh(DEVICE, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=policy.compute, reduce_dtype=torch.float32)
+    for layer in policy.lm.model.layers:  # several CPU ranks gather a layer once an update, since gloo is slow
+        to_fp32(layer)
+        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=GPU or mesh.size() == 1)
+    # The root frees its weights after a forward pass too. Otherwise a pass without gradient would leave the head
+    # unsharded, and optimiser and sync would see a plain tensor in its place.
+    to_fp32(policy)
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    return policy
+
+
+def to_fp32(module: nn.Module) -> None:
+    """All weights of a module that are not sharded yet."""
+    for weight in module.parameters():
+        if not isinstance(weight, DTensor):
+            weight.data = weight.data.float()
+
+
+def accumulate(policy: Policy, rows: list[Row]):
+    """The rows of one update, one after another; gradients are added up and meet those of other ranks at the end.
+
+    A GPU reduces them after every row instead, since whole gradients would fill it.
+    """
+    for i, row in enumerate(rows):
+        last = i == len(rows) - 1
+        policy.set_requires_gradient_sync(GPU or last)
+        policy.set_reshard_after_backward(GPU or dist.get_world_size() == 1 or last)
+        yield row
+
+
+def clip_gradient(policy: Policy, largest: float) -> float:
+    """Scale the gradient to a norm of at most `largest`; returns its norm before that, over all ranks."""
+    return nn.utils.clip_grad_norm_(policy.parameters(), largest).full_tensor().item()
+
+
+def updates_done(optimizer) -> int:
+    """How many steps an optimiser has made. It counts them itself, and its checkpoint keeps the count."""
+    for state in optimizer.state.values():
+        return int(state["step"].item())
+    return 0
+
+
+def full_weights(policy: Policy):
+    """(name, whole tensor) one at a time, by the checkpoint's names, in compute precision. All ranks must iterate."""
+    for name, weight in policy.state_dict().items():
+        if name != "lm.lm_head.weight" or not policy.lm.config.tie_word_embeddings:
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            yield name.removeprefix("lm."), whole.detach().to(policy.compute)

@@ -1,0 +1,293 @@
+"""A run's folder: the log, the trajectories, the checkpoints, and how each is read back.
+
+    runs/<name>/config.json        settings, machine, commit
+    runs/<name>/log.jsonl          one line a step; every key is explained in docs/log.md
+    runs/<name>/rollouts.jsonl     one line a group
+    runs/<name>/checkpoints/       step_N/model loads in transformers and vLLM; step_N/trainer continues the run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
+from tqdm import tqdm
+
+from infra.policy import full_weights
+from infra.ranks import InputError, about_machine, all_reduce, catch_signals, on_rank_0, write_failed
+
+# ------------------------------------------------------------------------------- files that are whole
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """A file that is either complete or absent."""
+    unfinished = Path(f"{path}.{os.getpid()}")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    unfinished.rename(path)
+
+
+def flush(path: Path) -> None:
+    """What was written to a file or a folder is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def append(path: Path, records: list[dict]) -> None:
+    with open(path, "a") as out:
+        for record in records:
+            out.write(json.dumps(record) + "\n")
+    flush(path)
+
+
+def cut_lines(path: Path, first_step: int) -> None:
+    """Drop the lines of `first_step` and later, and a torn one: a resumed run repeats the steps after its checkpoint.
+
+    In place and without a copy, so that neither a full disk nor a crash can lose the lines that stay.
+    """
+    with open(path, "ab+") as lines:
+        lines.seek(0)
+        kept = cut = 0
+        for line in lines:
+            step = re.match(rb'{"step": (\d+).*}\n', line)
+            if cut or not step or int(step[1]) >= first_step:
+                cut += 1
+            else:
+                kept += len(line)
+        lines.truncate(kept)
+    if cut:
+        print(f"{path}: cut {cut} lines from step {first_step} on, which the run repeats", flush=True)
+
+
+# ------------------------------------------------------------------------------- the log of a run
+
+
+def check_name(name: str, resume: bool) -> None:
+    """Refuse a run's name that is no plain folder name, or whose folder holds a run that is not to be continued."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(f"--name {name!r}: at most 100 letters, digits, '.', '_' and '-'; a folder in runs/")
+    run = Path("runs") / name
+    for folder in (run.parent, run):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
+    if not resume and ((run / "log.jsonl").exists() or checkpoints(run)):
+        raise InputError(f"{run} holds a run: give --resume to continue it, or another --name")
+
+
+class Log:
+    """A run as it grows: its steps, what is written of each, and when a checkpoint is due. All ranks call all of it.
+
+    settings: every setting of the run. rows: checksums of the data. may_change: settings that may differ on resume.
+    """
+
+    def __init__(self, settings: dict, *, rows: dict, may_change: list[str], about: dict):
+        self.settings, self.folder = settings, Path("runs") / settings["name"]
+        self.not_finite, self.stopped = 0, False
+
+        def start() -> tuple[int, Path | None]:
+            done, saved = last_checkpoint(self.folder) if settings["resume"] else (0, None)
+            if saved:
+                check_resumed(saved, settings, may_change)
+                check_rows(read_about(self.folder).get("rows"), rows)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("log.jsonl", "rollouts.jsonl"):
+                cut_lines(self.folder / name, done)
+            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                 cwd=Path(__file__).parent)
+            told = {"config": settings, "rows": rows, **about, "commit": git.stdout.strip() or None, **about_machine()}
+            (self.folder / "config.json").write_text(json.dumps(told, indent=1))
+            return done, saved
+
+        self.first_step, self.saved = on_rank_0(f"writing {self.folder}", start)
+
+    def steps(self):
+        """The steps that are left, until the last one or a signal, with a live line on rank 0."""
+        last, self.caught = self.settings["steps"], catch_signals()
+        self.bar = tqdm(range(self.first_step, last), initial=self.first_step, total=last, disable=dist.get_rank() != 0)
+        for step in self.bar:
+            yield step
+            if self.stopped:
+                if dist.get_rank() == 0:
+                    print(f"stopped by a signal; {step + 1} steps are saved and --resume continues", flush=True)
+                return
+
+    def write(self, step: int, figures: dict, make) -> None:
+        """One line of log.jsonl, one record a group in rollouts.jsonl.
+
+        figures: the same on all ranks. make: on rank 0, () -> (records, figures of their kinds, the live line's text).
+        Raises FloatingPointError at the third step in a row whose updates were all skipped as not finite.
+        """
+
+        def write() -> str:
+            records, kinds, shown = make()
+            append(self.folder / "rollouts.jsonl", records)
+            append(self.folder / "log.jsonl", [{"step": step, **kinds, **figures}])  # last: it has its trajectories
+            return shown
+
+        self.bar.set_postfix_str(on_rank_0(f"writing {self.folder}", write))
+        self.not_finite = 0 if figures["updates"] else self.not_finite + (figures["nonfinite_updates"] > 0)
+        if self.not_finite == 3:
+            raise FloatingPointError(f"step {step}: no finite update for 3 steps: lower --lr, or look at the last "
+                                     "prompts in rollouts.jsonl")
+
+    def save_if_due(self, step: int, policy, optimizer, tokenizer) -> None:
+        """A checkpoint every `save_every` steps, after the last step, and before a signal ends the run.
+
+        After the log: a run killed in between repeats the step, and its lines are cut from the log.
+        """
+        done, every = step + 1, self.settings["save_every"]
+        self.stopped = all_reduce(len(self.caught)) > 0  # a signal to any rank stops all ranks at the same step
+        if self.stopped or done == self.settings["steps"] or (every and done % every == 0):
+            save_checkpoint(self.folder / "checkpoints" / f"step_{done}", policy, optimizer, tokenizer,
+                            settings=self.settings)
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+def trainer_state(policy, optimizer) -> dict:
+    if not optimizer.state:  # no update yet: torch makes the state by a step at rate 0, and counts that step
+        get_optimizer_state_dict(policy, optimizer)
+        for state in optimizer.state.values():
+            state["step"].zero_()
+    model, optimizer_state = get_state_dict(policy, optimizer)
+    return {"model": model, "optimizer": optimizer_state}
+
+
+def save_checkpoint(folder: Path, policy, optimizer, tokenizer, *, settings: dict) -> None:
+    """Written beside its place, flushed to the disk, then renamed: a checkpoint is whole or not there."""
+    unfinished = folder.with_name("unfinished")
+    on_rank_0(f"removing {unfinished}", lambda: unfinished.exists() and shutil.rmtree(unfinished))
+    try:
+        dcp.save(trainer_state(policy, optimizer), checkpoint_id=unfinished / "trainer")
+    except dcp.CheckpointException as error:  # on all ranks alike
+        raise write_failed(f"writing {folder}", next(iter(error.failures.values()))[0]) from None
+    weights = {}
+    for name, weight in full_weights(policy):  # all ranks gather, rank 0 keeps
+        if dist.get_rank() == 0:
+            weights[name] = weight.cpu()
+
+    def finish():
+        policy.lm.config.dtype = policy.compute
+        policy.lm.save_pretrained(unfinished / "model", state_dict=weights)
+        tokenizer.save_pretrained(unfinished / "model")
+        (unfinished / "config.json").write_text(json.dumps(settings, indent=1))
+        put_in_place(unfinished, folder, settings["keep"])
+
+    on_rank_0(f"writing {folder}", finish)
+
+
+def put_in_place(unfinished: Path, folder: Path, keep: int) -> None:
+    """Flush, rename, point `last` at it: whole or not there, at whatever moment the power fails.
+
+    Then all but the newest `keep` checkpoints go (0: all stay).
+    """
+    for path in [*unfinished.rglob("*"), unfinished]:
+        flush(path)
+    unfinished.rename(folder)
+    pointer = folder.with_name("last.new")
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(folder.name)
+    pointer.replace(folder.with_name("last"))
+    flush(folder.parent)
+    for _, old in checkpoints(folder.parent.parent)[keep:] if keep else []:
+        shutil.rmtree(old.rename(unfinished))  # never half a checkpoint under its own name
+
+
+def load_checkpoint(folder: Path, policy, optimizer) -> None:
+    """Weights, moments and the number of updates. The weight decay of this run's flags stays."""
+    weight_decay = optimizer.defaults["weight_decay"]
+    state = trainer_state(policy, optimizer)
+    dcp.load(state, checkpoint_id=folder / "trainer")
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """(steps done, path) of every checkpoint of a run, newest first."""
+    found = [(int(path.name[5:]), path) for path in (run / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
+    return sorted(found, reverse=True)
+
+
+def last_checkpoint(run: Path) -> tuple[int, Path | None]:
+    """(steps done, folder) of the newest checkpoint; (0, None) without any."""
+    for found in checkpoints(run):
+        return found
+    print(f"{run}: no checkpoint to resume from, starting at step 0", flush=True)
+    return 0, None
+
+
+def check_resumed(saved: Path, settings: dict, may_change: list[str]) -> None:
+    """Name every setting that differs from the checkpoint's. Refuse those that a run must keep."""
+    before = json.loads((saved / "config.json").read_text())
+    refused = []
+    for name, value in settings.items():
+        if value != before.get(name) and name != "resume":
+            change = f"--{name} {before.get(name)} -> {value}"
+            if name in may_change:
+                print(f"{saved}: resumed with another setting: {change}", flush=True)
+            else:
+                refused.append(change)
+    if refused:
+        raise InputError(f"--resume: a run keeps these settings from its first step to its last, and {saved} was made "
+                         f"with others ({', '.join(refused)}): give the old ones, or start a new run with another "
+                         f"--name and --model {saved / 'model'}")
+
+
+def check_rows(before: dict | None, now: dict) -> None:
+    """Refuse to go on with other rows: the order of every later draw would be another one."""
+    changed = [kind for kind in now if before and before.get(kind) != now[kind]]
+    if changed:
+        raise InputError(f"--resume: the rows of {', '.join(changed)} are not those that the run began with; bring the "
+                         "old files back, or start a new run with another --name")
+
+
+# ------------------------------------------------------------------------------- reading a run back
+
+
+def read_lines(path: Path, repairs: list[str]):
+    """(line number, record) of a run's .jsonl. A last line that a crash cut short is left out; `repairs` says so."""
+    cut = None
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, text in enumerate(lines, 1):
+            if cut:
+                raise InputError(f"{path}:{number - 1}: not JSON ({cut}); remove the line")
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                cut = error.msg
+                continue
+            if not isinstance(record, dict) or "step" not in record:
+                raise InputError(f"{path}:{number}: no field 'step'; not a line that urpo.py wrote")
+            yield number, record
+    if cut:
+        repairs.append(f"{path}:{number}: the last line is incomplete and was left out")
+
+
+def read_log(run: Path, repairs: list[str]) -> list[dict]:
+    """The steps of a run."""
+    path = run / "log.jsonl"
+    if not path.is_file():
+        raise InputError(f"{run}: no run here (no log.jsonl); give a folder such as runs/urpo")
+    steps = [record for _, record in read_lines(path, repairs)]
+    if not steps:
+        raise InputError(f"{path}: no step is complete yet")
+    return steps
+
+
+def read_about(run: Path) -> dict:
+    """The run's config.json; {} where there is none."""
+    path = run / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg}); remove it or restore it") from None

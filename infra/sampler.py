@@ -1,0 +1,256 @@
+"""The sampler: vLLM in the trainer's own process, and the trainer's weights on their way into it.
+
+After every sync each tensor of the sampler is compared with the trainer's, by a sketch of it: the product of a matrix
+with a fixed random vector, one number a row. A sketch moves when any number of the matrix does, or when two matrices,
+rows or columns change places, and it costs what one token costs. The sampler may keep several matrices in one, or in
+a form that only multiplication reads: their sketches can be compared all the same. Drift cannot see as much: with bf16
+its noise is .02 nats a token, and a sampler one small step behind moves it by .008.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from infra.chat import answer_text, stop_ids
+from infra.policy import Policy, full_weights
+from infra.ranks import GPU, InputError, all_reduce, ranks_here
+
+SAMPLED_AT_ONCE = 8192  # tokens of one forward pass; a GPU reads a longer prompt in parts
+BLOCK = 32  # tokens of one piece of the cache on a CPU, its smallest: the answers to a prompt share whole pieces
+
+def largest_drift(precision: str) -> float:
+    """Nats a token between trainer and sampler that precision explains (ours): measured, .02 in bf16, 1e-5 in fp32."""
+    return 0.1 if GPU or precision == "bfloat16" else 1e-3
+
+
+def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences: int | None = None,
+                  gpu_memory: float | None = None, sleeps: bool = True):
+    """vLLM in this process, with the weights of a folder.
+
+    max_tokens: of the longest sequence. chat_template: the trainer's, which says what ends an answer. sequences: the
+    most that are sampled at a time; vLLM takes memory and CUDA graphs for as many.
+    gpu_memory: in training, the share of the GPU that the sampler may take while it is awake. It then joins the group
+    of all ranks, and on a GPU it can sleep while the trainer works, unless `sleeps` is False: vLLM lets one sampler of
+    a process do so.
+    """
+    if not GPU:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two ranks share one core
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # also of what it says before it reads the variable above
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own imports, no concern of a user
+    from vllm import LLM
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # the CPU's is one of its kind
+
+    if "weights_iterator" not in inspect.signature(GPUModelRunner.reload_weights).parameters:
+        raise InputError("this vLLM's reload_weights takes no weights_iterator, so the trainer's weights cannot reach "
+                         "it; install the version that our requirements file names")
+    options = dict(max_model_len=max_tokens, max_num_batched_tokens=SAMPLED_AT_ONCE, disable_log_stats=True,
+                   load_format="safetensors", logprobs_mode="processed_logprobs", use_tqdm_on_load=False)
+    if gpu_memory is not None:
+        options.update(distributed_executor_backend="external_launcher", enable_sleep_mode=GPU and sleeps,
+                       gpu_memory_utilization=gpu_memory)
+    if sequences is not None:
+        options.update(max_num_seqs=sequences)
+    if GPU:
+        options.update(dtype="bfloat16")
+    else:
+        # A prompt read in two parts crashes a seeded request on a CPU ("CPU Generator does not use offset").
+        options.update(dtype="float32", enforce_eager=True, block_size=BLOCK, enable_chunked_prefill=False,
+                       max_num_batched_tokens=max(SAMPLED_AT_ONCE, max_tokens),
+                       kv_cache_memory_bytes=cpu_cache_bytes(folder, max_tokens))
+    sampler = LLM(folder, **options)
+    sampler.get_tokenizer().chat_template = chat_template
+    return sampler
+
+
+def cpu_cache_bytes(folder: str, max_tokens: int) -> int:
+    """For keys and values on a CPU: a GiB shared by the ranks of this machine, or what four longest sequences take.
+
+    While it is full, requests wait.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * head  # bytes: fp32 keys and values
+    blocks = 4 * -(-max_tokens // BLOCK) + 1  # one is held back
+    return max(2**30 // ranks_here(), blocks * BLOCK * token)
+
+
+@dataclass
+class Sample:
+    """One answer of the sampler."""
+
+    ids: list[int]  # the end token included
+    text: str  # without the end token
+    finished: bool  # False: cut off at its limit of tokens
+    logprobs: list[float]  # of each token, by the sampler itself, nats
+
+
+def generate(sampler, prompts: list[list[int]], *, n: int, max_tokens: list[int], seeds: list[int],
+             temperature: float, progress: bool = False) -> list[list[Sample]]:
+    """n answers to each prompt: token ids in, token ids and their log-probs out, nothing truncated.
+
+    One seed a prompt, from which vLLM derives one for each of its n answers: a rerun samples the same tokens.
+    """
+    from vllm import SamplingParams
+
+    if not prompts:
+        return []
+    # Padded ids exist in the head but mean nothing, so they are forbidden. A list of the allowed ids would say the
+    # same, and vLLM goes through it for every answer: 1.7 times as long for 49,152 ids and 24 tokens an answer.
+    tokenizer = sampler.get_tokenizer()
+    padded = range(len(tokenizer), sampler.model_config.get_vocab_size())
+    stops = stop_ids(tokenizer)
+    params = []
+    for limit, seed in zip(max_tokens, seeds):
+        # vLLM's own text and its dictionary of log-probs, made token by token, would take longer than the rest of its
+        # work outside the model: they are left out, and the text is made once, below.
+        params.append(SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
+                                     logprobs=0, flat_logprobs=True, detokenize=False, stop_token_ids=stops,
+                                     logit_bias=dict.fromkeys(padded, -math.inf) or None))
+    outputs = sampler.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress)
+    answers = []
+    for output in outputs:
+        answers.append([])
+        for sample in output.outputs:
+            ids = list(sample.token_ids)
+            text = answer_text(tokenizer, ids, stops)
+            answers[-1].append(Sample(ids, text, sample.finish_reason == "stop", list(sample.logprobs.logprobs)))
+    return answers
+
+
+def sleep(sampler) -> None:
+    """The sampler leaves a GPU's memory to the trainer; `sync` brings it back. On a CPU both stay. Not yet run."""
+    if GPU:
+        sampler.sleep(level=2)
+
+
+def sync(sampler, policy: Policy) -> float:
+    """The trainer's weights into the sampler, one tensor at a time. What its prefix cache holds is stale after that.
+
+    Returns the largest relative distance of a tensor that the sampler now holds from the trainer's. Raises
+    FloatingPointError, on all ranks alike, where it is more than rounding makes.
+    """
+    if GPU:  # not yet run
+        torch.cuda.empty_cache()  # what the trainer's allocator keeps for later, the sampler needs now
+        sampler.wake_up(tags=["weights"])
+    sketches: dict[str, Tensor] = {}
+    weights = sketched(full_weights(policy), torch.bfloat16 if GPU else torch.float32, sketches)
+    sampler.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    if GPU:
+        sampler.wake_up(tags=["kv_cache"])
+    else:  # vLLM multiplies by a packed copy of the head, and reload_weights leaves that of a tied head as it was
+        sampler.apply_model(lambda model: model.lm_head.quant_method.process_weights_after_loading(model.lm_head))
+    sampler.reset_prefix_cache()
+    found = differences(sketches, sampler.apply_model(sampler_sketches)[0])
+    name = max(found, key=found.get)
+    worst = all_reduce(found[name], dist.ReduceOp.MAX)
+    if not worst <= LARGEST_DISTANCE:
+        raise FloatingPointError(f"sync: the sampler does not hold the trainer's weights: {name} differs by "
+                                 f"{found[name]:.1e} on this rank, where rounding makes {LARGEST_DISTANCE} at most")
+    return worst
+
+
+# ------------------------------------------------------------------------------- does it hold the trainer's weights?
+
+# The largest relative distance of two sketches. Rounding in fp32 makes 6e-7 of SmolLM2, and grows with the root of a
+# matrix's width. An AdamW step at a rate of 1e-6 makes 1e-5 or more.
+LARGEST_DISTANCE = 4e-6
+
+
+@lru_cache(maxsize=16)
+def random_vector(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, generator=generator).to(device, dtype)
+
+
+def sketch(weight: Tensor) -> Tensor:
+    """One number for each row of a matrix. A vector stands for itself.
+
+    Of bf16 in fp64, which rounds nothing away: wide matrices on a GPU would else need a wider limit. Of fp32 in fp32,
+    as the sampler of a CPU multiplies.
+
+    >>> a = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> torch.equal(sketch(a.flip(0)), sketch(a).flip(0)), torch.allclose(sketch(a.flip(1)), sketch(a))
+    (True, False)
+    """
+    if weight.ndim == 1:
+        return weight.float()
+    dtype = torch.float64 if weight.dtype == torch.bfloat16 else torch.float32
+    vector = random_vector(weight.shape[1], dtype, weight.device)
+    return torch.cat([rows.to(dtype) @ vector for rows in weight.split(2048)])  # never a whole copy
+
+
+def sketched(weights, dtype: torch.dtype, sketches: dict[str, Tensor]):
+    """The trainer's (name, tensor) pairs as they pass by on their way to the sampler, which holds them in `dtype`."""
+    for name, weight in weights:
+        sketches[name] = sketch(weight.to(dtype))
+        yield name, weight
+
+
+def sampler_sketches(model: nn.Module) -> dict[str, tuple[list[str], Tensor]]:
+    """Of a model of vLLM: {its name of a tensor: (the trainer's names of its parts, its sketch)}.
+
+    On a CPU vLLM multiplies by a packed copy and keeps no other, but for the head and the embedding: then the copy is
+    asked for its product. The embedding is read by row, and so its plain tensor counts.
+    """
+    held = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.numel():
+            held[name] = weight.detach()
+    sketches = {}
+    for name, weight in held.items():
+        parts = trainer_names(name, model.packed_modules_mapping)
+        sketches[name] = (parts, sketch(weight))
+    for name, module in model.named_modules():
+        if hasattr(module, "cpu_linear") and name != "model.embed_tokens":
+            is_head = hasattr(module, "embedding_dim")
+            columns = module.embedding_dim if is_head else module.input_size_per_partition
+            vector = random_vector(columns, torch.float32, torch.device("cpu"))
+            product = module.cpu_linear(vector[None], module.weight, None)[0]
+            parts = trainer_names(f"{name}.weight", model.packed_modules_mapping)
+            sketches[f"{name}.weight, packed"] = (parts, product)
+    return sketches
+
+
+def trainer_names(name: str, packed: dict[str, list[str]]) -> list[str]:
+    """What the trainer calls the parts of one tensor of the sampler.
+
+    >>> trainer_names("model.layers.0.mlp.gate_up_proj.weight", {"gate_up_proj": ["gate_proj", "up_proj"]})
+    ['model.layers.0.mlp.gate_proj.weight', 'model.layers.0.mlp.up_proj.weight']
+    """
+    path, _, kind = name.rpartition(".")
+    before, dot, module = path.rpartition(".")
+    return [f"{before}{dot}{part}.{kind}" for part in packed.get(module, [module])]
+
+
+def differences(trainer: dict[str, Tensor], sampler: dict[str, tuple[list[str], Tensor]]) -> dict[str, float]:
+    """{the sampler's name of a tensor: its relative distance from the trainer's}; infinite where one has no other."""
+    trainer = dict(trainer)
+    trainer.setdefault("lm_head.weight", trainer["model.embed_tokens.weight"])  # then the head is the embedding
+    compared = {"lm_head.weight"}
+    found = {}
+    for name, (parts, own) in sampler.items():
+        compared.update(parts)
+        found[name] = math.inf
+        if trainer.keys() >= set(parts):
+            expected = torch.cat([trainer[part] for part in parts])
+            if len(own) >= len(expected):  # the sampler pads the vocabulary
+                distance = (own[: len(expected)].to(expected.device) - expected).norm()
+                relative = (distance / expected.norm().clamp(min=1e-30)).item() if distance else 0.0
+                found[name] = relative if math.isfinite(relative) else math.inf
+    for name in trainer.keys() - compared:
+        found[name] = math.inf
+    return found

@@ -1,0 +1,104 @@
+"""Where rows come from: .jsonl files and the hub; and the texts in a row's fields."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from tqdm import tqdm
+
+from infra.ranks import InputError
+
+# ------------------------------------------------------------------------------- files and the hub
+
+
+def source_records(source: str, *, split: str, flag: str):
+    """((number, record) of every row, whether they come from the hub). A record is a dict, or a line of JSON in bytes.
+
+    source: a local .jsonl file, or a hub id. flag: the setting that names it, for messages.
+    """
+    if source.endswith((".jsonl", ".json")) or os.path.exists(source):
+        return file_records(source, flag), False
+    return enumerate(hub_records(source, split, flag), 1), True
+
+
+def hub_records(source: str, split: str, flag: str):
+    """Rows of a Hugging Face data set; `name:config` picks a configuration, as in openai/gsm8k:main."""
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        return datasets.load_dataset(name, config or None, split=split)
+    except (OSError, ValueError, RuntimeError) as error:  # unknown id, no network, no such split or configuration
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--{flag} {source}: neither a local file nor a data set the hub gave us ({reason}); check "
+                         "the id and the network, or use a .jsonl file") from None
+
+
+def file_records(source: str, flag: str):
+    """The lines of a local file, one at a time. Empty ones are left out, and counted as lines."""
+    if not os.path.isfile(source):
+        raise InputError(f"--{flag} {source}: no such file; give a .jsonl file or a hub id. `python -m lab.toy` writes "
+                         "the laptop's, in toy/")
+    with open(source, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
+
+
+def progress(rows, what: str):
+    """The same rows, with a bar on rank 0 when it takes long."""
+    return tqdm(rows, what, delay=10, leave=False, disable=os.environ.get("RANK", "0") != "0")
+
+
+# ------------------------------------------------------------------------------- the texts of a row
+
+
+def text_of(name: str, value) -> str:
+    """The text of a field. Some data sets store chat messages there: the last one counts."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
+        value = value[-1]["content"]
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} is {type(value).__name__}, expected text")
+    if re.search("[\ud800-\udfff]", value):  # JSON can escape them, and no tokenizer takes them
+        raise ValueError(f"field {name!r} holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
+    return value
+
+
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}  # the words of HH-RLHF
+
+
+def transcript(name: str, turns: list[dict]) -> str:
+    """A conversation up to the last turn of the user, as HH-RLHF writes it. A lone question stays as it is.
+
+    >>> transcript("prompt", [{"role": "user", "content": "I own 3 cats."}, {"role": "assistant", "content": "Nice."},
+    ...                       {"role": "user", "content": "How many?"}])
+    'I own 3 cats.\\n\\nAssistant: Nice.\\n\\nHuman: How many?'
+    """
+    lines, asked = [], 0
+    for turn in turns:
+        if turn.get("role") not in SPEAKERS:
+            raise ValueError(f"field {name!r}: a turn's role is {turn.get('role')!r}; use {', '.join(SPEAKERS)}")
+        lines.append(f"{SPEAKERS[turn['role']]}: {text_of(name, turn.get('content'))}")
+        if turn["role"] == "user":
+            asked = len(lines)
+    if not asked:
+        raise ValueError(f"field {name!r} has no turn of the user")
+    return "\n\n".join(lines[:asked]).removeprefix("Human: ")
+
+
+def question_of(name: str, value) -> str:
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        value = transcript(name, value)
+    text = text_of(name, value)
+    if not text.strip():
+        raise ValueError(f"field {name!r} is empty")
+    return text
+
+
+def first_field(record: dict, *names: str):
+    """(name, value) of the first of several fields that a record holds."""
+    for name in names:
+        if record.get(name) is not None:
+            return name, record[name]
+    raise ValueError(f"no field {' or '.join(names)!r}; it has {', '.join(record) or 'none'}")
