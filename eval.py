@@ -99,7 +99,7 @@ def finish(config, figures: dict, printed: str, **more) -> None:
     if not config.json:
         return
     settings = dict(vars(config))
-    for name in ("command", "arguments", "model", "json"):
+    for name in ("command", "arguments", "model", "json", "max_judge_tokens"):
         settings.pop(name, None)
     result = {
         "model": config.model,
