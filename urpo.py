@@ -125,11 +125,15 @@ PRESETS = {
     # answers: each stands in four of them, and every two meet. P is shown in both orders, so that no position pays.
     # There is more I, since self-scores are noisy.
     "smol": dict(
-        model=f"{TOY}/model", preferences=[f"{TOY}/preferences.jsonl"], reasoning=[f"{TOY}/reasoning.jsonl"],
-        instructions=[f"{TOY}/instructions.jsonl"], steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
+        model=f"{TOY}/model",
+        preferences=[f"{TOY}/preferences.jsonl"],
+        reasoning=[f"{TOY}/reasoning.jsonl"],
+        instructions=[f"{TOY}/instructions.jsonl"],
+        steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
         max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40, max_judge_tokens=800,
-        both_orders=True, judgements=4, judge_list=2, lr=1e-5, row_tokens=1024, save_every=8, keep=2,
-        precision="float32"),
+        both_orders=True, judgements=4, judge_list=2,
+        lr=1e-5, precision="float32", row_tokens=1024,
+        save_every=8, keep=2),
 }
 # What a resumed run may change: how it goes on. Everything else decides which prompts come, or what `lab.audit`
 # derives again by the settings in config.json, which must hold for all steps of a run.
@@ -163,12 +167,14 @@ def rollout(config: Config, sampler, tokenizer, share: list[tuple[int, data.Prom
         limits.append(config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens)
         seeds.append(data.request_seed(config.seed, step, index, "answer"))
     answers = generate(
-        sampler, prompts, n=config.group, max_tokens=limits, seeds=seeds, temperature=config.temperature)
+        sampler, prompts, n=config.group, max_tokens=limits,
+        seeds=seeds, temperature=config.temperature)
     for (index, prompt), ids, samples in zip(share, prompts, answers):
-        group = Group(index, prompt, ids)
+        group, entropies = Group(index, prompt, ids), []
         for sample in samples:
             group.add(sample)
-        group.entropy = mean(-logprob for sample in samples for logprob in sample.logprobs)
+            entropies += [-logprob for logprob in sample.logprobs]
+        group.entropy = mean(entropies)
         groups.append(group)
     return groups
 

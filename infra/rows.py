@@ -58,7 +58,10 @@ def build_row(groups: list, weights: list[list[float]]) -> Row:
     >>> row.lengths
     [[2, 2, 1]]
     """
-    ids, position, group_of, answer_of, source, target, lengths = [], [], [], [], [], [], []
+    ids, position = [], []
+    group_of, answer_of = [], []
+    source, target = [], []
+    lengths = []
     for g, group in enumerate(groups):
         prompt_length = len(group.prompt_ids)
         prompt_end = len(ids) + prompt_length - 1
@@ -149,7 +152,8 @@ def build_rows(groups: list, *, row_tokens: int, weight) -> list[Row]:
 class Idle:
     """A group of one token, for a rank that has nothing to do."""
 
-    prompt_ids, answers, advantages, sampler_logprobs = [0], [[0]], [0.0], [[0.0]]
+    prompt_ids, answers = [0], [[0]]
+    advantages, sampler_logprobs = [0.0], [[0.0]]
 
 
 # ------------------------------------------------------------------------------- equal work for every rank
