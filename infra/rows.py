@@ -77,9 +77,8 @@ def build_row(groups: list, weights: list[list[float]]) -> Row:
             group_of.extend([g] * len(part))
             answer_of.extend([a] * len(part))
             lengths[g].append(len(part))
-    blocks = -(-len(ids) // ROW_BLOCK)
-    padding = max(SHORTEST_ROW, blocks * ROW_BLOCK) - len(ids)
-    if padding > 0:  # on a GPU: a group of its own, which no other token sees
+    padding = padding_of(len(ids))
+    if padding:  # a group of its own, which no other token sees
         ids.extend([0] * padding)
         position.extend(range(padding))
         group_of.extend([len(groups)] * padding)
@@ -95,6 +94,12 @@ def build_row(groups: list, weights: list[list[float]]) -> Row:
     row.target_N = on_device(target)
     add_loss_values(row, groups, weights)
     return row
+
+
+def padding_of(tokens: int) -> int:
+    """Tokens that a row lacks to a length that FlexAttention takes on a GPU; none on a CPU."""
+    blocks = -(-tokens // ROW_BLOCK)
+    return max(SHORTEST_ROW, blocks * ROW_BLOCK, tokens) - tokens
 
 
 def on_device(values: list) -> Tensor:
