@@ -346,9 +346,8 @@ def train(config: Config, score=self_score) -> None:
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
     on_rank_0("reading the model", lambda: check_model(folder, vocabulary=len(tokenizer), tokens=longest))
     check_memory(folder)
-    sources, dropped = data.load_sources(config, tokenizer)
-    log = runs.Log(asdict(config), rows=data.checksums(sources), may_change=MAY_CHANGE,
-                   about={"rows_dropped_as_too_long": dropped})
+    sources, told = data.load_sources(config, tokenizer)
+    log = runs.Log(asdict(config), rows=data.checksums(sources), may_change=MAY_CHANGE, about={"sources": told})
     policy = load_policy(
         folder, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)

@@ -29,6 +29,7 @@ def rules(*pairs: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
     return [(re.compile(pattern), plain) for pattern, plain in pairs]
 
 
+BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{| +([^\s{}$]+))")
 FONT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bm|mbox|operatorname)"
 TIDY = rules(
     ("[\u2212\u2013]", "-"), ("°", r"^\\circ"), (r"\^ ?\{\\circ\}|\\degree(?![A-Za-z])", r"^\\circ"),
@@ -37,7 +38,7 @@ TIDY = rules(
     (r"(?<=[0-9])(?:\{,\}|\\[,;:! ]|~)(?=[0-9]{3}(?![0-9]))", ","), (r"(?<!\\)\\[,;:! ]|~|(?<!\\)\\$", " "),
     (r"\\%", "%"),
     (r"\\?€|\\euro(?![A-Za-z])", "euro "), (r"£|\\pounds(?![A-Za-z])", "pound "), (r"\\\$", "dollar "), (r"\$", ""),
-    (rf"^(?:{FONT}\{{)?\s*(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:? ?\}}? ?(?=.)", ""),
+    (rf"^(?:{FONT}\{{)?\s*(?:Therefore, |So )?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:? ?\}}? ?(?=.)", ""),
     (rf"^{FONT}\{{([^{{}}]*)\}}$", r"\1"), (r"[.,;:]\s*$", ""), (r"\s+", " "))
 # A unit stands behind a number, a brace or a percent sign: in a font of text, as a whole word, or as a degree sign.
 UNIT = re.compile(rf"(?<=[0-9}}%])\s*(?:{FONT}\{{\s*([A-Za-z][A-Za-z./ ]*?)\s*\}}"
@@ -65,21 +66,32 @@ def tidy(text: str) -> str:
     return text
 
 
+def boxed(text: str) -> list[str]:
+    r"""What stands in the boxes of a text, in order. A box left open holds nothing.
+
+    >>> boxed(r"\boxed{\frac{1}{2}}, \fbox{9}, $\boxed 7$, \boxed{8")
+    ['\\frac{1}{2}', '9', '7', '']
+    """
+    found = []
+    for box in BOX.finditer(text):
+        content, depth = box[1] or "", 0 if box[1] else 1
+        for token in re.finditer(r"\\.|[{}]", text[box.end() :], re.DOTALL) if depth else ():  # steps over \\{ and \\}
+            depth += {"{": 1, "}": -1}.get(token.group(), 0)
+            if depth == 0:
+                content = text[box.end() : box.end() + token.start()].strip()
+                break
+        found.append(content)
+    return found
+
+
 def final_answer(response: str) -> str:
-    """The last `\\boxed{...}`, else the last number, else "". A box left open answers nothing."""
-    start = response.rfind("\\boxed{")
-    if start < 0:
-        answer = ""
-        for number in NUMBER.finditer(response.replace("\u2212", "-").replace("{,}", ",")):
-            answer = number.group()
-        return answer
-    start += len("\\boxed{")
-    depth = 1
-    for token in re.finditer(r"\\.|[{}]", response[start:], re.DOTALL):  # steps over \\{ and \\}
-        depth += {"{": 1, "}": -1}.get(token.group(), 0)
-        if depth == 0:
-            return response[start : start + token.start()].strip()
-    return ""
+    """The content of the last box, else the last number, else ""."""
+    for content in reversed(boxed(response)):
+        return content
+    answer = ""
+    for number in NUMBER.finditer(response.replace("\u2212", "-").replace("{,}", ",")):
+        answer = number.group()
+    return answer
 
 
 def split_unit(text: str) -> tuple[str, str, Fraction]:
