@@ -41,6 +41,7 @@ from infra.policy import (
     check_folder,
     check_memory,
     check_model,
+    check_packing,
     clip_gradient,
     load_policy,
     updates_done,
@@ -351,6 +352,7 @@ def train(config: Config, score=self_score) -> None:
     policy = load_policy(
         folder, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    check_packing(policy)
     sampler = start_sampler(folder, max_tokens=longest, chat_template=tokenizer.chat_template,
                             sequences=config.batch // world * config.group, gpu_memory=config.gpu_memory)
     if log.saved:

@@ -150,15 +150,17 @@ def build_rows(groups: list, *, row_tokens: int, weight) -> list[Row]:
         rows.append(build_row(packed, weights))
     most = int(all_reduce(len(rows), dist.ReduceOp.MAX))
     while len(rows) < most:
-        rows.append(build_row([Idle], [[0.0]]))
+        rows.append(build_row([Example([0], [[0]])], [[0.0]]))
     return rows
 
 
-class Idle:
-    """A group of one token, for a rank that has nothing to do."""
+class Example:
+    """A group that no one has sampled: for a rank that has nothing to do, and for a check at the start."""
 
-    prompt_ids, answers = [0], [[0]]
-    advantages, sampler_logprobs = [0.0], [[0.0]]
+    def __init__(self, prompt_ids: list[int], answers: list[list[int]]):
+        self.prompt_ids, self.answers = prompt_ids, answers
+        self.advantages = [0.0] * len(answers)
+        self.sampler_logprobs = [[0.0] * len(answer) for answer in answers]
 
 
 # ------------------------------------------------------------------------------- equal work for every rank
