@@ -150,8 +150,9 @@ def check(config: Config, world: int) -> None:
         raise InputError(f"--clip_low {config.clip_low}: the range of the ratio must hold 1")
     part = world * config.minibatches
     if config.batch % part:
+        splits = [ranks for ranks in range(1, world) if config.batch % (ranks * config.minibatches) == 0]
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
+                         f"use --batch {-(-config.batch // part) * part}, or {max(splits, default=1)} ranks")
     data.check_judging(config)
     for warmup in {False, config.warmup_steps > 0}:
         data.mix_counts(config, warmup)
@@ -340,7 +341,7 @@ def record(config: Config, log: runs.Log, groups: list[Group], figures: dict, st
     log.write(step, figures, make)
 
 
-def train(config: Config, score=self_score) -> None:
+def train(config: Config, score=self_score, program: str = "urpo") -> None:
     """The seven parts, step after step. score: part 3; the baselines let another model judge (lab/baselines.py)."""
     rank, world, longest = dist.get_rank(), dist.get_world_size(), data.longest_sequence(config)
     folder = on_rank_0(f"reading --model {config.model}", lambda: check_folder(config.model))
@@ -348,7 +349,8 @@ def train(config: Config, score=self_score) -> None:
     on_rank_0("reading the model", lambda: check_model(folder, vocabulary=len(tokenizer), tokens=longest))
     check_memory(folder)
     sources, told = data.load_sources(config, tokenizer)
-    log = runs.Log(asdict(config), rows=data.checksums(sources), may_change=MAY_CHANGE, about={"sources": told})
+    log = runs.Log(program, asdict(config), rows=data.checksums(sources), may_change=MAY_CHANGE,
+                   about={"sources": told})
     policy = load_policy(
         folder, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)

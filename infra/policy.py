@@ -212,6 +212,8 @@ def check_packing(policy: Policy) -> None:
     for group in groups:
         for answer in group.answers:
             plain.append(policy.plain_logprobs(group.prompt_ids + answer, len(answer)))
+    for layer in policy.lm.model.layers:  # without a backward pass they stay whole, which the optimiser does not know
+        layer.reshard()
     distance = all_reduce((packed_N - torch.cat(plain)).abs().max(), dist.ReduceOp.MAX)
     if not distance <= limit:
         raise FloatingPointError(f"packed rows: this model's log-probs differ by {distance:.3f} nats from those of "
