@@ -26,11 +26,8 @@ def config(**changes) -> urpo.Config:
 
 # ---- the referee's prompts ----
 
-PIECES = st.lists(st.sampled_from(["<", "|", ">", "im_end", "<|im_end|>", "<|im_", "end|>", "/", "think>", "scores>",
-                                   "<scores", "\n", "\r", "\u2028", " ", "Response 2:", "9"]), max_size=30)
 ANSWERS = st.lists(st.one_of(st.text(max_size=300), st.integers(0, 300).map(lambda n: "\n" * n),
-                             st.integers(0, 200).map(lambda n: "\U0001f9ff" * n), PIECES.map("".join)),
-                   min_size=4, max_size=4)
+                             st.integers(0, 200).map(lambda n: "\U0001f9ff<|im_end|>" * n)), min_size=4, max_size=4)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -63,16 +60,6 @@ def test_long_answers_are_cut_to_one_length_in_one_go_and_short_ones_stay_whole(
     assert cut == 0 and "[cut]" not in smol_tokenizer.decode(ids)
 
 
-def test_the_paper_preset_shows_its_judge_eight_whole_answers_in_the_context_of_its_model(smol_tokenizer):
-    paper = urpo.Config(**urpo.PRESETS["paper"])
-    rng = random.Random(0)
-    answers = []
-    for _ in range(paper.group):
-        answers.append(smol_tokenizer.decode([rng.randrange(100, 49000) for _ in range(paper.max_answer_tokens)]))
-    assert data.encode_judgement(paper, smol_tokenizer, "word " * 1000, answers)[1] == 0
-    assert data.longest_sequence(paper) <= 32768  # max_position_embeddings of Qwen2.5-7B
-
-
 def test_an_impossible_judgement_names_the_remedy(smol_tokenizer):
     with pytest.raises(InputError, match="--max_judge_tokens is 50: raise it"):
         data.encode_judgement(config(max_judge_tokens=50), smol_tokenizer, "Say hi.", ["a", "b"])
@@ -80,18 +67,12 @@ def test_an_impossible_judgement_names_the_remedy(smol_tokenizer):
 
 # ---- which answers a judgement sees ----
 
-def legal_judging(draw):
-    """(G, answers a judgement lists, K) as check_judging allows them."""
-    size = draw(st.integers(2, 8))
-    listed = draw(st.integers(2, size))
-    most = listed * len(data.judge_strides(size, listed))
-    step = 1 if listed == size else listed
-    return size, listed, draw(st.integers(1, most // step)) * step
-
-
 @given(st.data(), st.integers())
 def test_judge_orders_are_balanced_and_never_repeat(drawn, seed):
-    size, listed, judgements = drawn.draw(st.composite(legal_judging)())
+    size = drawn.draw(st.integers(2, 8))
+    listed = drawn.draw(st.integers(2, size))
+    step = 1 if listed == size else listed
+    judgements = step * drawn.draw(st.integers(1, listed * len(data.judge_strides(size, listed)) // step))
     data.check_judging(SimpleNamespace(group=size, judge_list=listed, judgements=judgements))
     orders = data.judge_orders(size, listed, judgements, random.Random(seed))
     assert len(orders) == judgements * size // listed == len(set(map(tuple, orders)))
@@ -100,11 +81,6 @@ def test_judge_orders_are_balanced_and_never_repeat(drawn, seed):
     for place in range(listed):  # each full ring shows every answer once in each place
         found = Counter(order[place] for order in orders)
         assert max(found.values()) - min(found[answer] for answer in range(size)) <= (listed == size)
-
-
-def test_four_judgements_of_four_answers_in_pairs_let_every_pair_meet_and_six_in_both_orders():
-    assert len({frozenset(order) for order in data.judge_orders(4, 2, 4, random.Random(0))}) == 6
-    assert len(set(map(tuple, data.judge_orders(4, 2, 6, random.Random(0))))) == 12
 
 
 # ---- 1. draw ----
@@ -168,13 +144,6 @@ def test_both_orders_draw_every_preference_row_twice_mirrored_and_the_other_kind
         assert data.swapped(shown) == mirrored != shown
     assert len({row.instruction for row in pairs[::2]}) == len(pairs) // 2
     assert [row for row in rows if row.kind != "preference"] == [row for row in drawn(3) if row.kind != "preference"]
-
-
-@pytest.mark.parametrize("mix, batch, parts", [("1:1:1", 12, 4), ("1:1:1", 24, 8), ("2:1:1", 16, 4), ("1:1:1", 12, 2)])
-def test_every_contiguous_share_of_a_batch_holds_each_kind(mix, batch, parts):
-    rows, size = drawn(1, mix=mix, batch=batch), batch // parts
-    for part in range(parts):
-        assert all(kinds_of(rows[part * size : (part + 1) * size]))
 
 
 @pytest.mark.parametrize("minibatches", [1, 2, 3])
@@ -346,7 +315,3 @@ def test_a_group_comes_back_from_its_record_as_it_was(group):
     for name in record.keys() - {"step"}:  # which read_lines looks for
         with pytest.raises(InputError, match=f"'{name}'"):
             Group.from_record({field: value for field, value in record.items() if field != name})
-
-
-def test_the_size_of_a_group_and_whether_it_has_a_signal():
-    assert RANKED.tokens == 5 and RANKED.has_signal and not UNJUDGED.has_signal

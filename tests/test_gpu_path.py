@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 import urpo
 from conftest import ROOT, VOCABULARY, random_groups
 from infra import policy as policies
@@ -131,30 +132,19 @@ def test_a_steps_peak_is_what_is_taken_and_begins_anew_each_step(as_on_a_gpu, pr
     assert clock.figures()["peak_memory_gib"] == 20
 
 
-def as_rank(monkeypatch, rank: int, world: int) -> None:
-    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="x", MASTER_PORT=1).items():
-        monkeypatch.setenv(name, str(value))
-
-
-def test_a_rank_without_a_gpu_is_told_how_many_there_are(as_on_a_gpu, monkeypatch):
-    as_rank(monkeypatch, 8, 9)
+def test_ranks_meet_over_gloo_and_nccl_on_the_card_of_their_own_number(as_on_a_gpu, process_group, monkeypatch):
+    asked = []
+    for name, value in dict(RANK="3", LOCAL_RANK="3", WORLD_SIZE="9", MASTER_ADDR="x", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "STORE", None)
+    monkeypatch.setattr(ranks.dist, "rendezvous", lambda *a, **k: iter([("store", 3, 9)]))
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **options: asked.append(backend))
+    assert ranks.start_ranks() == (3, 9)
+    assert asked == ["cpu:gloo,cuda:nccl"] and "set_device" in as_on_a_gpu
+    assert ranks.free_gib()[0] == 60.0 and ranks.about_machine()["device"] == "H100"
+    monkeypatch.setenv("LOCAL_RANK", "8")
     with pytest.raises(InputError, match="local rank 8 .*--nproc_per_node=8"):
         ranks.start_ranks()
-
-
-def test_ranks_meet_over_gloo_and_nccl_on_the_card_of_their_own_number(as_on_a_gpu, monkeypatch):
-    asked = []
-    as_rank(monkeypatch, 3, 8)
-    monkeypatch.setattr(ranks, "STORE", None)
-    monkeypatch.setattr(ranks.dist, "rendezvous", lambda *a, **k: iter([("store", 3, 8)]))
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **options: asked.append(backend))
-    assert ranks.start_ranks() == (3, 8)
-    assert asked == ["cpu:gloo,cuda:nccl"] and "set_device" in as_on_a_gpu
-
-
-def test_free_memory_and_the_name_are_the_cards_own(as_on_a_gpu, process_group):
-    assert ranks.free_gib()[0] == 60.0
-    assert ranks.about_machine()["device"] == "H100"
 
 
 @pytest.mark.parametrize("cuda, driver", [("13.0", "580"), ("12.8", "525")])
@@ -176,7 +166,7 @@ def test_a_cuda_build_that_sees_no_gpu_names_the_driver_and_does_not_train_on_th
 def test_the_papers_preset_has_its_base_and_corrects_for_a_bf16_sampler():
     config = parse(urpo.Config, urpo.PRESETS, ["--preset", "paper"], "")
     assert (config.model, config.importance_cap, config.keep) == ("Qwen/Qwen2.5-7B", 2.0, 2)
-    assert config.preferences[0] == "openbmb/UltraFeedback" and len(config.preferences) == 2
+    assert data.longest_sequence(config) <= 32768  # max_position_embeddings of Qwen2.5-7B
     many = parse(urpo.Config, urpo.PRESETS, "--preset smol --preferences a.jsonl b/c --steps 3".split(), "")
     assert many.preferences == ["a.jsonl", "b/c"] and many.steps == 3 and not many.resume
     assert parse(urpo.Config, urpo.PRESETS, ["--preset", "smol", "--resume"], "").resume is True

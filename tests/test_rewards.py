@@ -20,7 +20,6 @@ from rewards import (
     loss_denominator,
     mean,
     parse_scores,
-    preference_reward,
     self_rewards,
     token_weight,
     verify_answer,
@@ -87,13 +86,6 @@ def test_tau_is_antisymmetric_and_bounded(pairs, variant):
     assert -1 - 1e-9 <= tau <= 1 + 1e-9
     assert kendall_tau([-score for score in scores], truth, variant) == pytest.approx(-tau, abs=1e-9)
     assert kendall_tau(scores, [-rank for rank in truth], variant) == pytest.approx(-tau, abs=1e-9)
-
-
-def test_preference_reward_pays_tau_and_punishes_the_unreadable():
-    assert preference_reward("<scores>9, 8, 6, 7</scores>", [3, 2, 1, 0]) == pytest.approx(2 / 3)
-    assert preference_reward("<scores>9, 9, 1</scores>", [2, 1, 0], "strict") == pytest.approx(2 / 3)
-    assert preference_reward("<scores>7, 7</scores>", [1, 0]) == 0.0
-    assert preference_reward("<scores>8, 6</scores> or <scores>8</scores>", [1, 0]) == -1.0
 
 
 # ---- R: verified answers ----
@@ -220,8 +212,7 @@ def test_group_advantages_vectors():
     assert torch.allclose(advantages_BG, expected_BG, atol=5e-5)
     assert torch.equal(advantages_BG[2], torch.zeros(4))
     assert torch.equal(group_advantages(rewards_BG[1], "center"), torch.tensor([2.25, .25, .25, -2.75]))
-    assert torch.equal(group_advantages(rewards_BG[1], "center", (1.0, 10.0)), torch.tensor([.25, 1 / 36, 1 / 36,
-                                                                                             -2.75 / 9]))
+    assert torch.equal(group_advantages(torch.tensor([10., 1.]), "center", (1.0, 10.0)), torch.tensor([.5, -.5]))
     assert torch.equal(group_advantages(torch.tensor([[3.], [4.]])), torch.zeros(2, 1))
     assert torch.equal(group_advantages(torch.full((2, 8), 0.1)), torch.zeros(2, 8))
     assert torch.equal(group_advantages(torch.tensor([1., 1. + 1e-7]).double(), "center"), torch.zeros(2))

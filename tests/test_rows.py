@@ -118,12 +118,6 @@ def test_pack_loses_nothing_and_keeps_the_budget(sizes, budget):
     assert all(size_of(row) <= budget or len(row) == 1 for row in packed)
 
 
-def test_pack_fills_rows():
-    small, big = group_of([1], [1]), group_of([1] * 50, [1] * 50)
-    assert rows.pack([small, big], 10) == [[big], [small]]
-    assert rows.pack([small, small, small], 4) == [[small, small], [small]]
-
-
 def test_a_rank_with_fewer_rows_than_another_gets_idle_ones_that_weigh_nothing(make_policy, monkeypatch):
     monkeypatch.setattr(rows, "all_reduce", lambda value, op: value + 2)  # another rank has two rows more
     (group,) = random_groups(1)
