@@ -24,6 +24,7 @@ CODE = {str(path.relative_to(ROOT)): path.read_text() for pattern in ("*.py", "i
         for path in sorted(ROOT.glob(pattern)) if path.name != "__init__.py"}
 MAY_IMPORT = {"infra": set(), "rewards": {"infra"}, "data": {"infra"}, "urpo": {"data", "rewards", "infra"},
               "eval": {"urpo", "data", "rewards", "infra"}, "lab": {"eval", "urpo", "data", "rewards", "infra"}}
+SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
 def words(*patterns) -> int:
@@ -39,32 +40,24 @@ def test_the_root_holds_four_scripts_and_all_is_as_short_as_it_claims():
     assert words("README.md") <= 1500 and words("README.md", "docs/**/*.md") <= 9000
 
 
-def docstring_lines(tree) -> set[int]:
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            found.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return found
-
-
 @pytest.mark.parametrize("name", CODE)
 def test_no_code_is_squeezed(name):
-    """Tokens and comprehensions by the lines that hold code; nanoGPT has 7.4 and 2, nanochat 8.9 and 4 per 100."""
-    tree, lines, tokens = ast.parse(CODE[name]), set(), 0
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    documented = docstring_lines(tree)
+    """Tokens a code line, comprehensions per 100 code lines: nanoGPT has 7.4 and 2, nanochat 8.9 and 4."""
+    nodes, lines, documented, tokens = list(ast.walk(ast.parse(CODE[name]))), set(), set(), 0
+    for node in nodes:
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            documented.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 50, node.name
     for token in tokenize.generate_tokens(io.StringIO(CODE[name]).readline):
-        if token.type not in silent and token.start[0] not in documented:
+        if token.type not in SILENT and token.start[0] not in documented:
             tokens += 1
             lines.update(range(token.start[0], token.end[0] + 1))
     comprehensions = sum(isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp))
-                         for node in ast.walk(tree))
+                         for node in nodes)
     tight = name in SCRIPTS or name == "infra/rows.py"
     assert tokens / len(lines) <= (10.5 if tight else 12)
     assert 100 * comprehensions / len(lines) <= (8 if tight else 12)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 50, node.name
 
 
 @pytest.mark.parametrize("name", CODE)
@@ -124,26 +117,16 @@ def test_fsdp_walks_past_a_row_whatever_its_length(make_policy):
 
 @pytest.mark.slow
 def test_without_lab_training_and_evaluation_still_work(tmp_path, taught_model):
-    checkout = tmp_path / "checkout"
+    from tiny_run import OF_RANKS, SIZES, sources
+
+    checkout, rows = tmp_path / "checkout", sources(taught_model)
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns("lab", "tests", "runs", "toy", ".*", "__pycache__"))
-    rows = {"preferences": {"prompt": "Say hi.", "responses": ["hi", "no", "ho", "hm"], "scores": [3, 0, 2, 1]},
-            "reasoning": {"question": "What is 2 + 2?", "answer": "4"}, "instructions": {"instruction": "Say hi."}}
-    sources = []
-    for flag, row in rows.items():
-        lines = [json.dumps({**row, "number": number}) + "\n" for number in range(4)]
-        (tmp_path / f"{flag}.jsonl").write_text("".join(lines))
-        sources += [f"--{flag}", f"{flag}.jsonl"]
-    settings = ("--preset smol --name alone --steps 2 --warmup_steps 1 --batch 12 --mix 1:1:1 --max_prompt_tokens 700 "
-                "--max_answer_tokens 24 --max_referee_tokens 24 --max_judge_tokens 700 --row_tokens 512").split()
-    model = "runs/alone/checkpoints/last/model"
-    environment = {name: value for name, value in os.environ.items() if name not in (
-        "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")}
-    for command in (["urpo.py", *settings, "--model", taught_model, *sources],
-                    ["eval.py", "heldout", "--model", model, *sources, "--json", "heldout.json"]):
+    environment = {name: value for name, value in os.environ.items() if name not in (*OF_RANKS, "PYTHONPATH")}
+    for command in (["urpo.py", *SIZES, "--steps", "2", "--model", taught_model, *rows],
+                    ["eval.py", "heldout", "--model", "runs/e2e/checkpoints/last/model", *rows, "--json", "it.json"]):
         done = subprocess.run([sys.executable, checkout / command[0], *command[1:]], cwd=tmp_path, env=environment,
                               text=True, capture_output=True)
         assert done.returncode == 0, done.stderr[-4000:]
-    assert len((tmp_path / "runs" / "alone" / "log.jsonl").read_text().splitlines()) == 2
-    figures = json.loads((tmp_path / "heldout.json").read_text())["figures"]
-    assert figures and all({"value", "low", "high", "count"} <= set(one) for part in figures.values()
-                           for one in part.values())
+    assert len((tmp_path / "runs" / "e2e" / "log.jsonl").read_text().splitlines()) == 2
+    for part in json.loads((tmp_path / "it.json").read_text())["figures"].values():
+        assert part and all({"value", "low", "high", "count"} <= set(figure) for figure in part.values())
