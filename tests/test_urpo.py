@@ -14,7 +14,7 @@ import torch
 
 import data
 import urpo
-from conftest import VOCABULARY, plain_logprobs, random_groups
+from conftest import VOCABULARY, plain_logprobs, random_groups, sampled_by
 from data import Group, Prompt
 from infra.policy import full_weights
 from infra.sampler import Sample
@@ -133,10 +133,10 @@ def test_rewards_of_all_kinds_and_that_centred_ones_have_one_scale():
 def sampled_groups(plain_model, config, count=6, off=0.0) -> list[Group]:
     """Random groups, every third without a signal; the sampler's log-probs are `off` nats off, up and down."""
     groups, generator = random_groups(count), torch.Generator().manual_seed(0)
+    sampled_by(plain_model, groups, config.temperature)
     for group in groups:
-        with torch.no_grad():
-            own = [plain_logprobs(plain_model, group.prompt_ids, answer, config.temperature) for answer in group.answers]
-        group.sampler_logprobs = [(part + off * torch.sin(3.0 * torch.arange(len(part)))).tolist() for part in own]
+        for part in group.sampler_logprobs:
+            part[:] = [value + off * math.sin(3 * i) for i, value in enumerate(part)]
         group.advantages = torch.randn(3, generator=generator).tolist() if group.index % 3 != 1 else [0.0] * 3
     return groups
 
