@@ -112,13 +112,6 @@ def test_a_log_that_urpo_did_not_write_is_refused_by_line(tmp_path, content, whe
         runs.read_log(tmp_path, [])
 
 
-def test_settings_are_read_where_there_are_some(tmp_path):
-    assert runs.read_about(tmp_path) == {}
-    (tmp_path / "config.json").write_text('{\n"config": ')
-    with pytest.raises(InputError, match="config.json:2: not JSON .*; remove it"):
-        runs.read_about(tmp_path)
-
-
 def test_a_trajectory_without_a_field_is_refused_by_line_and_field(tmp_path):
     record = ranked(0, ["a", "b"], [0.0, 1.0]).to_record(0)
     broken = {name: value for name, value in record.items() if name != "answers"}
@@ -127,18 +120,3 @@ def test_a_trajectory_without_a_field_is_refused_by_line_and_field(tmp_path):
     assert next(groups)[0] == 0
     with pytest.raises(InputError, match="rollouts.jsonl:2: .*'answers'"):
         next(groups)
-
-
-@pytest.mark.parametrize("name, made, refused", [
-    ("old", "runs/old/checkpoints/step_9", "runs/old holds a run: .*--resume .*--name"),  # without a log too
-    ("old", "runs/old/log.jsonl", "holds a run"), ("../new", "other", "--name '../new': "),
-    ("new", "runs", "runs is no folder")])
-def test_the_name_of_a_run_is_a_folder_that_holds_no_other_run(tmp_path, monkeypatch, name, made, refused):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / made).write_text("")
-    with pytest.raises(InputError, match=refused):
-        runs.check_name(name, resume=False)
-    if name == "old":
-        runs.check_name(name, resume=True)
-        runs.check_name("new", resume=False)

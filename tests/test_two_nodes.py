@@ -5,10 +5,8 @@ import sys
 
 import pytest
 
-from conftest import ROOT, free_port
-from tiny_run import SIZES, kill_all, lines, own_environment, same_in_every_run, sources, wait_for
-
-STEPS = ("--steps", "5", "--save_every", "2")
+from conftest import free_port
+from tiny_run import kill_all, lines, own_environment, same_in_every_run, urpo_with, wait_for
 
 
 def start_agent(folder, model, node: int, port: str, *arguments) -> subprocess.Popen:
@@ -17,7 +15,7 @@ def start_agent(folder, model, node: int, port: str, *arguments) -> subprocess.P
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
                 f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two", "--local_addr=127.0.0.1",
                 f"--rdzv_conf=is_host={node == 0}"]  # both are at the endpoint: the first to come would hold the notes
-    command = [sys.executable, *launcher, ROOT / "urpo.py", *SIZES, *sources(model), "--model", model, *STEPS, *arguments]
+    command = [sys.executable, *launcher, *urpo_with(model), "--steps", "5", "--save_every", "2", *arguments]
     with open(folder / f"output-{node}", "w") as output:
         return subprocess.Popen(command, cwd=folder, env=own_environment(), stdout=output, stderr=output,
                                 preexec_fn=lambda: os.sched_setaffinity(0, {cores[node % len(cores)]}))

@@ -141,9 +141,9 @@ def sampled_groups(plain_model, config, count=6, off=0.0) -> list[Group]:
     return groups
 
 
-def trainer(make_policy, optimizer=torch.optim.SGD, **options):
+def trainer(make_policy, optimizer=torch.optim.SGD):
     policy = make_policy()
-    return policy, optimizer(policy.parameters(), lr=1.0, **options)
+    return policy, optimizer(policy.parameters(), lr=1.0)
 
 
 def update(config, policy, optimizer, groups) -> dict:
@@ -213,23 +213,10 @@ def test_an_update_equals_its_rebuild_in_float64(make_policy, plain_model, monke
     assert moved > 10
 
 
-def test_the_first_minibatch_needs_no_log_probs_of_its_own_and_a_group_without_signal_none(make_policy, plain_model):
-    config = tiny_config(minibatches=2, row_tokens=1)
-    policy, optimizer = trainer(make_policy)
-    minibatches = urpo.build_minibatches(config, sampled_groups(plain_model, config))
-    assert [len(rows) for rows in minibatches] == [2, 2]  # one group of each three has no signal
-    urpo.old_logprobs(config, policy, minibatches)
-    assert [[row.old_N is None for row in rows] for rows in minibatches] == [[True] * 2, [False] * 2]
-    for row in minibatches[1]:
-        torch.testing.assert_close(row.old_N, row.sampler_N, rtol=0, atol=1e-4)
-        assert not row.old_N.requires_grad
-
-
 # ---- 6. the guards of an update ----
 
 def test_drift_is_the_mean_distance_a_token_and_unknown_without_a_signal(make_policy, plain_model):
-    config = tiny_config()
-    groups = sampled_groups(plain_model, config)
+    config, groups = tiny_config(), sampled_groups(plain_model, tiny_config())
     for group in groups:
         group.sampler_logprobs = [[value + 5e-4 for value in part] for part in group.sampler_logprobs]
     policy, optimizer = trainer(make_policy)
@@ -278,56 +265,45 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_and_the_next_is_mad
     assert (found["updates"], found["skipped_updates"], found["nonfinite_updates"]) == (1, 1, 1)
     assert all(math.isfinite(value) for value in found.values()) and found["drift_max"] < 1e-4
     assert all(weight.grad is None for weight in policy.parameters()), "nothing is carried into the next update"
-    moved = {name: weight for name, weight in full_weights(policy)}
+    moved = dict(full_weights(policy))
     assert all(moved[name].isfinite().all() for name in moved if "embed" not in name)
     assert not torch.equal(moved["model.norm.weight"], before["model.norm.weight"])
 
 
-def test_the_rate_follows_the_number_of_updates_that_were_made(make_policy, plain_model):
+def test_the_rate_follows_the_number_of_updates_that_were_made(make_policy, plain_model, monkeypatch):
+    monkeypatch.setattr(urpo, "largest_drift", lambda precision: 9.0)
     config = tiny_config(minibatches=2, lr_warmup=3)
-    groups = sampled_groups(plain_model, config)
-    policy, optimizer = trainer(make_policy, torch.optim.AdamW)
-    used, step = [], optimizer.step
+    groups, (policy, optimizer) = sampled_groups(plain_model, config), trainer(make_policy, torch.optim.AdamW)
+    used, logged, step = [], [], optimizer.step
     optimizer.step = lambda: (used.append(optimizer.param_groups[0]["lr"]), step())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(urpo, "largest_drift", lambda precision: 9.0)
-        logged = []
-        for skipped in (False, True, False):
-            if skipped:  # its first update, which then has no number
-                groups[0].advantages = groups[2].advantages = [0.0] * 3
-            logged.append(update(config, policy, optimizer, groups)["lr"])
+    for skipped in (False, True, False):
+        if skipped:  # its first update, which then has no number
+            groups[0].advantages = groups[2].advantages = [0.0] * 3
+        logged.append(update(config, policy, optimizer, groups)["lr"])
     assert used == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
     assert logged == pytest.approx([1e-3 / 3, 1e-3, 1e-3]) and urpo.updates_done(optimizer) == 4
 
 
 TWO_RANKS = """
-import json, math
-import torch
-import urpo
+import json, math, torch, urpo
 from conftest import VOCABULARY, random_groups
-from infra import ranks
-from infra.policy import full_weights, load_policy
-
-rank, world = ranks.start_ranks()
-policy = load_policy({model!r}, vocabulary=VOCABULARY, precision="float32")
+from infra import policy as policies, ranks
+from test_urpo import tiny_config, update
+rank, _ = ranks.start_ranks()
+policy = policies.load_policy({model!r}, vocabulary=VOCABULARY, precision="float32")
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
 urpo.largest_drift = lambda precision: 99.0
 groups = random_groups(8, seed=rank)  # two of each of four minibatches
-for m, group in enumerate(groups):
+for group in groups:
     group.advantages = [1.0, 0.0, -1.0]
-if rank == 1:
-    groups[2].advantages[1] = math.nan  # of the second minibatch
 for group in groups[4:6] + groups[6:] * rank:  # the third has no signal on any rank, the fourth on rank 0 alone
     group.advantages = [0.0] * 3
-config = urpo.Config(precision="float32", group=3, minibatches=4, batch=16, row_tokens=64)
-minibatches = urpo.build_minibatches(config, groups)
-urpo.old_logprobs(config, policy, minibatches)
-found = urpo.update(config, policy, optimizer, minibatches)
-found["finite"] = all(bool(weight.isfinite().all()) for _, weight in full_weights(policy))
+groups[2].advantages[1] = math.nan if rank else 0.0  # of the second minibatch
+found = update(tiny_config(minibatches=4, batch=16), policy, optimizer, groups)
+found["finite"] = all(bool(weight.isfinite().all()) for _, weight in policies.full_weights(policy))
 found["done"] = urpo.updates_done(optimizer)
-for line in ranks.exchange(json.dumps(found)):
-    if rank == 0:
-        print("found", line, flush=True)
+for line in ranks.exchange(json.dumps(found)) * (rank == 0):
+    print("found", line, flush=True)
 """
 
 
@@ -341,21 +317,11 @@ def test_an_update_that_one_rank_cannot_make_is_skipped_by_all(tiny_model, tmp_p
 
 # ---- Config ----
 
-def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
-    config = parse(Config, urpo.PRESETS, ["--preset", "smol", "--batch", "24"], "")
-    assert (config.batch, config.warmup_steps, config.clip_high) == (24, 8, 1.28) and config.model.endswith("toy/model")
-    assert parse(Config, urpo.PRESETS, ["--preset", "paper"], "").model == Config().model
-    assert parse(Config, urpo.PRESETS, [], "").preset in urpo.PRESETS
-
-
-def test_the_papers_settings_are_the_defaults_and_every_setting_has_help():
-    config = Config()
-    assert (config.warmup_steps, config.mix, config.clip_low, config.clip_high) == (100, "1:1:1", 0.8, 1.28)
-    assert all(one.metadata["help"].strip() for one in fields(Config))
+def test_flags_win_over_a_preset_that_wins_over_the_papers_defaults_and_each_preset_passes_its_check():
+    config = parse(Config, urpo.PRESETS, ["--preset", "smol", "--batch", "48"], "")
+    assert (config.batch, config.warmup_steps, config.clip_high) == (48, 8, 1.28) and config.model.endswith("toy/model")
+    paper = parse(Config, urpo.PRESETS, ["--preset", "paper"], "")
+    assert (paper.warmup_steps, paper.mix, paper.clip_low, paper.clip_high) == (100, "1:1:1", 0.8, 1.28)
+    for preset in (config, paper):
+        urpo.check(preset, world=2)
     assert set(urpo.MAY_CHANGE) <= {one.name for one in fields(Config)}
-
-
-@pytest.mark.parametrize("preset", sorted(urpo.PRESETS))
-def test_every_preset_passes_its_own_check(preset):
-    for world in (1, 2):
-        urpo.check(parse(Config, urpo.PRESETS, ["--preset", preset], ""), world)

@@ -1,9 +1,8 @@
 """Runs of urpo.py as users start them, on a tiny model that earns rewards: shared by the tests and the fault campaign.
 
-The vocabulary is padded and the head is tied to the embedding, as in most small models: both are easy to get wrong
-when weights move into the sampler. The model is taught beforehand to answer everything with four scores. So each
-kind earns rewards that differ within a group: preferences by tau, a question by its last number, and instructions
-by the model's own verdicts. The rows of the runs lie in the model's folder.
+Its vocabulary is padded and its head is tied to the embedding: both are easy to get wrong when weights move into the
+sampler. It is taught to answer everything with four scores. So each kind earns rewards that differ within a group.
+The rows of the runs lie in its folder.
 """
 import json
 import os
@@ -31,17 +30,16 @@ OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 
 
 def write_rows(folder) -> None:
-    """40 rows of each kind, with four candidates; `sources` gives their flags."""
+    """40 rows of each kind, with four candidates."""
     for kind, flag in data.FLAGS.items():
         rows = toy.records(kind, "train", 40, 4)
         Path(folder, f"{flag}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def sources(folder) -> list[str]:
-    flags = []
-    for flag in data.FLAGS.values():
-        flags += [f"--{flag}", f"{folder}/{flag}.jsonl"]
-    return flags
+def urpo_with(model, program=ROOT / "urpo.py") -> list:
+    """The program and its flags for a taught model."""
+    rows = [part for flag in data.FLAGS.values() for part in (f"--{flag}", f"{model}/{flag}.jsonl")]
+    return [program, *SIZES, "--model", model, *rows]
 
 
 def teach_score_lines(model, tokenizer, folder, n=4):
@@ -65,7 +63,7 @@ def teach_score_lines(model, tokenizer, folder, n=4):
 def make_taught_model(folder, tokenizer) -> str:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer) + 64,  # padded, as the vocabularies of larger models are
+        vocab_size=len(tokenizer) + 64,  # padded
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         head_dim=32, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2))
     write_rows(folder)
@@ -88,7 +86,7 @@ def own_environment() -> dict[str, str]:
 
 def start(folder, model, *arguments, ranks=2, program=ROOT / "urpo.py", **options) -> subprocess.Popen:
     """`torchrun ... urpo.py` in `folder`, with its output in `folder`/output."""
-    command = [*launcher(ranks), program, *SIZES, *sources(model), "--model", model, *arguments]
+    command = [*launcher(ranks), *urpo_with(model, program), *arguments]
     with open(folder / "output", "w") as output:
         return subprocess.Popen(command, cwd=folder, env=own_environment(), stdout=output, stderr=output, **options)
 
@@ -120,7 +118,7 @@ def wait_for(condition, process, seconds=300):
 
 
 def rank_processes(process) -> list[psutil.Process]:
-    """The ranks of a run, without torchrun itself and without helpers."""
+    """The ranks of a run under torchrun, without helpers."""
     return [child for child in psutil.Process(process.pid).children() if "urpo.py" in " ".join(child.cmdline())]
 
 
