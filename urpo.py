@@ -262,7 +262,7 @@ def check_drift(config: Config, minibatches: list[list[Row]]) -> dict[str, float
     for rows in minibatches:
         for row in rows:
             distance_N = (row.old_N - row.sampler_N).double().abs()
-            distance_N = distance_N[distance_N.isfinite() & (row.weight_N > 0)]  # not finite: the update is skipped
+            distance_N = distance_N[row.old_N.isfinite() & (row.weight_N > 0)]  # not finite: the update is skipped
             total += distance_N.sum().item()
             tokens += len(distance_N)
             largest = max([largest, *distance_N.tolist()])
