@@ -24,7 +24,7 @@ import data
 import urpo
 from data import Group
 from infra import chat
-from infra.ranks import InputError
+from infra.ranks import InputError, stop
 from infra.runs import read_about, read_log
 from rewards import parse_scores, step_figures
 
@@ -116,7 +116,7 @@ def agree(a, b) -> bool:
 
 def record_differences(config, step: int, group: Group, tokenizer) -> list[str]:
     """Where ids, texts, limits and judgements of a group do not go together."""
-    wrong, where, kind = [], f"step {step}, prompt {group.index}", group.prompt.kind
+    wrong, where, kind, stops = [], f"step {step}, prompt {group.index}", group.prompt.kind, chat.stop_ids(tokenizer)
     counts = [len(group.answers), len(group.texts), len(group.finished)]
     if counts != 3 * [config.group]:
         return [f"{where}: {counts} answers, texts and ends, and --group is {config.group}"]
@@ -127,7 +127,7 @@ def record_differences(config, step: int, group: Group, tokenizer) -> list[str]:
         if len(ids) > limit or not finished and len(ids) < limit:
             wrong.append(f"{where}, answer {i}: {len(ids)} tokens of at most {limit}, finished: {finished}")
         known = all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids)
-        if not known or chat.answer_text(tokenizer, ids, chat.stop_ids(tokenizer)) != text:
+        if not known or chat.answer_text(tokenizer, ids, stops) != text:
             wrong.append(f"{where}, answer {i}: the text is not what the token ids say")
     orders = data.judgement_orders(config, group.index, step) if kind == "instruction" else []
     recorded = [judgement["order"] for judgement in group.judgements]
@@ -230,8 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         right = audit(args.run, args.step, args.prompt)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(error)
     sys.exit(0 if right else 1)
 
 
