@@ -5,15 +5,13 @@ In the order in which a step uses them:
     P  preference    r = tau(scores in the answer, true scores)              preference_reward   [paper]
     R  reasoning     r = 1 if the final answer equals the true one, else 0   verify_answer       [paper]
     I  instruction   r_i = mean score that the model itself gave answer i    self_rewards        [paper]
-    all kinds        one dispatch, for training and for `lab.audit`          group_rewards
+    all kinds        one dispatch, for training and its audit                group_rewards
                      A = (r - mean) / std within the group                   group_advantages    [paper]
                      w, a token's weight in the loss                         token_weight        [DAPO]
                      min(rho A, clip(rho, 0.8, 1.28) A)                      clipped_objective   [paper, DAPO]
 
-Below the equations: the figures of a step, which are made of them.
-
-One rule holds everywhere: unknown is not zero. A judgement that cannot be read is None, or on P the worst tau, -1; it
-is never a score.
+Below the equations: the figures of a step, which are made of them. One rule holds everywhere: unknown is not zero. A
+judgement that cannot be read is None, or on P the worst tau, -1; it is never a score.
 """
 
 from __future__ import annotations
@@ -108,9 +106,8 @@ def preference_reward(text: str, truth: Sequence[float], variant: str = "b") -> 
 def verify_answer(response: str, answer: str) -> float:
     r"""Reward of one solution: 1 if its final answer equals `answer`, else 0 [paper]. The check is our choice.
 
-    The final answer is the last box, or without one the last number. Two plain numbers must be equal exactly; "50%"
-    equals 50 and also 1/2, since data sets write either. Words are compared letter by letter. Everything symbolic goes
-    to math_verify, and what that cannot decide in time is not verified, so 0. No text makes this function raise.
+    The final answer is the last box, or without one the last number; infra/answers.py says what equals what. No text
+    makes this function raise.
 
     >>> verify_answer(r"First \boxed{3}. No: \boxed{1{,}024}.", "1024"), verify_answer("so 3/4 it is", "0.75")
     (1.0, 1.0)
@@ -293,8 +290,7 @@ class Tally:
 
 def update_figures(tallies: list[Tally], world: int) -> dict:
     """Means over the updates of a step, of all ranks. Nothing of a skipped update counts."""
-    done = [tally for tally in tallies if tally.updated]
-    empty = [tally for tally in tallies if tally.norm is None]
+    done, empty = [tally for tally in tallies if tally.updated], [tally for tally in tallies if tally.norm is None]
     loss = norm = low = high = tokens = 0.0
     for tally in done:
         norm += tally.norm

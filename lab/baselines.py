@@ -1,28 +1,22 @@
-"""The paper's baselines, and one arm beyond it: each is the loop of urpo.py with one part changed.
+"""The paper's baselines: each is the loop of urpo.py with one part changed.
 
-    python urpo.py --mix 1:1:0 --warmup_steps 0 ...      first a judge, by tau on P (and R): no file of its own
-    python baselines.py rm_gen --judge FOLDER ...        part 3 by that judge, frozen, in an engine of its own
-    python baselines.py reward_model ...                 first a scalar reward model, on the pairs of P
-    python baselines.py rm_score --judge FOLDER ...      part 3 by that reward model
-    python baselines.py sft ...                          no rewards: imitate the toy world's demonstrator instead
-    python baselines.py own_preferences ...              beyond the paper: P from the policy's own answers to R
+    python urpo.py --mix 1:1:0 --warmup_steps 0 ...       first a judge, by tau on P (and R): no file of its own
+    python -m lab.baselines rm_gen --judge FOLDER ...     part 3 by that judge, frozen, in a sampler of its own
+    python -m lab.baselines reward_model ...              first a scalar reward model, on the pairs of P
+    python -m lab.baselines rm_score --judge FOLDER ...   part 3 by that reward model
+    python -m lab.baselines sft ...                       no rewards: imitate the toy world's demonstrator instead
 
-Each takes the flags of urpo.py, draws the same prompts from a seed, and starts under torchrun as urpo.py does. What a
-baseline has no use for it ignores: reward_model all but data, rate and steps, sft the clip and the sampling.
-report/evidence.py compares them, and counts what a separate judge costs. What a GPU would do here is not yet run: the
-judge stays awake in its memory, which --plan does not count, beside the policy's engine and the trainer. Both engines
-take --gpu_memory, so give half of it or less.
+Each takes the flags of urpo.py, draws the same prompts from a seed, and starts under torchrun as urpo.py does:
+`torchrun --nproc_per_node=2 -m lab.baselines rm_gen ...`. On a GPU, where nothing of this was run, a judge stays awake
+beside the policy's sampler and the trainer: give half of --gpu_memory or less.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import random
 import sys
-import time
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
@@ -33,70 +27,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import eval
-import flags
-import machine
-import metrics
-import plan
-import readers
-import runs
 import urpo
-from data import Group, InputError, Prompt
-from machine import all_reduce, on_rank_0
-from rewards import HIGHEST_SCORE, LOWEST_SCORE, group_rewards
-from toy import seed, world
-from urpo import flag
+from data import Group, Prompt
+from infra import chat, policy, ranks, runs
+from infra.ranks import InputError, all_reduce, on_rank_0
+from infra.results import interval
+from infra.sampler import Sample, start_sampler
+from infra.settings import parse, setting
+from lab import seed, toy
+from rewards import HIGHEST_SCORE, LOWEST_SCORE, Tally, group_rewards, update_figures
 
 
 @dataclass
 class Baseline(urpo.Config):
-    """The settings of urpo.py, and those of a separate judge."""
+    """The settings of urpo.py, and those of the baselines."""
 
-    judge: str = flag("", "rm_gen and rm_score: folder of the frozen judge")
-    passes: int = flag(1, "reward_model: how often it sees each pair")
-    errors: str = flag(".4:.4:.6", "sft: how often the demonstrator errs on P:R:I (docs/seed.md)")
-
-
-# ------------------------------------------------------------------------------- RM-gen
+    judge: str = setting("", "rm_gen and rm_score: folder of the frozen judge")
+    passes: int = setting(1, "reward_model: how often it sees each pair", above=0)
+    heldout: str = setting(f"{urpo.TOY}/heldout/preferences.jsonl", "reward_model: pairs that measure it in the end")
+    errors: float = setting(1.0, "sft: times how often the demonstrator errs; 0: never", least=0)
 
 
-def judge_folder(config: Baseline, head: str, made_by: str) -> str:
-    """The folder of --judge. head: how the name of its architecture ends; any other would get random weights.
-
-    Raises InputError on every rank, where no such model is there. made_by: the command that makes one.
-    """
-
-    def find():
-        folder = plan.model_folder(config.judge)
-        if not os.path.isfile(os.path.join(folder, "config.json")):
-            raise InputError(f"--judge {config.judge}: no model here (no config.json): give a folder that "
-                             f"`{made_by}` made")
-        found = (plan.model_config(folder).architectures or ["model without a name"])[0]
-        if not found.endswith(head):
-            raise InputError(f"--judge {config.judge} is a {found} and no ...{head}: give a folder that "
-                             f"`{made_by}` made")
-        return folder
-
-    return on_rank_0(f"preparing --judge {config.judge}", find)
-
-
-def rm_gen(config: Baseline) -> None:
-    """GRPO with a separate generative reward model [paper]: another model judges, and its weights never change."""
-    folder = judge_folder(config, "ForCausalLM", "urpo.py --mix 1:1:0")
-    tokenizer = plan.load_tokenizer(folder, config.chat_template)
-    longest = config.max_judge_tokens + config.max_referee_tokens
-    plan.check_model(folder, len(tokenizer), longest)
-    sequences = config.batch // dist.get_world_size() * config.group
-    judge = machine.start_engine(
-        folder, longest, config.cpu_cache, config.gpu_memory, sequences, tokenizer.chat_template, sleeps=False)
-
-    def score(config, engine, policy_tokenizer, groups: list[Group], step: int) -> None:
-        urpo.self_score(config, judge, tokenizer, groups, step)
-
-    urpo.train(config, score)
-
-
-# ------------------------------------------------------------------------------- the scalar reward model
+# ------------------------------------------------------------------------------- a scalar reward model
 
 
 class RewardModel(nn.Module):
@@ -112,25 +64,26 @@ class RewardModel(nn.Module):
 
     def forward(self, sequences: list[list[int]]) -> Tensor:
         """Token ids of B texts -> their scores [B], fp32. Padding stands at the end, where no token sees it."""
-        ids_BT = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
-        for i, ids in enumerate(sequences):
-            ids_BT[i, : len(ids)] = torch.tensor(ids)
-        last_B = torch.tensor([len(ids) - 1 for ids in sequences])
-        hidden_BTH = self.lm.model(ids_BT.to(machine.DEVICE), use_cache=False).last_hidden_state
-        return self.lm.score(hidden_BTH[torch.arange(len(sequences)), last_B]).float()[:, 0]
+        texts = [torch.tensor(ids, device=ranks.DEVICE) for ids in sequences]
+        ids_BT = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        hidden_BTH = self.lm.model(ids_BT, use_cache=False).last_hidden_state
+        last_BH = torch.stack([hidden_TH[len(ids) - 1] for hidden_TH, ids in zip(hidden_BTH, sequences)])
+        return self.lm.score(last_BH).float()[:, 0]
 
 
-def encode_answer(tokenizer, instruction: str, answer: str) -> list[int]:
-    """Token ids of an instruction and its answer, as a policy would have written it. Both are data, never structure."""
-    prompt = data.encode_prompt(tokenizer, Prompt("instruction", instruction))
-    text = data.break_control_strings(answer, tokenizer)
-    return prompt + tokenizer.encode(text, add_special_tokens=False) + data.stop_ids(tokenizer)[:1]
+def score_rows(model: RewardModel, tokenizer, rows: list[Prompt]) -> Tensor:
+    """The scores of all responses of all rows, one after another, each as a policy would have written it."""
+    sequences, end = [], chat.stop_ids(tokenizer)[:1]
+    for row in rows:
+        prompt = data.encode_prompt(tokenizer, Prompt("instruction", row.instruction))
+        for response in row.responses:
+            text = chat.break_control_strings(response, tokenizer)  # judged text is data, never structure
+            sequences.append(prompt + tokenizer.encode(text, add_special_tokens=False) + end)
+    return model(sequences)
 
 
 def margins(score_B: Tensor, rows: list[Prompt]) -> Tensor:
-    """Score of the better minus score of the worse response, for every pair of different truth within a row.
-
-    score_B: the scores of all responses of all rows, one after another.
+    """The better response's score minus the worse one's, for all pairs of different truth within the rows of score_B.
 
     >>> margins(torch.tensor([1., 3., 0., 2., 2.]), [Prompt("preference", "", ("a", "b"), (0, 1)),
     ...                                              Prompt("preference", "", ("c", "d", "e"), (2, 1, 1))])
@@ -145,140 +98,111 @@ def margins(score_B: Tensor, rows: list[Prompt]) -> Tensor:
     return torch.stack(found)
 
 
-def bradley_terry_loss(margin_N: Tensor) -> Tensor:
-    """-log P(the better response wins) = -log sigmoid(margin), nats, for each pair [Bradley and Terry 1952].
-
-    >>> bradley_terry_loss(torch.tensor([0., 2.]))
-    tensor([0.6931, 0.1269])
-    """
-    return -nn.functional.logsigmoid(margin_N)
-
-
 def pair_measures(margin_N: Tensor) -> dict[str, Tensor]:
-    """What a reward model is worth on each pair: its loss, nats; whether it is right, a tie being half right; and its
-    confidence, the probability of its favourite. Where the mean confidence is above the accuracy, it is too sure.
+    """Of each pair: its loss, -log sigmoid(margin), nats [Bradley and Terry 1952]; and whether it is right, a tie half.
 
-    >>> measures = pair_measures(torch.tensor([2., -1.]))
-    >>> measures["accuracy"].tolist(), measures["confidence"]
-    ([1.0, 0.0], tensor([0.8808, 0.7311]))
+    >>> measures = pair_measures(torch.tensor([2., -1., 0.]))
+    >>> measures["loss"], measures["accuracy"].tolist()
+    (tensor([0.1269, 1.3133, 0.6931]), [1.0, 0.0, 0.5])
     """
-    right_N = (margin_N > 0).float() + 0.5 * (margin_N == 0)
-    return {
-        "loss": bradley_terry_loss(margin_N),
-        "accuracy": right_N,
-        "confidence": margin_N.abs().sigmoid(),
-    }
+    right_N = (margin_N > 0) + 0.5 * (margin_N == 0)
+    return {"loss": -nn.functional.logsigmoid(margin_N), "accuracy": right_N}
 
 
-def load_pairs(config: Baseline, folder: str):
-    """(tokenizer, sources) of the settings, as urpo.py reads them."""
-    tokenizer = plan.load_tokenizer(folder, config.chat_template)
-    names = {kind: getattr(config, name) for kind, name in data.FLAGS.items()}
-    counts = data.mix_counts(config.mix, config.batch, warmup=False)
-    sources, _ = readers.load_sources(
-        names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
-        config.judge_list or config.group, config.toy_rows, machine.each_row_once)
-    return tokenizer, sources
-
-
-def pairs_of_step(sources, config: Baseline, step: int) -> list[Prompt]:
-    """The rows of P that urpo.py with the same settings draws at a step, each once: a scalar sees no order.
-
-    Rows whose responses are all as good have no pair, and are left out.
-    """
-    batch = data.draw(
-        sources, config.mix, config.batch, config.warmup_steps, config.seed, step, config.both_orders)
-    rows = [row for row in batch if row.kind == "preference"]
+def pairs_of_step(config: Baseline, sources, step: int) -> list[Prompt]:
+    """The rows of P that urpo.py draws at a step, each once: a scalar sees no order. Those without a pair go."""
+    rows = [row for row in data.draw(config, sources, step) if row.kind == "preference"]
     if config.both_orders:  # then a row stands twice, one after the other
         rows = rows[::2]
     return [row for row in rows if len(set(row.truth)) > 1]
 
 
-def score_rows(model: RewardModel, tokenizer, rows: list[Prompt]) -> Tensor:
-    """The scores of all responses of all rows, one after another."""
-    texts = []
-    for row in rows:
-        for response in row.responses:
-            texts.append(encode_answer(tokenizer, row.instruction, response))
-    return model(texts)
+def learn_pairs(config: Baseline, model: RewardModel, optimizer, tokenizer, rows) -> dict:
+    """One optimiser step on the pairs of some rows, shared out to the ranks. Returns their figures before it."""
+    world = dist.get_world_size()
+    if len(rows) < world:  # the same on all ranks
+        raise InputError(f"reward_model: a step has {len(rows)} rows of P for {world} ranks: more P in --mix, a larger "
+                         "--batch, or fewer ranks")
+    rows = rows[dist.get_rank() :: world]
+    measures = pair_measures(margins(score_rows(model, tokenizer, rows), rows))
+    pairs = all_reduce(len(measures["loss"]))
+    (measures["loss"].sum() * world / pairs).backward()  # FSDP averages gradients over the ranks
+    figures = {"grad_norm": urpo.step_optimizer(config, model, optimizer)}
+    for name, value_N in measures.items():
+        figures[name] = all_reduce(value_N.sum()) / pairs
+    return figures
 
 
 def reward_model(config: Baseline) -> None:
-    """Train the scalar on the pairs that a run of urpo.py with the same flags draws for P, `--passes` times.
-
-    The figures of the first pass are those of pairs that the model has not seen yet.
-    """
-    rank, ranks, run = dist.get_rank(), dist.get_world_size(), Path("runs") / config.name
-    folder = on_rank_0(f"preparing --model {config.model}", lambda: plan.model_folder(config.model))
-    tokenizer, sources = load_pairs(config, folder)
+    """Train a scalar on the pairs that a run of urpo.py with the same flags draws for P, `--passes` times."""
+    if config.resume:
+        raise InputError("reward_model: it is trained in one go: leave --resume out, and give another --name")
+    run = Path("runs") / config.name
+    folder = on_rank_0(f"reading --model {config.model}", lambda: policy.check_folder(config.model))
+    tokenizer = chat.load_tokenizer(folder, config.chat_template)
+    sources, _ = data.load_sources(config, tokenizer)
+    heldout = [row for row in data.load_source("preference", config.heldout) if len(set(row.truth)) > 1]
     torch.manual_seed(config.seed)  # of the new head
-    model = machine.shard_policy(RewardModel(folder, config.precision))
+    model = policy.shard_policy(RewardModel(folder, config.precision))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = machine.warmup_schedule(optimizer, config.lr_warmup)
-    log = runs.Log(run, asdict(config))
-    on_rank_0(f"writing {run}", lambda: log.open({}))
-    for step in tqdm(range(config.passes * config.steps), disable=rank != 0):
-        started = time.perf_counter()
-        rows = pairs_of_step(sources, config, step % config.steps)
-        if len(rows) < ranks:  # the same on all ranks
-            raise InputError(f"reward_model: step {step} has {len(rows)} rows of P for {ranks} ranks: more P in "
-                             "--mix, a larger --batch, or fewer ranks")
-        rows = rows[rank::ranks]
-        margin_N = margins(score_rows(model, tokenizer, rows), rows)
-        pairs = all_reduce(len(margin_N))
-        # Times the number of ranks, since FSDP averages gradients over them.
-        (bradley_terry_loss(margin_N).sum() * ranks / pairs).backward()
-        norm = machine.clip_gradient(model, config.grad_clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        figures = {"step": step, "grad_norm": norm, "seconds": time.perf_counter() - started}
-        for name, value_N in pair_measures(margin_N.detach()).items():
-            figures[name] = all_reduce(value_N.sum()) / pairs
-        on_rank_0(f"writing {run}", lambda: log.append("log.jsonl", [figures]))
-    weights = dict(machine.full_weights(model))  # all ranks gather
+    on_rank_0(f"making {run}", lambda: run.mkdir(parents=True, exist_ok=True))
+    for step in tqdm(range(config.passes * config.steps), disable=dist.get_rank() != 0):
+        rows = pairs_of_step(config, sources, step % config.steps)
+        line = {"step": step, **learn_pairs(config, model, optimizer, tokenizer, rows)}
+        on_rank_0(f"writing {run}", lambda: runs.append(run / "log.jsonl", [line]))
+    weights = dict(policy.full_weights(model))  # all ranks gather
+    with torch.no_grad():
+        parts = [margins(score_rows(model, tokenizer, [row]), [row]) for row in heldout]
+    measures = pair_measures(torch.cat(parts))
+    measured = {name: interval(value_N.tolist()) for name, value_N in measures.items()}
 
     def save():
         model.lm.save_pretrained(run / "model", state_dict=weights)
         tokenizer.save_pretrained(run / "model")
+        result = {"model": f"{run}/model",  # as eval.py writes it
+                  "settings": {"preferences": config.heldout},
+                  "figures": {"referee": measured}, "answers": []}
+        runs.write_whole(run / "heldout-after.json", json.dumps(result, indent=1))
 
-    on_rank_0(f"writing {run / 'model'}", save)
-    measured = json.dumps(measure(model.eval(), tokenizer, config), indent=1)
-    on_rank_0(f"writing {run}", lambda: runs.write_whole(run / "heldout-after.json", measured))
+    on_rank_0(f"writing {run}", save)
 
 
-@torch.no_grad()
-def measure(model: RewardModel, tokenizer, config: Baseline) -> dict:
-    """The reward model on the pairs of `eval.py heldout`, in the form of its JSON."""
-    asked = argparse.Namespace(
-        preferences="toy", reasoning="none", instructions="none",
-        rows=eval.OPTIONS["rows"][1], max_prompt_tokens=config.max_prompt_tokens)
-    pairs = eval.heldout_rows(asked, tokenizer)["preference"]
-    answers, score_B = [], torch.cat([score_rows(model, tokenizer, [pair]) for pair in pairs])
-    for pair, score_2 in zip(pairs, score_B.view(-1, 2)):
-        answers.append({
-            "kind": "preference",
-            "asked": pair.instruction,
-            "responses": pair.responses,
-            "truth": pair.truth,
-            "scores": score_2.tolist(),
-        })
-    figures = {}
-    for name, value_N in pair_measures(margins(score_B, pairs)).items():
-        figures[name] = metrics.interval(value_N.tolist())
-    return {
-        "model": f"runs/{config.name}/model",
-        "settings": vars(asked),
-        "figures": {"referee": figures},
-        "answers": answers,
-    }
+# ------------------------------------------------------------------------------- GRPO with another judge
+
+
+def check_judge(config: Baseline, head: str, made_by: str) -> None:
+    """Refuse a --judge whose architecture does not end with `head`: another one would get a head of random weights."""
+
+    def check():
+        found = ["no folder"]
+        if os.path.isdir(config.judge):
+            found = policy.model_config(policy.check_folder(config.judge)).architectures or ["a model without a name"]
+        if not found[0].endswith(head):
+            raise InputError(f"--judge {config.judge!r} is {found[0]}, and no ...{head}: give a folder that "
+                             f"`{made_by}` made")
+
+    on_rank_0(f"reading --judge {config.judge}", check)
+
+
+def rm_gen(config: Baseline) -> None:
+    """GRPO with a separate generative reward model [paper]: another model judges, and its weights never change."""
+    check_judge(config, "ForCausalLM", "urpo.py --mix 1:1:0")
+    tokenizer = chat.load_tokenizer(config.judge, config.chat_template)
+    longest = config.max_judge_tokens + config.max_referee_tokens
+    on_rank_0("reading the judge", lambda: policy.check_model(config.judge, vocabulary=len(tokenizer), tokens=longest))
+    judge = start_sampler(config.judge, max_tokens=longest, chat_template=tokenizer.chat_template, sleeps=False,
+                          sequences=config.batch // dist.get_world_size() * config.group, gpu_memory=config.gpu_memory)
+
+    def score(config, sampler, policy_tokenizer, groups, step) -> None:
+        urpo.self_score(config, judge, tokenizer, groups, step)
+
+    urpo.train(config, score)
 
 
 def as_points(score_G: Tensor) -> list[float]:
     """A group's scalars as scores: its mean is 5.5 points, a unit of log-odds is one, all cut to 1 to 10 (ours).
 
-    A reward model learns differences only, so its scores may all be high: uncentred, the best answers of a group would
-    tie at the cut. Advantages do not change under a shift. The log and `report` read these as a judge's scores.
+    A reward model learns differences only: uncentred, the best answers of a group could tie at the cut.
 
     >>> as_points(torch.tensor([6.0, 5.0, -2.0]))
     [8.5, 7.5, 1.0]
@@ -289,22 +213,19 @@ def as_points(score_G: Tensor) -> list[float]:
 
 def rm_score(config: Baseline) -> None:
     """GRPO with a scalar reward model [paper]: it scores each answer by itself, in one forward pass."""
-    folder = judge_folder(config, "ForSequenceClassification", "baselines.py reward_model")
-    tokenizer = plan.load_tokenizer(folder)
-    model = RewardModel(folder, config.precision).to(machine.DEVICE).eval()
+    check_judge(config, "ForSequenceClassification", "lab.baselines reward_model")
+    tokenizer = chat.load_tokenizer(config.judge, config.chat_template)
+    model = RewardModel(config.judge, config.precision).to(ranks.DEVICE).eval()
 
     @torch.no_grad()
-    def score(config, engine, policy_tokenizer, groups: list[Group], step: int) -> None:
+    def score(config, sampler, policy_tokenizer, groups, step) -> None:
         for group in groups:
-            orders = data.judgement_orders(group, step, config.seed, config.judge_list or config.group,
-                                           config.judgements, config.audit_judge)
-            if not orders:
-                continue
-            row = Prompt("preference", group.prompt.instruction, tuple(group.texts))
-            points = as_points(score_rows(model, tokenizer, [row]))
-            for order in orders:
-                text = data.score_line([points[i] for i in order])
-                group.judgements.append({"order": order, "cut": 0, "prompt": None, "text": text})
+            if group.prompt.kind == "instruction":
+                row = Prompt("preference", group.prompt.instruction, tuple(group.texts))
+                points = as_points(score_rows(model, tokenizer, [row]))
+                for order in data.judgement_orders(config, group.index, step):
+                    text = data.score_line([points[i] for i in order])
+                    group.judgements.append({"order": order, "cut": 0, "prompt": None, "text": text})
 
     urpo.train(config, score)
 
@@ -312,161 +233,96 @@ def rm_score(config: Baseline) -> None:
 # ------------------------------------------------------------------------------- SFT
 
 
-def error_rates(errors: str) -> list[float]:
-    """--errors as the demonstrator's rates on P, R and I.
-
-    >>> error_rates(".4:.4:.6")
-    [0.4, 0.4, 0.6]
-    """
-    try:
-        rates = [float(part) for part in errors.split(":")]
-    except ValueError:
-        rates = []
-    if len(rates) != 3 or not all(0 <= rate <= 1 for rate in rates):
-        raise InputError(f"--errors {errors}: give three rates between 0 and 1 for P:R:I, for example .4:.4:.6")
-    return rates
+ERRORS = {"preference": 0.4, "reasoning": 0.4, "instruction": 0.6}  # as in the half-taught base (docs/seed.md)
 
 
-def demonstrate(tokenizer, group: Group, size: int, worked: dict[str, dict], errors: list[float], rng) -> None:
-    """So many worked answers to a group's prompt. The demonstrator errs as he did when he taught the seed base.
+def demonstrations(sources: dict) -> dict[str, dict]:
+    """{question or instruction: its record in the toy world, with a worked and a flawed answer}. Refuses other rows."""
+    worked = {}
+    for kind, name in (("reasoning", "question"), ("instruction", "instruction")):
+        for record in toy.records(kind, "train", toy.TRAINING):
+            worked[record[name]] = record
+        for row in sources.get(kind, []):
+            if row.instruction not in worked:
+                raise InputError(f"--{data.FLAGS[kind]}: nobody demonstrates {row.instruction[:60]!r}: give sft the "
+                                 "training rows that `python -m lab.toy` writes")
+    return worked
 
-    worked: the row of the toy world behind each question and instruction. errors: his rates on P, R, I. The rewards
-    are for the log alone: how often he was right.
+
+def demonstrate(config: Baseline, tokenizer, group: Group, worked: dict, rng) -> None:
+    """G worked answers to a group's prompt, by a demonstrator who errs.
+
+    The rewards are for the log alone: how often he was right. All answers shall become likelier: each advantage is 1.
     """
     prompt = group.prompt
-    for _ in range(size):
-        errs = rng.random() < errors[data.KINDS.index(prompt.kind)]
+    for _ in range(config.group):
+        errs = rng.random() < config.errors * ERRORS[prompt.kind]
         if prompt.kind == "preference":
             text = seed.worked_ranking(prompt.truth[::-1] if errs else prompt.truth)
         else:
             text = worked[prompt.instruction]["flawed" if errs else "worked"]
-        ids = tokenizer.encode(text, add_special_tokens=False) + data.stop_ids(tokenizer)[:1]
-        group.add(machine.Sample(ids, text, True, [0.0] * len(ids)))
-    group.rewards, group.advantages = group_rewards(prompt, group.texts, []), [0.0] * size
+        ids = tokenizer.encode(text, add_special_tokens=False) + chat.stop_ids(tokenizer)[:1]
+        group.add(Sample(ids, text, True, [0.0] * len(ids)))
+    group.rewards, group.advantages = group_rewards(config, group), [1.0] * config.group
 
 
-def imitate(config: Baseline, policy: machine.Policy, optimizer, schedule, groups: list[Group]) -> dict:
-    """One optimiser step a minibatch, maximising the mean of log pi(token) over its answer tokens."""
-    total, size = {"loss": 0.0, "grad_norm": 0.0}, len(groups) // config.minibatches
-    for m in range(config.minibatches):
-        minibatch = groups[m * size : (m + 1) * size]
-        urpo.set_token_weights(minibatch, config.loss)
-        for row in machine.accumulate(policy, machine.build_rows(minibatch, config.row_tokens)):
-            loss = -(row.weight_N * policy(row)).sum()
+def imitate(config: Baseline, model: policy.Policy, optimizer, groups: list[Group]) -> dict:
+    """Part 6 with another loss: minus the mean of log pi(token) over the answer tokens of a minibatch."""
+    tallies, lr = [], urpo.learning_rate(config, policy.updates_done(optimizer))
+    for rows in urpo.build_minibatches(config, groups):
+        tally = Tally()
+        for row in policy.accumulate(model, rows):
+            logprob_N = model(row)
+            loss = -(row.weight_N * logprob_N).sum()
             loss.backward()
-            total["loss"] += loss.item()
-        norm = machine.clip_gradient(policy, config.grad_clip)
-        if not math.isfinite(norm):  # the same on all ranks
-            raise FloatingPointError("sft: the gradient is not finite: lower --lr")
-        total["grad_norm"] += norm / config.minibatches
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    total["loss"] = all_reduce(total["loss"]) / dist.get_world_size() / config.minibatches
-    lr = optimizer.param_groups[0]["lr"]
-    return total | dict(updates=config.minibatches, skipped_updates=0, nonfinite_updates=0, lr=lr)
+            tally.add(loss, torch.ones_like(logprob_N), row, config.clip_low, config.clip_high)
+        tally.norm = urpo.step_optimizer(config, model, optimizer)
+        tallies.append(tally)
+    return {**update_figures(tallies, dist.get_world_size()), "lr": lr}
 
 
 def sft(config: Baseline) -> None:
-    """Supervised fine-tuning [paper]: G demonstrations for each of URPO's prompts, so about as many answer tokens."""
-    if config.preferences != ["toy:2"] or {*config.reasoning, *config.instructions} != {"toy"}:
-        raise InputError("sft: the demonstrator knows the toy world alone: --preferences toy:2 --reasoning toy "
-                         "--instructions toy")
-    rank, ranks, run = dist.get_rank(), dist.get_world_size(), Path("runs") / config.name
-    errors = error_rates(config.errors)
-    worked = {row["question"]: row for row in world.records("reasoning", "train", config.toy_rows)}
-    worked |= {row["instruction"]: row for row in world.records("instruction", "train", config.toy_rows)}
-    tokenizer, sources, policy, optimizer, schedule, engine, log, first_step = urpo.set_up(config, run)
-    machine.sleep(engine)
-    for step in tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, disable=rank != 0):
-        clock = machine.Clock(data.PARTS)
-        batch = data.draw(
-            sources, config.mix, config.batch, config.warmup_steps, config.seed, step, config.both_orders)
-        groups = []
-        for index, prompt in data.shard(batch, config.minibatches, rank, ranks):
+    """Supervised fine-tuning [paper]: G demonstrations of each prompt, so about as many tokens. Without a sampler."""
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    folder = on_rank_0(f"reading --model {config.model}", lambda: policy.check_folder(config.model))
+    tokenizer = chat.load_tokenizer(folder, config.chat_template)
+    sources, dropped = data.load_sources(config, tokenizer)
+    worked = demonstrations(sources)
+    log = runs.Log(asdict(config), rows=data.checksums(sources), may_change=urpo.MAY_CHANGE,
+                   about={"rows_dropped_as_too_long": dropped})
+    model = policy.load_policy(folder, vocabulary=len(tokenizer), precision=config.precision)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    if log.saved:
+        runs.load_checkpoint(log.saved, model, optimizer)
+    for step in log.steps():
+        clock, groups = ranks.Clock(), []
+        for index, prompt in data.shard(data.draw(config, sources, step), config.minibatches, rank, world):
             rng = random.Random(f"{config.seed}/{step}/{index}/demonstration")
-            group = Group(index, prompt, data.encode_prompt(tokenizer, prompt), answers=[])
-            demonstrate(tokenizer, group, config.group, worked, errors, rng)
-            groups.append(group)
+            groups.append(Group(index, prompt, data.encode_prompt(tokenizer, prompt)))
+            demonstrate(config, tokenizer, groups[-1], worked, rng)
         clock("draw")
-        figures = imitate(config, policy, optimizer, schedule, groups)
+        figures = imitate(config, model, optimizer, groups)
         clock("update")
-        records = machine.gather([group.to_record(step) for group in groups])
-        figures["seconds"] = clock.seconds
-        figures["peak_memory_gib"] = machine.peak_memory_gib(clock)
-        on_rank_0(f"writing {run}", lambda: log.write(step, records, figures))
-        done = step + 1
-        if done == config.steps or (config.save_every and done % config.save_every == 0):
-            folder = run / "checkpoints" / f"step_{done}"
-            runs.save_checkpoint(folder, policy, optimizer, schedule, tokenizer, asdict(config), config.keep)
+        urpo.record(config, log, groups, figures | clock.figures(), step)
+        log.save_if_due(step, model, optimizer, tokenizer)
 
 
-# ------------------------------------------------------------------------------- own answers as preferences
-
-
-def own_pair(group: Group) -> Prompt | None:
-    """A right and a wrong answer to one question, as a row of P whose truth is verified; None if all are alike.
-
-    >>> group = Group(0, Prompt("reasoning", "2 + 2?", answer="4"), [], [], texts=["it is 4", "it is 5"])
-    >>> own_pair(group).responses, own_pair(group).truth
-    (('it is 4', 'it is 5'), (1.0, 0.0))
-    """
-    marks = group_rewards(group.prompt, group.texts, [])
-    if len(set(marks)) < 2:
-        return None
-    responses = (group.texts[marks.index(1.0)], group.texts[marks.index(0.0)])
-    return Prompt("preference", group.prompt.instruction, responses, truth=(1.0, 0.0))
-
-
-def own_preferences(config: Baseline) -> None:
-    """URPO whose referee also learns from what it must judge: the policy's own answers (beyond the paper, ours).
-
-    Half of a rank's P prompts, rounded up to whole pairs, are replaced after part 2 by pairs of its answers to R, each
-    in both orders. So the shares of P, R and I stay as they are. `eval.py explain` finds these prompts in no source.
-    """
-
-    def score(config, engine, tokenizer, groups: list[Group], step: int) -> None:
-        urpo.self_score(config, engine, tokenizer, groups, step)
-        places = [i for i, group in enumerate(groups) if group.prompt.kind == "preference"]
-        prompts = []
-        for group in groups:
-            pair = own_pair(group) if group.prompt.kind == "reasoning" else None
-            if pair:
-                prompts += [pair, data.swapped(pair)]
-        half = (len(places) + 2) // 4 * 2  # an even number
-        share = [(groups[place].index, prompt) for place, prompt in zip(places[:half], prompts)]
-        for place, group in zip(places, urpo.rollout(config, engine, tokenizer, share, step)):
-            groups[place] = group
-
-    urpo.train(config, score)
-
-
-# ------------------------------------------------------------------------------- command line
-
-COMMANDS = {
-    "rm_gen": rm_gen,
-    "reward_model": reward_model,
-    "rm_score": rm_score,
-    "sft": sft,
-    "own_preferences": own_preferences,
-}
+COMMANDS = {"rm_gen": rm_gen, "reward_model": reward_model, "rm_score": rm_score, "sft": sft}
 
 
 def main() -> None:
     try:
         command, *arguments = sys.argv[1:] or [""]
         if command not in COMMANDS:
-            print(__doc__)
-            raise InputError(f"{command or 'no command'}: give one of {', '.join(COMMANDS)}")
-        config = flags.parse(Baseline, urpo.PRESETS, arguments)
-        flags.check(config, world=int(os.environ.get("WORLD_SIZE", 1)))
-        if command in ("rm_gen", "rm_score") and not config.judge:
-            raise InputError(f"{command}: give --judge, the folder of the model that judges")
-        runs.check_folder(config.name, config.resume)
-        machine.start_ranks(config.timeout)
+            raise InputError(f"{command or 'no command'}: give one of {', '.join(COMMANDS)}, then the flags of urpo.py")
+        config = parse(Baseline, urpo.PRESETS, arguments, COMMANDS[command].__doc__)
+        urpo.check(config, world=int(os.environ.get("WORLD_SIZE", 1)))
+        runs.check_name(config.name, config.resume)
+        ranks.start_ranks()
         COMMANDS[command](config)
     except (InputError, FloatingPointError, RuntimeError) as error:
-        machine.stop(error)
+        ranks.stop(error)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The memory of one update on so many ranks, under fake tensors: nothing is computed, every allocation is counted.
 
     python tests/fake_update.py '{"config": {"model_type": "qwen2", ...}, "world": 8, "prompt": 512, "answer": 900,
-                                  "group": 8, "chunk": 1024, "vocabulary": 151665}'
+                                  "group": 8, "vocabulary": 151665}'
 
 Prints one JSON line: GiB by what they are for at the peak of two rows, forward and backward, and after it. Moments are
-not in it. One rank of the torch of this machine plays all of them, in torch's fake process group. The
-sharding, the policy and the row are those of machine.py as on a GPU; attention keeps what FlexAttention keeps.
+not in it. One rank plays all of them, in torch's fake process group. Sharding, policy and row are those of infra/ as on
+a GPU; attention keeps what FlexAttention keeps.
 """
 import json
 import sys
@@ -19,8 +19,8 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-import machine
 from data import Group
+from infra import policy, rows
 
 
 class Flex(torch.autograd.Function):
@@ -46,7 +46,7 @@ def main(case: dict) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case["world"])
     mesh = dist.init_device_mesh("cpu", (case["world"],))
     dist.init_device_mesh = lambda *_: mesh  # under fake tensors a mesh cannot be made
-    machine.GPU, machine.block_mask = True, lambda row: None
+    policy.GPU, policy.block_mask = True, lambda row: None
     AttentionInterface.register("fake_flex", attention)
     config = AutoConfig.for_model(**case["config"])
     config._attn_implementation = "fake_flex"
@@ -54,16 +54,16 @@ def main(case: dict) -> None:
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         lm.train()
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-        policy = machine.Policy(lm, case["vocabulary"], 1.0, case["chunk"], True)
-        policy.compute = torch.bfloat16
-        machine.shard_policy(policy)
+        model = policy.shard_policy(policy.Policy(lm, case["vocabulary"], 1.0, torch.bfloat16, recompute=True))
         prompt, answers = [0] * case["prompt"], [[0] * case["answer"]] * case["group"]
-        row = machine.build_row([Group(0, None, prompt, answers)])
-        tracker = FSDPMemTracker(policy)
+        group = Group(0, None, prompt, answers, advantages=[1.0] * case["group"],
+                      sampler_logprobs=[[0.0] * case["answer"]] * case["group"])
+        row = rows.build_row([group], [[1.0] * case["group"]])
+        tracker = FSDPMemTracker(model)
         tracker.track_inputs((row.ids_T,))
         with tracker:
-            for one in machine.accumulate(policy, [row] * case.get("rows", 2)):
-                policy(one).sum().backward()
+            for one in policy.accumulate(model, [row, row]):
+                model(one).sum().backward()
                 tracker.reset_mod_stats()
         found = {"tokens": len(row.ids_T)}
         for when in ("peak", "current"):

@@ -1,37 +1,40 @@
 """The first ten minutes on a GPU: what the tests on a CPU leave open. Qwen2.5-0.5B; all it needs is requirements.txt.
 
     python tests/gpu/first_ten_minutes.py                        one card
-    torchrun --nproc_per_node=2 tests/gpu/first_ten_minutes.py   two cards
-    python tests/gpu/first_ten_minutes.py --rehearse             the same checks on a CPU with SmolLM2, as far as it has
-                                                                 them: that this script itself works
+    torchrun --nproc_per_node=2 tests/gpu/first_ten_minutes.py   two cards, all but the first check
+    python tests/gpu/first_ten_minutes.py --rehearse             on a CPU, as far as it has the checks, with toy/model:
+                                                                 that this script itself works
 
 It prints one line a check and goes on after a check that fails. On a GPU it writes docs/gpu.json, from which the
 README's table of what runs is filled. Without a GPU it says so and ends: nothing is called good that was not run.
 """
 import argparse
-import gc
 import json
-import math
 import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
-import data
-import machine
-import plan
 import urpo
-from data import Group
+from data import Group, Prompt
+from infra import chat, policy, ranks, rows, sampler
+from infra.ranks import DEVICE, GPU
+from lab import toy
 
 RESULTS = []
 PROMPTS = ["What is 17 + 25?", "Name three rivers of Europe.", "Write a sentence about owls.", "Is 91 a prime number?"]
+CONFIG = urpo.Config(group=4, max_answer_tokens=48, lr=1e-3, lr_warmup=0)  # a rate that moves log-probs
+LIMIT = 0.05 if GPU else 1e-3  # nats a token, mean, between trainer and sampler
 
 
 def check(name: str, work) -> bool:
@@ -42,247 +45,154 @@ def check(name: str, work) -> bool:
     except Exception as error:  # noqa: BLE001  every check must be reached; the line says what happened
         found, good = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
     if dist.is_initialized() and dist.get_world_size() > 1:  # a check is good when it is so on every rank
-        good = machine.all_reduce(float(not good)) == 0
+        good = ranks.all_reduce(float(not good)) == 0
     if int(os.environ.get("RANK", 0)) == 0:
-        seconds = time.perf_counter() - started
-        print(f"{'ok  ' if good else 'FAIL'} {name}: {found} ({seconds:.0f} s)", flush=True)
-        RESULTS.append({"check": name, "good": good, "found": found, "seconds": round(seconds, 1)})
+        print(f"{'ok  ' if good else 'FAIL'} {name}: {found} ({time.perf_counter() - started:.0f} s)", flush=True)
+        RESULTS.append({"check": name, "good": good, "found": found})
     return good
 
 
 def near(found: float, limit: float, what: str) -> str:
-    if not found <= limit:
-        raise AssertionError(f"{what} {found:.4g}, above {limit}")
+    assert found <= limit, f"{what} {found:.4g}, above {limit}"  # also when it is not a number
     return f"{what} {found:.4g} (limit {limit})"
 
 
+def row_of(groups: list[Group]) -> rows.Row:
+    return rows.build_row(groups, [[1e-3] * len(group.answers) for group in groups])
+
+
 class Bench:
-    """One model, trainer and sampler, as train() makes them."""
+    """One model, trainer and sampler, as train() makes them. What is asked of the sampler must find it awake."""
 
-    def __init__(self, model: str):
-        self.model = model
-        precision = "bfloat16" if machine.GPU else "float32"
-        self.limit = 0.05 if machine.GPU else 1e-3  # nats a token, mean
-        self.awake = True
-        self.config = urpo.Config(model=model, precision=precision, max_prompt_tokens=512, max_answer_tokens=64,
-                                  max_referee_tokens=64, row_tokens=2048, group=4, cpu_cache=0.5, gpu_memory=0.4)
+    def start(self, model: str) -> str:
+        ranks.start_ranks()
+        folder, precision = policy.check_folder(model), "bfloat16" if GPU else "float32"
+        self.tokenizer, self.awake = chat.load_tokenizer(folder), {}
+        self.policy = policy.load_policy(folder, vocabulary=len(self.tokenizer), precision=precision, recompute=True)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), fused=True)
+        self.sampler = sampler.start_sampler(
+            folder, max_tokens=640, chat_template=self.tokenizer.chat_template, sequences=64, gpu_memory=0.4)
+        return str(ranks.about_machine())
 
-    def start(self) -> str:
-        config = self.config
-        machine.start_ranks(10)
-        self.folder = plan.model_folder(self.model)
-        self.tokenizer = plan.load_tokenizer(self.folder)
-        self.policy = machine.load_policy(self.folder, len(self.tokenizer), config.precision, 1.0, 1024, True)
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-6, fused=True)
-        self.engine = machine.start_engine(self.folder, 640, config.cpu_cache, config.gpu_memory, 64,
-                                           self.tokenizer.chat_template)
-        return f"{machine.about_machine()}"
-
-    def sleep(self) -> None:
-        machine.sleep(self.engine)
-        self.awake = False
-
-    def sync(self) -> None:
-        machine.sync(self.engine, self.policy)
-        self.awake = True
-
-    def groups(self, seed: int = 0) -> list[Group]:
-        assert self.awake, "the engine is asked while it sleeps, which a CPU would not notice"
-        prompts = [data.encode_chat(self.tokenizer, text) for text in PROMPTS]
-        seeds = [seed + i for i in range(len(prompts))]
-        answers = machine.generate(self.engine, prompts, 4, [48] * len(prompts), seeds, 1.0)
-        groups = []
-        for index, (ids, samples) in enumerate(zip(prompts, answers)):
-            group = Group(index, None, ids, [], advantages=[1.0, -1.0, 0.5, -0.5])
-            for sample in samples:
-                group.add(sample)
-            group.weights = [1e-3] * group.answer_tokens
-            groups.append(group)
+    def groups(self, seed: int) -> list[Group]:
+        share = list(enumerate(Prompt("instruction", text) for text in PROMPTS))
+        groups = urpo.rollout(CONFIG, self.sampler, self.tokenizer, share, step=seed)
+        for group in groups:
+            group.advantages = [1.0, -1.0, 0.5, -0.5]
         return groups
 
-    def distance(self, seed: int) -> tuple[float, float]:
-        """(mean, largest) |trainer - sampler| of a log-prob, nats."""
-        distances = []
-        with torch.no_grad():
-            for row in machine.build_rows(self.groups(seed), self.config.row_tokens):
-                distances += (self.policy(row) - row.sampler_N).abs().tolist()
-        return sum(distances) / len(distances), max(distances)
-
-    def in_step(self, seed: int) -> str:
-        mean, largest = self.distance(seed)
-        return near(mean, self.limit, f"mean nats a token (worst {largest:.3f}),")
-
-    def perturb(self, scale: float) -> None:
-        with torch.no_grad():
-            for weight in self.policy.parameters():
-                own = weight.to_local()
-                own.add_(torch.randn_like(own) * own.abs().mean() * scale)
+    @torch.no_grad()
+    def distance(self, groups: list[Group]) -> float:
+        """Mean |trainer - sampler| of a log-prob, nats."""
+        row = row_of(groups)
+        return (self.policy(row) - row.sampler_N).abs().mean().item()
 
     def cycle(self, number: int) -> str:
-        """New weights make the sampler stale, sleep and sync bring it back in step."""
-        self.perturb(0.1)
-        stale, _ = self.distance(number)
-        self.sleep()
-        self.sync()
-        found = self.in_step(number)
-        if not stale > 3 * self.limit:
-            raise AssertionError(f"changed weights moved log-probs by {stale:.3f} only: the check shows nothing")
-        return f"stale {stale:.2f}, then {found}"
-
-    def update(self, groups: list[Group]) -> str:
-        for row in machine.accumulate(self.policy, machine.build_rows(groups, self.config.row_tokens)):
+        """An optimiser step while the sampler sleeps, and what memory is free; sync wakes it and brings it in step."""
+        groups, free = self.groups(number), {}
+        sampler.sleep(self.sampler)
+        free["asleep"] = ranks.free_gib()
+        for row in policy.accumulate(self.policy, [row_of(groups)]):
             (-row.weight_N * row.advantage_N * self.policy(row)).sum().backward()
-        norm = machine.clip_gradient(self.policy, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if not math.isfinite(norm):
-            raise AssertionError(f"the gradient's norm is {norm}")
-        return f"gradient norm {norm:.4f}"
-
-    def memory(self) -> str:
-        """Free memory after each phase; a second round must end as the first one did."""
-        found = {}
-        for round in (1, 2):
-            groups = self.groups(9)
-            self.sleep()
-            found[f"asleep {round}"] = self.free()
-            self.update(groups)
-            found[f"after an optimiser step {round}"] = self.free()
-            self.sync()
-            found[f"awake {round}"] = self.free()
-        if machine.GPU and found["awake 2"] < found["awake 1"] - 0.5:
-            raise AssertionError(f"memory is lost from round to round: {found}")
-        return "GiB free: " + ", ".join(f"{name} {gib:.1f}" for name, gib in found.items())
-
-    def free(self) -> float:
-        gpu, host = machine.free_gib()
-        return host if gpu is None else gpu
+        norm = urpo.step_optimizer(CONFIG, self.policy, self.optimizer)
+        free["after the step"], stale = ranks.free_gib(), self.distance(groups)
+        sampler.sync(self.sampler, self.policy)
+        self.awake[number] = free["awake"] = ranks.free_gib()
+        if GPU and number == 3:  # the first cycle makes the moments
+            assert self.awake[3][0] > self.awake[2][0] - 0.5, f"memory is lost from cycle to cycle: {self.awake}"
+        assert stale > 3 * LIMIT, f"a gradient of {norm:.3g} moved log-probs by {stale:.3f} only"
+        what = f"GiB free on GPU and host {free}; stale {stale:.2f} nats a token, then"
+        return near(self.distance(self.groups(number)), LIMIT, what)
 
     def padded_ids(self) -> str:
-        groups, size = self.groups(1), len(self.tokenizer)
-        worst = max(max(answer) for group in groups for answer in group.answers)
+        answers = [group.answers for group in self.groups(1)]
+        worst, size = max(max(ids) for group in answers for ids in group), len(self.tokenizer)
         assert worst < size, f"token {worst} was sampled, and the tokenizer has {size}"
-        again = [group.answers for group in self.groups(1)]
-        assert again == [group.answers for group in groups], "equal seeds gave other answers"
-        assert len({tuple(answer) for group in groups for answer in group.answers}) > len(groups), "groups collapsed"
+        assert answers == [group.answers for group in self.groups(1)], "equal seeds gave other answers"
+        assert len({tuple(ids) for group in answers for ids in group}) > len(answers), "groups collapsed"
         return f"ids below {size}; equal seeds repeat"
 
 
-def attention(tokens: int) -> str:
-    """Compiled FlexAttention, forward and backward, against dense attention; the count shows recompilations."""
-    from torch.nn.attention.flex_attention import flex_attention
+def attend(prompt: int, lengths: list[int]):
+    """(row, query, key, value, output) of transformers' own compiled FlexAttention over a row of one group."""
+    from transformers.integrations.flex_attention import flex_attention_forward
 
-    prompt, answers = tokens // 4, 6
-    group = Group(0, None, [0] * prompt, [[0] * ((tokens - prompt) // answers)] * answers)
-    row = machine.build_row([group])
-    T = len(row.ids_T)
-    torch.manual_seed(0)
-    kind = dict(device=machine.DEVICE, dtype=torch.bfloat16 if machine.GPU else torch.float32)
-    query, key, value = (torch.randn(1, heads, T, 64, **kind, requires_grad=True) for heads in (14, 2, 2))
-    gain = torch.randn(1, 14, T, 64, **kind)
-    compiled = torch.compile(flex_attention, dynamic=True)
-    found = compiled(query, key, value, block_mask=machine.block_mask(row), enable_gqa=True)
-    index_T = torch.arange(T, device=machine.DEVICE)
-    worst = 0.0
-    for first in range(0, T, 2048):  # the dense mask in parts: 16,384 squared in fp32 would be 15 GiB a head group
-        part = slice(first, first + 2048)
-        seen = machine.visible(row)(0, 0, index_T[part, None], index_T[None, :])
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, part], key, value, attn_mask=seen, enable_gqa=True)
-        worst = max(worst, (found[:, :, part] - expected).abs().max().item())
-    gradients = torch.autograd.grad((found * gain).sum(), (query, key, value))
-    assert all(gradient.isfinite().all() for gradient in gradients), "a gradient is not finite"
-    if T <= 2048:
-        seen = machine.visible(row)(0, 0, index_T[:, None], index_T[None, :])
-        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
-        for own, dense in zip(gradients, torch.autograd.grad((expected * gain).sum(), (query, key, value))):
-            assert (own - dense).norm() <= 0.03 * dense.norm(), "a gradient differs by more than 3 %"
-    compiles = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
-    return near(worst, 0.05, f"{T} tokens, {compiles} graphs so far, largest difference")
+    answers, logprobs = [[0] * length for length in lengths], [[0.0] * length for length in lengths]
+    row = row_of([Group(0, None, [0] * prompt, answers, advantages=[1.0] * len(lengths), sampler_logprobs=logprobs)])
+    shape = dict(device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    query, key, value = (torch.randn(1, heads, len(row.ids_T), 64, **shape) for heads in (14, 2, 2))
+    output, _ = flex_attention_forward(SimpleNamespace(training=True), query, key, value, rows.block_mask(row),
+                                       scaling=0.125, row=row, dropout=0.0)
+    return row, query, key, value, output.transpose(1, 2)
+
+
+def attention(tokens: int) -> str:
+    """Compiled FlexAttention, forward and backward, against dense attention of some of the queries."""
+    row, query, key, value, found = attend(tokens // 4, [(tokens - tokens // 4) // 6] * 6)
+    index_T = torch.arange(len(row.ids_T), device=DEVICE)
+    some = torch.randperm(len(index_T), device=DEVICE)[:2048]  # all of 16,384 would fill a card
+    seen = rows.visible(row)(0, 0, some[:, None], index_T[None, :])
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, some], key, value, attn_mask=seen, enable_gqa=True)
+    gain = torch.randn_like(expected)
+    own = torch.autograd.grad((found[:, :, some] * gain).sum(), (query, key, value))
+    for one, other in zip(own, torch.autograd.grad((expected * gain).sum(), (query, key, value))):
+        assert (one - other).norm() <= 0.03 * other.norm(), "a gradient differs by more than 3 %, or is not finite"
+    return near((found[:, :, some] - expected).abs().max().item(), 0.05, f"{len(index_T)} tokens, largest difference")
 
 
 def recompiles() -> str:
-    """transformers' own compiled FlexAttention over rows of many lengths, as part 6 meets them."""
-    from types import SimpleNamespace
-
-    from transformers.integrations.flex_attention import flex_attention_forward
-
-    rng, before = random.Random(0), torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    """How many graphs rows of 30 lengths compile, as part 6 meets them."""
+    rng, before = random.Random(0), counters["stats"].get("unique_graphs", 0)
     for _ in range(30):
-        group = Group(0, None, [0] * rng.randint(20, 400), [[0] * rng.randint(5, 200) for _ in range(8)])
-        row = machine.build_row([group])
-        shape = dict(device=machine.DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        query, key, value = (torch.randn(1, heads, len(row.ids_T), 64, **shape) for heads in (14, 2, 2))
-        output, _ = flex_attention_forward(SimpleNamespace(training=True), query, key, value, machine.block_mask(row),
-                                           scaling=0.125, row=row, dropout=0.0)
+        *_, output = attend(rng.randint(20, 400), [rng.randint(5, 200) for _ in range(8)])
         output.sum().backward()
-    return near(torch._dynamo.utils.counters["stats"].get("unique_graphs", 0) - before, 8, "graphs of 30 lengths")
+    return near(counters["stats"].get("unique_graphs", 0) - before, 8, "graphs of 30 lengths")
 
 
-def train(model: str, home: Path) -> str:
-    """Two steps of train(), saved, resumed for a third, in processes of their own."""
-    import subprocess
-
-    ranks = torch.cuda.device_count() if machine.GPU else 1
-    ranks = 2 if ranks > 1 else 1
-    flags = (f"--preset smol --model {model} --name first --batch 12 --mix 1:1:1 --steps 2 --warmup_steps 1 --group 4 "
-             "--gpu_memory 0.4 --lr 1e-6 --toy_rows 64").split()
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    clean = {name: value for name, value in os.environ.items()
-             if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+def train(model: str) -> str:
+    """Two steps of urpo.py, saved, resumed for a third, in processes of their own."""
+    run, count = ROOT / "runs" / "first-ten-minutes", min(2, torch.cuda.device_count()) if GPU else 1
+    shutil.rmtree(run, ignore_errors=True)
+    toy.main([])  # the training rows
+    flags = f"--preset smol --name {run.name} --batch 12 --mix 1:1:1 --steps 2 --warmup_steps 1 --model {model}".split()
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={count}"] if count > 1 else []
     for more in ([], ["--steps", "3", "--resume"]):
-        done = subprocess.run([sys.executable, *launcher, ROOT / "urpo.py", *flags, *more], cwd=home, env=clean,
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise AssertionError(f"exit {done.returncode}: {done.stderr.strip()[-300:]}")
-    log = [json.loads(line) for line in (home / "runs" / "first" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [0, 1, 2], "the log has other steps"
-    drifts = [line["drift_mean"] for line in log if line["drift_mean"] is not None]
-    assert any(line["updates"] for line in log), "no step made an update"
-    return (f"{ranks} ranks, drift {', '.join(f'{drift:.4f}' for drift in drifts)}, seconds of the last step "
+        command = [sys.executable, *launcher, "urpo.py", *flags, *more]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert not done.returncode, f"exit {done.returncode}: {done.stderr.strip()[-300:]}"
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [0, 1, 2] and any(line["updates"] for line in log), "steps, updates"
+    return (f"{count} ranks, drift {[line['drift_mean'] for line in log]}, seconds of the last step "
             f"{sum(log[-1]['seconds'].values()):.0f}, peak {log[-1]['peak_memory_gib']:.1f} GiB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="Qwen/Qwen2.5-0.5B")
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with SmolLM2")
+    parser.add_argument("--model", help="Qwen/Qwen2.5-0.5B; rehearsed with toy/model")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU")
     args = parser.parse_args()
-    if not machine.GPU and not args.rehearse:
-        print(f"skipped: this torch sees no GPU. {machine.missing_gpu()}".strip())
+    if not GPU and not args.rehearse:
+        print(f"skipped: this torch sees no GPU. {ranks.missing_gpu()}".strip())
         return
-    model = "raw" if args.rehearse else args.model
-    bench = Bench(model)
-    if check("1. driver, ranks, engine with sleep", bench.start):
-        check("2. trainer and sampler agree, fresh", lambda: bench.in_step(0))
-        check("2. after sleep and wake", lambda: (bench.sleep(), bench.sync(), bench.in_step(0))[-1])
+    model = args.model or (str(ROOT / "toy" / "model") if args.rehearse else "Qwen/Qwen2.5-0.5B")
+    bench = Bench()
+    if "RANK" not in os.environ:  # under torchrun this script itself takes the cards
+        check("1. urpo.py: two steps, save, resume, one step", lambda: train(model))
+    if check("2. driver, ranks, sampler with sleep", lambda: bench.start(model)):
+        check("3. trainer and sampler agree", lambda: near(bench.distance(bench.groups(0)), LIMIT, "mean nats a token"))
+        check("4. padded ids, equal seeds", bench.padded_ids)
         for number in (1, 2, 3):
-            check(f"2. after changed weights, cycle {number}", lambda: bench.cycle(number))
-        check("3. memory before and after an optimiser step", bench.memory)
-        check("5. padded ids, equal seeds", bench.padded_ids)
-        bench.sleep()
-    if machine.GPU:
+            check(f"5. an optimiser step, sleep, wake, memory, cycle {number}", lambda: bench.cycle(number))
+    if GPU:
         for tokens in (300, 1000, 16384):
-            check(f"4. compiled attention against dense attention, {tokens} tokens", lambda: attention(tokens))
-        check("4. graphs over 30 lengths of a row", recompiles)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    if ranks == 1:  # with torchrun the cards are taken by this script itself
-        bench.engine = bench.policy = bench.optimizer = None
-        gc.collect()
-        home = ROOT / "runs" / "first-ten-minutes"
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir(parents=True)
-        check("6. two steps, save, resume, one step", lambda: train(plan.model_folder(model), home))
-    if int(os.environ.get("RANK", 0)) == 0:
-        if ranks > 1:
-            print("6. skipped under torchrun: it starts a run of its own, so start this script with python too")
-        bad = sum(not result["good"] for result in RESULTS)
-        print(f"{len(RESULTS) - bad} of {len(RESULTS)} checks are good")
-        if machine.GPU:
-            about = {"device": torch.cuda.get_device_name(), "ranks": ranks, "torch": torch.__version__,
-                     "checks": RESULTS}
+            check(f"6. compiled attention against dense attention, {tokens} tokens", lambda: attention(tokens))
+        check("6. graphs over 30 lengths of a row", recompiles)
+    if RESULTS:  # on rank 0
+        print(f"{sum(result['good'] for result in RESULTS)} of {len(RESULTS)} checks are good", flush=True)
+        if GPU:
+            about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": RESULTS}
             (ROOT / "docs" / "gpu.json").write_text(json.dumps(about, indent=1) + "\n")
-    sys.stdout.flush()
     os._exit(0)
 
 
