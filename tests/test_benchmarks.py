@@ -42,7 +42,7 @@ def test_pass_at_k_is_the_published_formula_and_the_share_of_all_draws():
 
 @pytest.mark.parametrize("texts, value", [
     (["4", "4", "5"], 1), (["5", "5", "4"], 0), (["4", "5"], 0.5), ([r"\boxed{\frac{1}{2}}", "0.5", "4"], 0),
-    (["", "no", "it is 4"], 1), (["", "no"], 0), ([r"\boxed{4}", "5 4.0", "6", "6"], 0.5)])
+    (["", "no", "it is 4"], 1), ([r"\boxed{\frac{1}{4}}"], 0), (["", "no"], 0), ([r"\boxed{4}", "5 4.0", "6", "6"], 0.5)])
 def test_majority_vote_of_final_answers(texts, value):
     assert majority(texts, "4") == value
 

@@ -176,7 +176,7 @@ def test_heldout_refuses_before_a_sampler_is_started(tmp_path, capsys, no_model,
     ties = write_lines(tmp_path / "ties.jsonl", {"prompt": "Hi", "responses": ["a", "b"], "scores": [1, 1]})
     (tmp_path / "file").write_text("")
     for words, arguments in [
-            (["--preferences", "pairs"], [*ask, "--preferences", ties]),
+            (["--preferences", "equally good"], [*ask, "--preferences", ties]),
             (["2 of 2 longer than 3", "--max_prompt_tokens"], [*ask, *files[2:4], "--max_prompt_tokens", 3]),
             (["--reasoning", "no such file"], [*ask, "--reasoning", tmp_path / "absent.jsonl"]),
             (["nothing to measure", "--preferences", "lab.toy"], ask),
