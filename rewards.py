@@ -36,8 +36,7 @@ SMALLEST_SPREAD = 1e-6  # a group whose rewards deviate less than this has no si
 def parse_scores(text: str, n: int, finished: bool = True) -> list[float] | None:
     """The scores in a referee's answer: n decimals in [1, 10] in its LAST score block, else None (our choice).
 
-    An earlier block never counts. It may be a draft, or a quoted answer that tries to score itself. A text that was cut
-    off at its limit of tokens is unfinished and cannot be read, whatever it has said.
+    An earlier block may be a draft, or a quoted answer that scores itself. A text that was cut off cannot be read.
 
     >>> parse_scores("<scores>1, 1</scores> On reflection: <scores>8, 6.5</scores>", 2)
     [8.0, 6.5]
@@ -352,9 +351,8 @@ def gradient_shares(config, groups: list) -> dict[str, float]:
 def kind_figures(groups: list) -> dict:
     """The figures of one kind of prompt in one step, from the groups of all ranks.
 
-    Readable judgements, a good mean tau and a lively spread of self-scores can all stand over a referee that writes
-    one constant line. What exposes it: `zero_spread`, the share of judged groups without any gradient; `distinct`,
-    the number of different answers in a group; and `first_position`.
+    A referee that writes one constant line can have a good format, tau and spread. What exposes it: `zero_spread`, the
+    share of judged groups without any gradient; `distinct` answers in a group; and `first_position`.
     """
     rewards, spreads, advantages = [], [], []
     lengths, finished, distinct, entropy = [], [], [], []
@@ -421,8 +419,7 @@ def reading_figures(verdicts: list) -> dict:
 def first_position_preference(score_rows: list[list[float]]) -> float | None:
     """How much a judge prefers what stands first: mean of [first is on top] / (number on top) - 1/N (ours).
 
-    Rows are scores in the order shown, N to a row. A judge blind to order has 0 in expectation, and one that gives
-    the same score to all has exactly 0. Always first is 1 - 1/N, never first -1/N. None of no rows.
+    Rows are scores in the order shown, N to a row. A judge blind to order has 0, always first is 1 - 1/N.
 
     >>> first_position_preference([[9, 3], [8, 2], [5, 5], [1, 7]])
     0.125
