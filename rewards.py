@@ -329,8 +329,7 @@ def step_figures(config, groups: list) -> dict[str, dict]:
 def gradient_shares(config, groups: list) -> dict[str, float]:
     """The part of each kind in what pulls at the weights: its sum of w |A| over all answer tokens, over that of all.
 
-    w is a token's weight in the loss, A its advantage. A mix by prompt count is no mix by gradient: long answers pull
-    more, and so do kinds whose answers differ. Empty where no group has a signal.
+    w is a token's weight in the loss, A its advantage. A mix by prompt count is no mix by gradient. Empty: no signal.
     """
     pull: dict[str, float] = {}
     size = len(groups) // config.minibatches
