@@ -334,7 +334,7 @@ class Group:
     answers: list[list[int]] = field(default_factory=list)  # G lists of token ids, the end token included
     texts: list[str] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)  # False: cut off at its limit of tokens
-    judgements: list[dict] = field(default_factory=list)  # I: {order, cut, prompt, text} of each self-judgement
+    judgements: list[dict] = field(default_factory=list)  # I: {order, cut, prompt, text, finished} of each judgement
     rewards: list[float] | None = None  # None: unjudged, which is not 0
     advantages: list[float] = field(default_factory=list)
     entropy: float | None = None  # nats a token: minus the sampler's mean log-prob, an estimate that costs nothing

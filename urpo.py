@@ -163,7 +163,8 @@ def check(config: Config, world: int) -> None:
 
 def rollout(config: Config, sampler, tokenizer, share: list[tuple[int, data.Prompt]], step: int) -> list[Group]:
     """Part 2: G answers to each prompt of this rank's share, by the current weights."""
-    prompts, limits, seeds, groups = [], [], [], []
+    prompts, limits = [], []
+    seeds, groups = [], []
     for index, prompt in share:
         prompts.append(data.encode_prompt(tokenizer, prompt))
         limits.append(config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens)
@@ -196,10 +197,12 @@ def self_score(config: Config, sampler, tokenizer, groups: list[Group], step: in
             judged.append((group, order, cut))
             seeds.append(data.request_seed(config.seed, step, group.index, f"judge/{k}"))
     limits = [config.max_referee_tokens] * len(prompts)
-    answers = generate(sampler, prompts, n=1, max_tokens=limits, seeds=seeds, temperature=config.temperature)
+    answers = generate(
+        sampler, prompts, n=1, max_tokens=limits,
+        seeds=seeds, temperature=config.temperature)
     for (group, order, cut), ids, samples in zip(judged, prompts, answers):
-        prompt = tokenizer.decode(ids)
-        group.judgements.append({"order": order, "cut": cut, "prompt": prompt, "text": samples[0].text})
+        judgement = {"order": order, "cut": cut, "prompt": tokenizer.decode(ids)}
+        group.judgements.append(judgement | {"text": samples[0].text, "finished": samples[0].finished})
 
 
 # ------------------------------------------------------------------------------- 4. reward, 5. old_logprobs
@@ -353,7 +356,8 @@ def train(config: Config, score=self_score, program: str = "urpo") -> None:
                    about={"sources": told})
     policy = load_policy(
         folder, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     check_packing(policy)
     sampler = start_sampler(folder, max_tokens=longest, chat_template=tokenizer.chat_template,
                             sequences=config.batch // world * config.group, gpu_memory=config.gpu_memory)
