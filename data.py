@@ -18,16 +18,18 @@ import os
 import random
 import re
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import torch.distributed as dist
 
-from infra.answers import check_answer, final_answer
+from infra.answers import boxed, check_answer
 from infra.chat import break_control_strings, encode_chat
 from infra.ranks import InputError, exchange
 from infra.runs import read_lines
-from infra.sources import first_field, progress, question_of, source_records, text_of
+from infra.sources import LeftOut, first_field, progress, question_of, source_records, text_of
+from infra.tournament import judge_orders, judge_strides
 
 KINDS = ("preference", "reasoning", "instruction")  # the order of --mix P:R:I
 FLAGS = {  # the setting that names the sources of a kind
@@ -186,36 +188,6 @@ def equal_length(lengths: list[int], room: int) -> int:
 # ------------------------------------------------------------------------------- which answers a judgement sees
 
 
-def judge_strides(size: int, listed: int) -> list[int]:
-    """The steps around a ring of `size` answers that meet `listed` different ones before one comes again.
-
-    >>> judge_strides(4, 2), judge_strides(4, 4)
-    ([1, 2, 3], [1, 3])
-    """
-    return [stride for stride in range(1, size) if listed <= size // math.gcd(size, stride)]
-
-
-def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) -> list[list[int]]:
-    """Which answers each judgement of a group sees, and in which order (our choice). No list comes twice.
-
-    The answers stand in a ring p, shuffled. List (d, j) is p[j], p[j + d], p[j + 2d], ... around the ring, `listed`
-    of them. One stride d and all j together show every answer `listed` times, once in each position. The first
-    judgements * size / listed of these lists are taken, so every answer is judged `judgements` times. With all answers
-    in one list, the orders are that of the ring, begun at another answer each time.
-
-    Here every pair of four answers meets, and each answer stands first as often as last:
-
-    >>> judge_orders(4, 2, 4, random.Random(1))
-    [[1, 2], [2, 0], [0, 3], [3, 1], [1, 0], [2, 3], [0, 1], [3, 2]]
-    """
-    ring = rng.sample(range(size), size)
-    orders = []
-    for stride in judge_strides(size, listed):
-        for first in range(size):
-            orders.append([ring[(first + place * stride) % size] for place in range(listed)])
-    return orders[: judgements * size // listed]
-
-
 def judgement_orders(config, index: int, step: int) -> list[list[int]]:
     """The orders of all judgements of one group: a function of (seed, step, prompt) and of nothing else."""
     rng = random.Random(f"{config.seed}/{step}/{index}/order")
@@ -362,7 +334,7 @@ class Group:
     answers: list[list[int]] = field(default_factory=list)  # G lists of token ids, the end token included
     texts: list[str] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)  # False: cut off at its limit of tokens
-    judgements: list[dict] = field(default_factory=list)  # I: {order, cut, prompt, text} of each self-judgement
+    judgements: list[dict] = field(default_factory=list)  # I: {order, cut, prompt, text, finished} of each judgement
     rewards: list[float] | None = None  # None: unjudged, which is not 0
     advantages: list[float] = field(default_factory=list)
     entropy: float | None = None  # nats a token: minus the sampler's mean log-prob, an estimate that costs nothing
@@ -416,38 +388,45 @@ def read_groups(path, repairs: list[str]):
 # ------------------------------------------------------------------------------- formats
 
 
-def read_pair(record: dict) -> tuple[str, str, list[str]]:
-    """(instruction, [chosen response, rejected response]) of a record with the fields chosen and rejected."""
-    _, chosen = first_field(record, "chosen")
-    _, rejected = first_field(record, "rejected")
-    if "prompt" in record:
-        question = record["prompt"]
-    elif isinstance(chosen, list):  # Skywork: all turns but the last one are the prompt
-        question = chosen[:-1]
-    else:  # HH-RLHF: one transcript in each field
-        question, _, chosen = text_of("chosen", chosen).rpartition("\n\nAssistant:")
-        question = re.sub(r"^\s*Human:\s*", "", question)
-        rejected = text_of("rejected", rejected).rpartition("\n\nAssistant:")[2]
-    responses = [text_of("chosen", chosen).strip(), text_of("rejected", rejected).strip()]
-    return question_of("prompt", question), responses
+def read_pair(record: dict) -> tuple[str, list[str]]:
+    """(question, [chosen response, rejected response]) of a record with the fields chosen and rejected."""
+    asked, responses = [], []
+    for name in ("chosen", "rejected"):
+        _, value = first_field(record, name)
+        if isinstance(value, list) and len(value) > 1:  # Skywork: all turns but the last one are the prompt
+            asked.append(question_of({**record, "messages": value[:-1]}))
+        elif record.get("prompt") is not None or record.get("question") is not None:
+            asked.append(question_of(record, "prompt", "question"))
+        else:  # HH-RLHF: one transcript in each field
+            question, spoken, value = text_of(name, value).rpartition("\n\nAssistant:")
+            if not spoken:
+                raise ValueError(f"no field 'prompt' or 'question', and field {name!r} is no dialogue")
+            asked.append(question_of({"prompt": re.sub(r"^\s*Human:\s*", "", question)}, "prompt"))
+        responses.append(text_of(name, value).strip())
+    if asked[0] != asked[1]:
+        raise LeftOut("its two dialogues part before the last answer")
+    return asked[0], responses
 
 
 def read_preference(record: dict) -> Prompt:
     """{prompt, responses, scores} | {prompt, chosen, rejected} (texts or messages) | UltraFeedback's completions"""
-    if "completions" in record:  # openbmb/UltraFeedback: N = 4 ranked completions
-        question = question_of(*first_field(record, "instruction", "prompt"))
+    if record.get("completions") is not None:  # openbmb/UltraFeedback: N = 4 ranked completions
+        question = question_of(record, "instruction", "prompt")
         responses, truth = [], []
         for completion in record["completions"]:
+            if not isinstance(completion, dict):
+                raise ValueError("field 'completions': expected objects with 'response' and a score")
             responses.append(completion["response"])
             # The mean of four ratings. The set's overall_score is wrong in places: it turns the worst, 1, into 10.
             score = completion.get("fine-grained_score")
             truth.append(completion["overall_score"] if score is None else score)
-    elif "responses" in record:
-        question = question_of(*first_field(record, "prompt", "instruction"))
+    elif record.get("responses") is not None:
+        question = question_of(record, "prompt", "instruction")
         responses, truth = record["responses"], record.get("scores")
     else:
         question, responses = read_pair(record)
-        truth = [1.0, 0.0]
+        scores = [record.get("score_chosen"), record.get("score_rejected")]
+        truth = [1.0, 0.0] if None in scores else scores
     if not isinstance(responses, list) or not isinstance(truth, list) or len(responses) != len(truth):
         raise ValueError("field 'responses' or 'scores': expected two lists of equal length")
     if not 2 <= len(responses) <= 8:
@@ -456,20 +435,22 @@ def read_preference(record: dict) -> Prompt:
         text_of(f"response {i}", text)
         if not isinstance(score, (int, float)) or not abs(score) < 1e300:
             raise ValueError(f"field 'scores': {score!r} is no finite number")
+    if len(set(truth)) == 1 or len(set(responses)) == 1:
+        raise LeftOut("all its responses are equally good")
     return Prompt("preference", question, tuple(responses), tuple(map(float, truth)))
 
 
-# DAPO-Math-17k asks for the answer in a form of its own. One prompt must not ask for two forms, so this goes.
+# Some sets ask for the answer in a form of their own. One prompt must not ask for two forms, so this goes.
 ASKS_FOR_ANSWER = re.compile(
     r"^Solve the following math problem step by step\. The last line of your response should be of the form "
     r"Answer: \$Answer \(without quotes\) where \$Answer is the answer to the problem\.\s+"
-    r"|\s+Remember to put your answer on its own line after \"Answer:\"\.\s*$")
+    r"|\s+Remember to put your answer on its own line after \"Answer:\"\.\s*$"
+    r"|\s+Let's think step by step and output the final answer after \"####\"\.\s*$")
 
 
 def read_reasoning(record: dict) -> Prompt:
     """{question, answer} | GSM8K ("... #### 42") | DAPO-Math-17k {prompt, reward_model: {ground_truth}}"""
-    question = question_of(*first_field(record, "question", "problem", "prompt"))
-    question = ASKS_FOR_ANSWER.sub("", question)
+    question = ASKS_FOR_ANSWER.sub("", question_of(record, "question", "problem", "prompt"))
     if isinstance(record.get("reward_model"), dict):
         name, answer = first_field(record["reward_model"], "ground_truth")
     else:
@@ -479,8 +460,13 @@ def read_reasoning(record: dict) -> Prompt:
             raise ValueError(f"field {name!r}: {answer!r} is not finite")
         answer = str(answer)
     answer = text_of(name, answer).rpartition("####")[2].strip()
-    if "\\boxed{" in answer:  # a whole solution
-        answer = final_answer(answer)
+    if answer.lower() in ("proof", "notfound", "not found"):  # NuminaMath
+        raise LeftOut("it has no answer that can be checked")
+    boxes = boxed(answer)
+    if len(set(boxes)) > 1:
+        raise ValueError(f"field {name!r}: several answers in boxes: {', '.join(boxes)}")
+    if boxes:  # a whole solution
+        answer = boxes[0]
     elif name == "solution" and "####" not in record["solution"]:
         raise ValueError("field 'solution': no \\boxed{} and no ####, so nobody knows which of it is the answer")
     try:
@@ -492,8 +478,7 @@ def read_reasoning(record: dict) -> Prompt:
 
 def read_instruction(record: dict) -> Prompt:
     """{instruction} | {prompt} (text or messages) | {messages} (up to the last user turn)"""
-    name, value = first_field(record, "instruction", "prompt", "messages")
-    return Prompt("instruction", question_of(name, value))
+    return Prompt("instruction", question_of(record, "instruction", "prompt"))
 
 
 READERS = {"preference": read_preference, "reasoning": read_reasoning, "instruction": read_instruction}
@@ -507,6 +492,8 @@ def read_row(kind: str, where: str, record) -> Prompt:
         if not isinstance(record, dict):
             raise ValueError(f"expected an object, found {type(record).__name__}")
         return READERS[kind](record)
+    except LeftOut:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{where}: {reason}; correct or remove this row. --{FLAGS[kind]} reads one JSON object a "
@@ -518,33 +505,37 @@ def read_row(kind: str, where: str, record) -> Prompt:
 MOST_UNREADABLE = 0.02  # of the rows of a hub's set; above that our reader is wrong for it
 
 
-def load_source(kind: str, source: str, split: str = "train") -> list[Prompt]:
-    """All prompts of one kind of a .jsonl file or a hub id, read by the fields that a record has.
+def load_source(kind: str, source: str, split: str = "train") -> tuple[list[Prompt], Counter]:
+    """(all prompts of one kind of a .jsonl file or a hub id, how many rows were left out for which reason).
 
-    Repeated rows of the hub are read once (DAPO-Math-17k holds each question a hundred times), and a few unreadable
-    rows of the hub are left out and counted. Raises InputError naming file, line, field and what to do.
+    Rows are read by the fields that they have. Repeated rows of the hub are read once (DAPO-Math-17k holds each
+    question a hundred times), and a few unreadable ones are left out, since a user cannot correct them. Raises
+    InputError naming file, line, field and what to do.
     """
     records, from_hub = source_records(source, split=split, flag=FLAGS[kind])
-    prompts, seen, unreadable, number = [], set(), [], 0
+    prompts, left_out, unreadable, number = {}, Counter(), [], 0
     for number, record in progress(records, f"reading {source}"):
         try:
             prompt = read_row(kind, f"{source}:{number}", record)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
         except InputError as error:
             if not from_hub:
                 raise
-            unreadable.append(error)  # a row of the hub, which the user cannot correct
+            unreadable.append(error)
             continue
-        if not (from_hub and prompt in seen):
-            prompts.append(prompt)
-            seen.add(prompt)
+        if from_hub and prompt in prompts:
+            left_out["it stood there before"] += 1
+        prompts[prompt if from_hub else number] = prompt
+    if unreadable:
+        left_out[f"it cannot be read, the first: {unreadable[0]}"] = len(unreadable)
     if len(unreadable) > MOST_UNREADABLE * number:
-        raise unreadable[0]
-    if unreadable and os.environ.get("RANK", "0") == "0":
-        print(f"{source}: {len(unreadable)} of {number} rows cannot be read and are left out, the first: "
-              f"{unreadable[0]}", flush=True)
+        raise InputError(f"{source}: {len(unreadable)} of {number} rows cannot be read, the first: {unreadable[0]}; "
+                         "save those that can as a .jsonl file, or take another set")
     if not prompts:
-        raise InputError(f"{source}: no rows for --{FLAGS[kind]}")
-    return prompts
+        raise InputError(f"{source}: no rows for --{FLAGS[kind]} ({dict(left_out) or 'it is empty'})")
+    return list(prompts.values()), left_out
 
 
 def fits(config, tokenizer, prompt: Prompt) -> bool:
@@ -581,22 +572,31 @@ def each_row_fits(config, tokenizer, rows: list[Prompt]) -> list[bool]:
     return found
 
 
-def load_sources(config, tokenizer) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
-    """({kind: rows of all its sources}, {kind: how many were dropped as too long}) of each kind that the mix draws."""
-    sources, dropped = {}, {}
+def load_sources(config, tokenizer) -> tuple[dict[str, list[Prompt]], dict[str, dict]]:
+    """({kind: rows of all its sources}, {source: how many rows were read, and why others were left out}).
+
+    Of each kind that the mix draws.
+    """
+    sources, told = {}, {}
     for kind, count in mix_counts(config, warmup=False).items():
-        if count:
-            rows = []
-            for name in getattr(config, FLAGS[kind]):
-                rows += load_source(kind, name)
-            kept = each_row_fits(config, tokenizer, rows)
-            sources[kind] = [row for row, good in zip(rows, kept) if good]
-            dropped[kind] = len(rows) - len(sources[kind])
-            if not sources[kind]:
-                raise InputError(f"--{FLAGS[kind]}: all {len(rows)} rows are longer than --max_prompt_tokens "
-                                 f"{config.max_prompt_tokens}, or leave no room for a judgement in --max_judge_tokens "
-                                 f"{config.max_judge_tokens}: raise it")
-    return sources, dropped
+        for name in getattr(config, FLAGS[kind]) if count else []:
+            rows, left_out = load_source(kind, name)
+            kept = []
+            for row, good in zip(rows, each_row_fits(config, tokenizer, rows)):
+                if good:
+                    kept.append(row)
+            if len(kept) < len(rows):
+                left_out["it is longer than --max_prompt_tokens, or leaves no room for its judgement in "
+                         "--max_judge_tokens"] = len(rows) - len(kept)
+            told[name] = {"read": len(kept), "left out": dict(left_out)}
+            if os.environ.get("RANK", "0") == "0":
+                reasons = [f"{number} left out, since {reason}" for reason, number in left_out.items()]
+                print("; ".join([f"{name}: {len(kept)} rows of {kind}", *reasons]), flush=True)
+            sources.setdefault(kind, []).extend(kept)
+        if count and not sources.get(kind):
+            raise InputError(f"--{FLAGS[kind]}: no row is left of {told}: raise --max_prompt_tokens "
+                             f"{config.max_prompt_tokens} or --max_judge_tokens {config.max_judge_tokens}")
+    return sources, told
 
 
 def checksums(sources: dict[str, list[Prompt]]) -> dict[str, int]:

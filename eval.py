@@ -1,17 +1,14 @@
-"""Measure a model, compare measurements, draw the curves of a run, and say why its rewards are what they are.
+"""Measure a model on held-out rows and by the paper's three scores; every figure has its 95 % interval.
 
-    python eval.py heldout --model seed --json before.json    answers, judgements and constraints on held-out rows
-    python eval.py compare before.json after.json             two such results side by side
-    python eval.py probe --model M                            what could this model learn? Takes every flag of urpo.py
-    python eval.py rewardbench --model M                      the paper's three scores: as a judge,
-    python eval.py reasoning --model M --data openai/gsm8k:main HuggingFaceH4/MATH-500
-    python eval.py alpacaeval --model M --data alpaca_eval.json --outputs model_outputs.json
-    python eval.py alpacaeval --judge J --outputs model_outputs.json --against other.json
-    python eval.py report runs/urpo                           curves.png and report.html of a run
-    python eval.py explain runs/urpo --all                    derive every reward of a run again
+    python eval.py heldout --model M --preferences F --reasoning F --instructions F --json before.json
+    python eval.py rewardbench --model M                           as a judge of labelled pairs
+    python eval.py reasoning --model M --data openai/gsm8k:main    pass@1, mean@k, pass@k, maj@k
+    python eval.py alpacaeval --model M --data alpaca_eval.json    answers, for the alpaca_eval package to judge
+    python eval.py alpacaeval --annotations annotations.json       its win rates, of what it has judged
+    python eval.py compare before.json after.json                  two results of one command, and the change
 
-Prompts, referee's template, parsers and engine are those of training. This file asks the model; metrics.py makes
-figures of its answers. What was not measured is None, "-" or a gap: unknown is not zero.
+Prompts, referee's template, parsers and sampler are those of training. One rule holds everywhere: unknown is not
+zero. What was not measured, or cannot be read, is None, and "-" in a table.
 """
 
 from __future__ import annotations
@@ -20,76 +17,111 @@ import argparse
 import json
 import shlex
 import sys
-from functools import lru_cache
-from itertools import compress, islice
-from pathlib import Path
+from collections import Counter
+from itertools import compress
+
+import numpy as np
 
 import data
-import flags
-import machine
-import metrics
-import plan
-import readers
 import urpo
-from data import InputError, Prompt, swapped
-from metrics import interval, table
-from readers import better_first
-from rewards import mean, parse_scores, verify_answer
-from runs import write_whole
-from toy import world
+from data import Prompt, better_first, swapped
+from infra.answers import final_answer
+from infra.chat import load_tokenizer
+from infra.policy import check_folder, check_model
+from infra.ranks import InputError
+from infra.results import (
+    check_writable,
+    columns,
+    figure,
+    interval,
+    known,
+    pass_at_k,
+    read_records,
+    read_result,
+    summary,
+    table,
+    weighted_mean,
+)
+from infra.runs import write_whole
+from infra.sampler import Sample, generate, start_sampler
+from infra.settings import PRESET
+from infra.sources import source_records
+from rewards import first_position_preference, kendall_tau, mean, parse_scores, verify_answer
+
+Answers = list[list[Sample]]  # those to each prompt
 
 # ------------------------------------------------------------------------------- asking a model
 
 
-def open_model(name: str, chat_template: str = ""):
-    """(folder, tokenizer) of a model that can chat and has weights."""
-    folder = plan.model_folder(name)
-    tokenizer = plan.load_tokenizer(folder, chat_template)
-    data.encode_chat(tokenizer, "")  # refuses a tokenizer without chat template, before rows are read
+def open_model(config):
+    """(folder, tokenizer) of --model. Refuses a model that cannot chat, or has no weights, before rows are read."""
+    folder = check_folder(config.model)
+    tokenizer = load_tokenizer(folder, config.chat_template)
+    check_model(folder, vocabulary=len(tokenizer), tokens=data.longest_sequence(config))
     return folder, tokenizer
 
 
-def open_engine(folder: str, tokenizer, args):
-    """The engine with room for the longest prompt and answer."""
-    longest = flags.longest_sequence(args)
-    plan.check_model(folder, len(tokenizer), longest)
-    return machine.start_engine(folder, longest, chat_template=tokenizer.chat_template)
-
-
-encoded = lru_cache(maxsize=2**16)(data.encode_prompt)  # `fitting` measures what `ask` then sends
-
-
-def fitting(rows: list[Prompt], tokenizer, limit: int, source: str, what: str = "row") -> list[bool]:
-    """Which rows fit `limit` tokens, in either order of their responses. The others are left out, never cut."""
-    fits = []
+def fitting(config, tokenizer, rows: list[Prompt], source: str) -> list[bool]:
+    """Which rows fit --max_prompt_tokens, in either order of their responses. The others are left out, never cut."""
+    fits, limit = [], config.max_prompt_tokens
     for row in rows:
-        longest = max(len(encoded(tokenizer, shown)) for shown in (row, swapped(row)))
-        fits.append(longest <= limit)
+        lengths = [len(data.encode_prompt(tokenizer, shown)) for shown in (row, swapped(row))]
+        fits.append(max(lengths) <= limit)
     dropped = f"{len(rows) - sum(fits)} of {len(rows)} longer than {limit} tokens"
     if not any(fits):
-        raise InputError(f"{source}: no valid {what} is left ({dropped}; --max_prompt_tokens)")
+        raise InputError(f"{source}: no row is left to measure: {dropped} (--max_prompt_tokens). Preferences must be "
+                         "pairs, two responses of different scores")
     if not all(fits):
         print(f"{source}: {dropped}, left out; --max_prompt_tokens", file=sys.stderr)
     return fits
 
 
-def ask(engine, tokenizer, prompts: list[Prompt], n: int, temperature: float, args) -> list[list[machine.Sample]]:
-    """n answers to every prompt in one call of the engine, which shows a progress bar."""
-    print(f"{n} x {len(prompts)} answers at T = {temperature:g}", file=sys.stderr)
+def ask(config, folder: str, tokenizer, prompts: list[Prompt], samples: int = 0) -> tuple[Answers, Answers]:
+    """(one greedy answer to every prompt, `samples` answers to each at --temperature)."""
+    longest = data.longest_sequence(config)
+    sampler = start_sampler(folder, max_tokens=longest, chat_template=tokenizer.chat_template)
     ids, limits, seeds = [], [], []
     for i, prompt in enumerate(prompts):
-        ids.append(encoded(tokenizer, prompt))
-        limits.append(args.max_referee_tokens if prompt.kind == "preference" else args.max_answer_tokens)
-        seeds.append(data.request_seed(args.seed, 0, i, "heldout"))
-    return machine.generate(engine, ids, n, limits, seeds, temperature, progress=True)
+        judged = prompt.kind == "preference"
+        ids.append(data.encode_prompt(tokenizer, prompt))
+        limits.append(config.max_referee_tokens if judged else config.max_answer_tokens)
+        seeds.append(data.request_seed(config.seed, 0, i, "heldout"))
+    options = dict(max_tokens=limits, seeds=seeds, progress=True)
+    greedy, sampled = generate(sampler, ids, n=1, temperature=0.0, **options), []
+    if samples:
+        sampled = generate(sampler, ids, n=samples, temperature=config.temperature, **options)
+    return greedy, sampled
+
+
+def finish(config, figures: dict, printed: str, **more) -> None:
+    """The end of every command that measures: its table, and with --json a file that `compare` reads."""
+    print(printed)
+    if not config.json:
+        return
+    settings = dict(vars(config))
+    for name in ("command", "arguments", "model", "json"):
+        settings.pop(name, None)
+    result = {
+        "model": config.model,
+        "command": shlex.join(["python", "eval.py", *config.arguments]),
+        "settings": settings,
+        "figures": figures,
+    }
+    write_whole(config.json, json.dumps(result | more, indent=1))
+
+
+# ------------------------------------------------------------------------------- the judge, on pairs
+
+# A pair is judged in both orders: better_first holds its judgements with the better response shown first, worse_first
+# those with the worse one shown first. A judgement is [score of the first shown, score of the second], or None.
 
 
 def both_orders(pairs: list[Prompt]) -> list[Prompt]:
     return [*pairs, *map(swapped, pairs)]
 
 
-def verdicts(answers: list[list[machine.Sample]]) -> list[tuple]:
-    """The answers to `both_orders(pairs)` as (better_first, worse_first) of each pair, see metrics.py."""
+def verdicts(answers: Answers) -> list[tuple]:
+    """The answers to `both_orders(pairs)` as (better_first, worse_first) of each pair."""
     judged = []
     for samples in answers:
         judged.append([parse_scores(sample.text, 2) for sample in samples])
@@ -97,424 +129,395 @@ def verdicts(answers: list[list[machine.Sample]]) -> list[tuple]:
     return list(zip(judged[:half], judged[half:]))
 
 
-def split_of(source: str, split: str) -> str:
-    return "heldout" if source.startswith("toy") else split  # toy takes any other name for its training split
+def expected_scores(better_first, worse_first) -> tuple[float, float] | None:
+    """Mean score of (the better, the worse) response: over the samples of each order, then over both orders (ours).
+
+    So a preference for a position cancels. None if an order has no readable judgement.
+
+    >>> expected_scores([[9, 3], None], [[2, 8], [4, 6]])
+    (8.0, 3.0)
+    """
+    if not known(better_first) or not known(worse_first):
+        return None
+    better, worse = np.mean(known(better_first), axis=0)
+    worse_again, better_again = np.mean(known(worse_first), axis=0)
+    better = float(better + better_again) / 2
+    worse = float(worse + worse_again) / 2
+    return round(better, 9), round(worse, 9)  # equal means stay equal
 
 
-def finish(args, figures: dict, printed: str, **more) -> None:
-    """The end of every command that measures: its table, and with --json a file that `compare` reads."""
-    print(printed)
-    if args.json:
-        settings = dict(vars(args))
-        for name in ("command", "arguments", "model", "judge", "json", "flags"):
-            settings.pop(name, None)
-        command = shlex.join(["python", "eval.py", *args.arguments])
-        result = {"model": args.model or args.judge, "command": command, "settings": settings, "figures": figures}
-        result |= more
-        write_whole(args.json, json.dumps(result, indent=1))
+def credit(margin: float | None) -> float:
+    """1 if the better response is ahead, 0 if it is behind; a tie, or an unread judgement, is worth a coin."""
+    return float(margin > 0) if margin else 0.5
+
+
+def pair_figures(better_first, worse_first) -> dict:
+    """The figures of one pair that was judged S times in each order (ours).
+
+    format                      share of judgements that can be read; unparsed is the rest
+    both orders                 sample s is right in BOTH orders; a tie or an unread judgement is not right
+    single order                right in the order shown; a tie or an unread judgement counts 0.5, as in RewardBench
+    ties as 0                   the same, but a tie or an unread judgement counts 0
+    expected score              the expected scores have the right order; a tie, or an order never read, counts 0.5
+    order consistency           the same winner in both orders, among samples read in both; a tie has no winner
+    first-position preference   rewards.first_position_preference: -0.5 to 0.5; a judge blind to order has 0
+
+    >>> list(pair_figures([[9, 3], [5, 5]], [[2, 8], None]).values())
+    [0.75, 0.25, 0.5, 0.75, 0.5, 1.0, 1.0, 0.0]
+    """
+    read = known([*better_first, *worse_first])
+    # By how much the better response is ahead; None: unread.
+    forward = [scores and scores[0] - scores[1] for scores in better_first]
+    backward = [scores and scores[1] - scores[0] for scores in worse_first]
+    margins = forward + backward
+    right_twice, same_winner = 0, []
+    for a, b in zip(forward, backward):
+        if a is not None and b is not None:
+            right_twice += a > 0 and b > 0
+            same_winner.append(a * b > 0)
+    expected = expected_scores(better_first, worse_first)
+    return {
+        "format": len(read) / len(margins),
+        "unparsed": 1 - len(read) / len(margins),
+        "both orders": right_twice / len(forward),
+        "single order": mean(map(credit, margins)),
+        "ties as 0": mean((margin or 0) > 0 for margin in margins),
+        "expected score": credit(expected and expected[0] - expected[1]),
+        "order consistency": mean(same_winner),
+        "first-position preference": first_position_preference(read),
+    }
+
+
+def longer_wins(pair: Prompt) -> float:
+    """What always preferring the longer response would earn: 1 right, 0 wrong, 0.5 at equal lengths."""
+    lengths = list(map(len, pair.responses))
+    return (kendall_tau(lengths, pair.truth, "strict") + 1) / 2
 
 
 # ------------------------------------------------------------------------------- heldout
 
 
-def heldout_rows(args, tokenizer) -> dict[str, list[Prompt]]:
-    """The rows to measure, by kind, none twice: a repeated row is no independent trial. Pairs stand better first."""
-    rows: dict[str, list[Prompt]] = {}
+def heldout_rows(config, tokenizer) -> dict[str, list[Prompt]]:
+    """The first --rows rows of each kind, none twice: a repeated row is no independent trial. Pairs: better first."""
+    rows = {}
     for kind, flag in data.FLAGS.items():
-        source, what = getattr(args, flag), "row"
+        source = getattr(config, flag)
         if source == "none":
             continue
-        name = "toy:2" if kind == "preference" and source == "toy" else source
-        unique = {}
-        for row in readers.load_source(kind, name, split="heldout", count=8 * args.rows):
-            unique.setdefault((row.instruction, row.responses), row)
-        found = list(unique.values())
+        found = data.load_source(kind, source)
         if kind == "preference":
-            what = "pair (two responses of different scores)"
-            found = [row for row in map(better_first, found) if row]
-        elif kind == "instruction" and source == "toy":
-            found = [row for row in found if row.check]
-        found = found[: args.rows]
-        fits = fitting(found, tokenizer, args.max_prompt_tokens, f"--{flag} {source}", what)
-        rows[kind] = list(compress(found, fits))
-    if not rows:
-        raise InputError("all three sources are none: there is nothing to measure")
+            found = known(map(better_first, found))
+        found = list(dict.fromkeys(found))[: config.rows]
+        rows[kind] = list(compress(found, fitting(config, tokenizer, found, f"--{flag} {source}")))
     return rows
 
 
-def difficulty(pair: Prompt) -> str:
-    """A pair of the toy world, better first: the hardest kind, where the constraint alone tells, and the others."""
-    return "good vs breaks" if pair.truth[1] == world.BREAKS else "others"
+def solves(row: Prompt, text: str) -> dict[str, bool]:
+    return {"solved": verify_answer(text, row.answer) == 1}
 
 
-def passes(row: Prompt, text: str) -> float | None:
-    """Whether an answer is right, or keeps the constraint; None where the row has neither a truth nor a check."""
-    if row.kind == "reasoning":
-        return verify_answer(text, row.answer)
-    return float(world.complies(row.check, text)) if row.check else None
+def answer_figures(rows: list[Prompt], greedy: Answers, sampled: Answers, mark) -> dict:
+    """Share of answers with each property that mark(row, text) names, of sampled and of greedy ones.
 
-
-def answer_figures(rows: list[Prompt], greedy, sampled) -> dict[str, dict]:
-    """Share of passed answers of one kind, from its greedy and from its sampled answers."""
+    A row that it does not know, so that it returns None, is left out.
+    """
     figures = {}
-    for name, answers in (("greedy", greedy), ("sampled", sampled)):
+    for ending, answers in (("", sampled), (", greedy", greedy)):
         shares = []
         for row, samples in zip(rows, answers):
-            marks = [passes(row, sample.text) for sample in samples]
-            shares.append(None if None in marks else mean(marks))
-        figures[name] = interval(shares)
+            marks = [mark(row, sample.text) for sample in samples]
+            if None not in marks:
+                shares.append({name + ending: mean(values) for name, values in columns(marks).items()})
+        figures |= summary(shares)
     figures["tokens an answer"] = interval(mean(len(sample.ids) for sample in samples) for samples in sampled)
-    golds = [gold_of(row, samples) for row, samples in zip(rows, sampled)]
-    if all(golds):
-        figures |= metrics.gold_figures(golds)
-        of_greedy = metrics.gold_figures([gold_of(row, samples) for row, samples in zip(rows, greedy)])
-        for name in ("on topic, whole, in order", "all four"):
-            figures[f"{name}, greedy"] = of_greedy[name]
     return figures
 
 
-def gold_of(row: Prompt, samples: list[machine.Sample]) -> list[dict] | None:
-    """The parts of the toy world's hidden gold that each answer has; None for a row from elsewhere."""
-    if row.kind != "instruction" or not world.read_instruction(row.instruction):
-        return None
-    return [world.gold(row.instruction, sample.text) for sample in samples]
+def referee_figures(pairs: list[Prompt], greedy: Answers, sampled: Answers) -> dict:
+    """The figures of a judge on all pairs, from its answers to `both_orders(pairs)`.
 
-
-def record(row: Prompt, greedy, sampled, mirrored_greedy, mirrored) -> dict:
-    """One row in the JSON: the question, the answers, and how many parts of the hidden gold each sampled one has.
-
-    Answers are lists of machine.Sample. mirrored: of a pair, the judgements of the other order.
+    "commonest line" is the share of the most frequent pair of scores: a judge that does not read has 1.
     """
-    golds = gold_of(row, sampled)
+    rows, lines = [], Counter()
+    for orders in verdicts(sampled):
+        rows.append(pair_figures(*orders))
+        for order in orders:
+            lines.update(map(tuple, known(order)))
+    figures = summary(rows)
+    greedy_rows = [pair_figures(*orders) for orders in verdicts(greedy)]
+    figures["both orders, greedy"] = summary(greedy_rows)["both orders"]
+    commonest = max(lines.values()) / lines.total() if lines else None
+    figures["commonest line"] = figure(commonest, lines.total())
+    figures["longer wins"] = interval(map(longer_wins, pairs))
+    return figures
+
+
+def record(row: Prompt, greedy, sampled, mirrored_greedy=(), mirrored=()) -> dict:
+    """One row in the JSON: what was asked, and the texts of all answers; of a pair, also those of the other order."""
+    found = {
+        "kind": row.kind,
+        "asked": row.instruction,
+        "responses": row.responses,
+        "truth": row.truth or row.answer,
+    }
     answers = {"greedy": greedy, "sampled": sampled, "mirrored_greedy": mirrored_greedy, "mirrored": mirrored}
-    found = {"kind": row.kind, "asked": row.instruction, "responses": row.responses, "truth": row.truth or row.answer}
     for name, samples in answers.items():
         found[name] = [sample.text for sample in samples]
-    return found | {"gold": golds and [sum(gold.values()) for gold in golds]}
+    return found
 
 
-def heldout(args) -> None:
-    """Answers, judgements and constraints on held-out rows: a table, and JSON for `compare` and `report`."""
-    folder, tokenizer = open_model(args.model, args.chat_template)
-    rows = heldout_rows(args, tokenizer)
+def heldout(config, measure=None) -> None:
+    """Answers and judgements on held-out rows: a table, and JSON for `compare` and the reports.
+
+    Each prompt is answered once greedily, and --samples times at --temperature.
+    measure: (instruction, text of an answer) -> {property: whether the answer has it}, or None for an instruction that
+    it does not know. Without it, of open-ended answers only the length is known.
+    """
+
+    def properties(row: Prompt, text: str):
+        return measure and measure(row.instruction, text)
+
+    folder, tokenizer = open_model(config)
+    rows = heldout_rows(config, tokenizer)
     pairs, questions, tasks = [rows.get(kind, []) for kind in data.KINDS]
     prompts = [*questions, *tasks, *both_orders(pairs)]
-    engine = open_engine(folder, tokenizer, args)
-    greedy = ask(engine, tokenizer, prompts, 1, 0.0, args)
-    sampled = ask(engine, tokenizer, prompts, args.samples, 1.0, args)
-
-    figures, first = {}, 0
-    for name, part in (("reasoning", questions), ("instructions", tasks)):
-        last = first + len(part)
-        if part:
-            figures[name] = answer_figures(part, greedy[first:last], sampled[first:last])
-        first = last
+    greedy, sampled = ask(config, folder, tokenizer, prompts, config.samples)
+    figures, a = {}, len(questions)
+    b = a + len(tasks)
+    if questions:
+        figures["reasoning"] = answer_figures(questions, greedy[:a], sampled[:a], solves)
+    if tasks:
+        figures["instructions"] = answer_figures(tasks, greedy[a:b], sampled[a:b], properties)
     if pairs:
-        parts = [difficulty(pair) for pair in pairs] if args.preferences == "toy" else []
-        judged = metrics.referee_figures(verdicts(greedy[first:]), verdicts(sampled[first:]), parts)
-        judged["longer wins"] = interval(metrics.longer_wins(pair.responses, pair.truth) for pair in pairs)
-        judged["first wins, single order"] = metrics.figure(0.5, len(pairs))
-        judged["first wins, both orders"] = metrics.figure(0.0, len(pairs))
-        figures["referee"] = judged
-    shown = [*questions, *tasks, *pairs]  # of the pairs, the better response first
-    mirrored_greedy, mirrored = ([[]] * first + answers[len(shown):] for answers in (greedy, sampled))
-    finish(args, figures, table({args.model: {"figures": figures}}, "n"),
-           answers=list(map(record, shown, greedy, sampled, mirrored_greedy, mirrored)))
+        figures["referee"] = referee_figures(pairs, greedy[b:], sampled[b:])
+
+    c = b + len(pairs)  # from there on each pair stands with its better response last
+    answers = list(map(record, [*questions, *tasks], greedy, sampled))
+    answers += map(record, pairs, greedy[b:c], sampled[b:c], greedy[c:], sampled[c:])
+    finish(config, figures, table({config.model: {"figures": figures}}, "n"), answers=answers)
 
 
 # ------------------------------------------------------------------------------- rewardbench
 
+# The sections, their subsets, and each subset's weight in its section: SUBSET_MAPPING and EXAMPLE_COUNTS in
+# rewardbench/constants.py of github.com/allenai/reward-bench, version 0.1.4. Weights are the numbers of pairs, but for
+# math-prm: its 447 pairs weigh as much as all code. https://arxiv.org/abs/2403.13787
+REWARDBENCH = {
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+             "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
+                  "hep-rust": 164},
+}
 
-def benchmark_pairs(args) -> tuple[list[tuple[str, str]], list[Prompt]]:
-    """((section, subset) of each pair, the pairs, chosen response first). A row's own `section` wins over the map."""
-    source, home = args.preferences, {}
-    for section, subsets in metrics.REWARDBENCH.items():
+
+def benchmark_figures(labels, values) -> dict[str, dict]:
+    """One measure of many pairs -> a figure a subset, a section, and the plain mean of the sections.
+
+    labels: (section, subset) of each pair. A subset that RewardBench does not know weighs as many pairs as it has.
+    """
+    parts = {section: {} for section in REWARDBENCH}
+    for (section, subset), value in zip(labels, values):
+        parts.setdefault(section, {}).setdefault(subset, []).append(value)
+    figures, everything = {}, []
+    for section, subsets in parts.items():
+        if not subsets:
+            continue
+        figures[section], weighted, total = {}, [], 0
+        for subset, part in subsets.items():
+            figures[section][subset] = interval(part)
+            if known(part):
+                weight = REWARDBENCH.get(section, {}).get(subset, len(part))
+                weighted.append((part, weight))
+                total += weight
+        figures[section]["section"] = weighted_mean(weighted)
+        everything += [(part, weight / total) for part, weight in weighted]
+    figures["RewardBench"] = {"mean of the sections": weighted_mean(everything)}
+    return figures
+
+
+def benchmark_pairs(config) -> tuple[list, list[Prompt]]:
+    """((section, subset) of each pair, the pairs, chosen response first). One that stands twice counts twice, as in the
+    benchmark's own weights."""
+    home = {}
+    for section, subsets in REWARDBENCH.items():
         home |= dict.fromkeys(subsets, section)
-    records, _ = readers.source_records("preference", source, args.split, count=4096)
-    labels, pairs = [], []
-    for number, record in records:  # also what repeats: the benchmark's weights count it
-        pair = better_first(readers.read_row("preference", f"{source}:{number}", record))
+    source, labels, pairs = config.preferences, [], []
+    records, _ = source_records(source, split=config.split, flag="data")
+    for number, fields in records:
+        pair = better_first(data.read_row("preference", f"{source}:{number}", fields))
         if pair:
-            record = json.loads(record) if isinstance(record, bytes) else record
-            subset = str(record.get("subset") or "all")
-            labels.append((str(record.get("section") or home.get(subset, "other")), subset))
+            if isinstance(fields, bytes):
+                fields = json.loads(fields)
+            subset = str(fields.get("subset") or "all")
+            labels.append((home.get(subset, "other"), subset))
             pairs.append(pair)
     return labels, pairs
 
 
-def rewardbench(args) -> None:
-    """The referee on labelled pairs, greedy, each in both orders (D18): a figure a subset, a section, and their mean.
+def rewardbench(config) -> None:
+    """The judge on labelled pairs, greedy, each in both orders: a figure a subset, a section, and their mean.
 
-    accuracy     right in the order shown; a tie or an unreadable judgement counts 0.5, as in the official script
-    ties as 0    the same, but a tie or an unreadable judgement counts 0
-    unparsed     share of unreadable judgements: how much of the two columns before is a coin or a zero for that
-    consistent   the same winner in both orders, among pairs read in both
-    longer wins  the accuracy of preferring the longer response; preferring the first one has 0.5 in every line
+    "accuracy" is the single order of `pair_figures`, as in the official script; "unparsed" says how much of it is a
+    coin. A judge that prefers the longer response has "longer wins" as its accuracy, and one that prefers the first
+    has 0.5 in every line.
     """
-    folder, tokenizer = open_model(args.model, args.chat_template)
-    labels, pairs = benchmark_pairs(args)
-    fits = fitting(pairs, tokenizer, args.max_prompt_tokens, f"--data {args.preferences}",
-                   "pair (two responses of different scores)")
+    folder, tokenizer = open_model(config)
+    labels, pairs = benchmark_pairs(config)
+    fits = fitting(config, tokenizer, pairs, f"--data {config.preferences}")
     labels, pairs = list(compress(labels, fits)), list(compress(pairs, fits))
-    engine = open_engine(folder, tokenizer, args)
+    answers, _ = ask(config, folder, tokenizer, both_orders(pairs))
     rows = []
-    for pair, orders in zip(pairs, verdicts(ask(engine, tokenizer, both_orders(pairs), 1, 0.0, args))):
-        found = metrics.pair_figures(*orders)
-        rows.append({"accuracy": found["single order"], "ties as 0": found["ties as 0"],
-                     "unparsed": found["unparsed"], "consistent": found["order consistency"],
-                     "first position": found["first-position preference"],
-                     "longer wins": metrics.longer_wins(pair.responses, pair.truth)})
-    columns, figures = {}, {}
-    for name, values in metrics.columns(rows).items():
-        columns[name] = {"figures": metrics.benchmark_figures(labels, values)}
-        for section, subsets in columns[name]["figures"].items():
+    for pair, orders in zip(pairs, verdicts(answers)):
+        found = pair_figures(*orders)
+        rows.append({
+            "accuracy": found["single order"],
+            "ties as 0": found["ties as 0"],
+            "unparsed": found["unparsed"],
+            "consistent": found["order consistency"],
+            "first position": found["first-position preference"],
+            "longer wins": longer_wins(pair),
+        })
+    results, figures = {}, {}
+    for name, values in columns(rows).items():
+        results[name] = {"figures": benchmark_figures(labels, values)}
+        for section, subsets in results[name]["figures"].items():
             for subset, cell in subsets.items():
                 figures.setdefault(section, {})[f"{subset}: {name}"] = cell
-    figures["RewardBench"]["pairs left out as too long"] = metrics.figure(len(fits) - sum(fits), len(fits))
-    note = "first wins: accuracy 0.50 in every line, since each pair stands in both orders"
-    finish(args, figures, f"{table(columns, 'n')}\n{note}")
+    figures["RewardBench"]["pairs left out as too long"] = figure(len(fits) - sum(fits), len(fits))
+    finish(config, figures, table(results, "n"))
 
 
 # ------------------------------------------------------------------------------- reasoning
 
 
-def question_measures(row: Prompt, greedy: list[machine.Sample], sampled: list[machine.Sample]) -> dict[str, float]:
+def majority(texts, answer: str) -> float:
+    """maj@k: is the commonest final answer right? Of several commonest ones each counts its share.
+
+    Two answers are the same where `verify_answer` finds them equal. A text without a final answer has no vote.
+
+    >>> majority(["it is 4", "so 5", "4.0", "no idea"], "4"), majority(["4", "5"], "4"), majority(["no idea"], "4")
+    (1.0, 0.5, 0.0)
+    """
+    votes = {}  # final answer -> how often
+    for text in texts:
+        given = final_answer(text)
+        if given:
+            same = [other for other in votes if verify_answer(text, other)]
+            name = same[0] if same else given
+            votes[name] = votes.get(name, 0) + 1
+    commonest = [name for name, count in votes.items() if count == max(votes.values())]
+    return mean(verify_answer(name, answer) for name in commonest) or 0.0
+
+
+def question_figures(row: Prompt, greedy: list[Sample], sampled: list[Sample]) -> dict[str, float]:
     """The measures of one question, from one greedy answer and k samples."""
     k, texts = len(sampled), [sample.text for sample in sampled]
     right = int(sum(verify_answer(text, row.answer) for text in texts))
-    measured = {"pass@1, greedy": verify_answer(greedy[0].text, row.answer), f"mean@{k}": right / k,
-                f"maj@{k}": metrics.majority(texts, row.answer)}
+    figures = {
+        "pass@1, greedy": verify_answer(greedy[0].text, row.answer),
+        f"mean@{k}": right / k,
+        f"maj@{k}": majority(texts, row.answer),
+    }
     j = 2
     while j <= k:
-        measured[f"pass@{j}"] = metrics.pass_at_k(k, right, j)
+        figures[f"pass@{j}"] = pass_at_k(k, right, j)
         j *= 2
-    measured["tokens an answer"] = mean(len(sample.ids) for sample in sampled)
-    measured["cut off"] = mean(not sample.finished for sample in sampled)
-    return measured
+    figures["tokens an answer"] = mean(len(sample.ids) for sample in sampled)
+    figures["cut off"] = mean(not sample.finished for sample in sampled)
+    return figures
 
 
-def reasoning(args) -> None:
+def reasoning(config) -> None:
     """pass@1 (greedy), and from k samples mean@k, pass@j and maj@k, for each set; of several sets the plain average."""
-    folder, tokenizer = open_model(args.model, args.chat_template)
-    sets, prompts = {}, []
-    for source in args.reasoning:
-        rows = readers.load_source("reasoning", source, split=split_of(source, args.split), count=512)
-        rows = list(dict.fromkeys(rows))[: args.rows or None]  # a repeated row is no independent trial
-        fits = fitting(rows, tokenizer, args.max_prompt_tokens, f"--data {source}")
-        sets[source] = list(compress(rows, fits))
-        prompts += sets[source]
-    engine = open_engine(folder, tokenizer, args)
-    greedy = ask(engine, tokenizer, prompts, 1, 0.0, args)
-    sampled = ask(engine, tokenizer, prompts, args.samples, args.temperature, args)
-    measured = map(question_measures, prompts, greedy, sampled)
-    columns, figures = {}, {}
+    folder, tokenizer = open_model(config)
+    prompts, source_of = [], []
+    for source in config.reasoning:
+        rows = data.load_source("reasoning", source, split=config.split)
+        rows = list(dict.fromkeys(rows))[: config.rows]  # a repeated row is no independent trial
+        fits = fitting(config, tokenizer, rows, f"--data {source}")
+        prompts += compress(rows, fits)
+        source_of += [source] * sum(fits)
+    greedy, sampled = ask(config, folder, tokenizer, prompts, config.samples)
+    sets = dict.fromkeys(config.reasoning, ())
+    for source, *question in zip(source_of, prompts, greedy, sampled):
+        sets[source] += (question_figures(*question),)
+    figures, parts = {}, {}
     for source, rows in sets.items():
-        columns[source] = metrics.columns(list(islice(measured, len(rows))))
-        figures[source] = {name: interval(values) for name, values in columns[source].items()}
+        figures[source] = summary(rows)
+        for name, values in columns(rows).items():
+            parts.setdefault(name, []).append((values, 1))
     if len(sets) > 1:
-        figures["average"] = {}
-        for name in figures[source]:
-            parts = [(part[name], 1) for part in columns.values()]
-            figures["average"][name] = metrics.weighted_mean(parts)
-    finish(args, figures, table({args.model: {"figures": figures}}, "n"))
+        figures["average"] = {name: weighted_mean(values) for name, values in parts.items()}
+    finish(config, figures, table({config.model: {"figures": figures}}, "n"))
 
 
 # ------------------------------------------------------------------------------- alpacaeval
 
 
-def read_outputs(path: str, *fields: str) -> list[dict]:
-    """A file as the `alpaca_eval` command reads and writes it: a JSON list of objects."""
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}); expected a list of objects") from None
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{path}: expected a list of objects with {', '.join(fields)}")
-    for i, record in enumerate(records):
-        for field in fields:
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                raise InputError(f"{path}: entry {i} (from 0) has no text in field {field!r}")
-    return records
+def alpacaeval(config) -> None:
+    """With --model: its greedy answers to --data, in the form that the public `alpaca_eval` package judges.
 
-
-def alpacaeval(args) -> None:
-    """With --model: answers to --data, greedy, as the public `alpaca_eval` command expects them. With --judge: the win
-    rate of --outputs over --against by any checkpoint as the judge, offline. One engine a process, so two commands."""
-    if args.model:
-        write_answers(args)
-    else:
-        win_rate(args)
-
-
-def write_answers(args) -> None:
-    """One greedy answer to each instruction, in the form of the `alpaca_eval` package."""
-    folder, tokenizer = open_model(args.model, args.chat_template)
-    source = args.instructions
-    if source.endswith(".json"):
-        records = read_outputs(source, "instruction")
-        rows = [Prompt("instruction", record["instruction"]) for record in records]
-    else:
-        rows = readers.load_source("instruction", source, split=split_of(source, args.split), count=64)
-        records = [{}] * len(rows)
-    fits = fitting(rows, tokenizer, args.max_prompt_tokens, f"--data {source}")
-    rows, records = list(compress(rows, fits)), list(compress(records, fits))
-    answers = ask(open_engine(folder, tokenizer, args), tokenizer, rows, 1, 0.0, args)
-    outputs, cut = [], 0
-    for row, record, (answer,) in zip(rows, records, answers):
-        outputs.append({"instruction": row.instruction, "output": answer.text, "generator": args.name or args.model,
-                        "dataset": record.get("dataset") or Path(source).stem})
-        cut += not answer.finished
-    write_whole(args.outputs, json.dumps(outputs, indent=1))
-    print(f"{args.outputs}: {len(rows)} answers, {cut} cut off at --max_answer_tokens {args.max_answer_tokens}")
-
-
-def win_rate(args) -> None:
-    """The share of instructions on which a judge prefers --outputs to --against, plain and length-controlled."""
-    folder, tokenizer = open_model(args.judge, args.chat_template)
-    own = read_outputs(args.outputs, "instruction", "output")
-    reference = {}
-    for record in read_outputs(args.against, "instruction", "output"):
-        reference[record["instruction"]] = record["output"]
-    pairs = []
-    for record in own:
-        other = reference.get(record["instruction"])
-        if other is not None:
-            pairs.append(Prompt("preference", record["instruction"], (record["output"], other), (1, 0)))
-    if len(pairs) < len(own):
-        print(f"{args.against}: has {len(pairs)} of the {len(own)} instructions of {args.outputs}", file=sys.stderr)
-    pairs = list(compress(pairs, fitting(pairs, tokenizer, args.max_prompt_tokens, f"--against {args.against}",
-                                         "pair")))
-    engine = open_engine(folder, tokenizer, args)
-    orders = verdicts(ask(engine, tokenizer, both_orders(pairs), 1, 0.0, args))
-    rows, preferences, ties = [], [], []
-    for own_first, own_second in orders:
-        row = metrics.pair_figures(own_first, own_second)
-        rows.append(row)
-        # One order alone would carry the judge's preference for a position: a win needs both to be read.
-        preferences.append(row["single order"] if row["format"] == 1 else None)
-        ties += [scores[0] == scores[1] for scores in own_first + own_second if scores]
-    lengths = [[len(pair.responses[i]) for pair in pairs] for i in (0, 1)]
-    read = len(preferences) - preferences.count(None)
-    found = metrics.summary(rows)
-    figures = {
-        "win rate": interval(preferences),
-        "length-controlled win rate": metrics.figure(metrics.length_controlled(preferences, *lengths), read),
-        "ties, a judgement": interval(ties),
-        "unparsed": found["unparsed"],
-        "order consistency": found["order consistency"],
-        "first-position preference": found["first-position preference"],
-        "characters, own": interval(lengths[0]), "characters, the other's": interval(lengths[1])}
-    shown = table({f"{args.outputs} over {args.against}": {"figures": {"alpacaeval": figures}}}, "n")
-    finish(args, {"alpacaeval": figures}, f"{shown}\njudge: {args.judge}. Compare this rate only with rates of the "
-           "same judge and the same reference: AlpacaEval's own are those of GPT-4.")
-
-
-# ------------------------------------------------------------------------------- probe
-
-
-def probe(args) -> None:
-    """Parts 1 to 4 of one training step, without its update, by the functions of urpo.py: what could a model learn?
-
-    It takes every flag of urpo.py; each P row is drawn in both orders, and kinds have equal shares (0 stays 0).
+    With --annotations: the win rates of what the package has judged, plain and length-controlled, by its own functions.
     """
-    config = flags.parse(urpo.Config, urpo.PRESETS, [*args.flags, "--model", args.model])
-    config.both_orders, config.warmup_steps, config.minibatches, config.audit_judge = True, 0, 1, 0
-    config.advantage = "std"  # which groups have a gradient is the same for all scales
-    data.mix_counts(config.mix, 0, warmup=False)  # refuses what is no mix
-    config.mix = ":".join(str(min(1, int(share))) for share in config.mix.split(":"))
-    config.batch = args.rows * config.mix.count("1")
-    flags.check(config, 1)
-    folder, tokenizer = open_model(args.model, config.chat_template)
-    names = {kind: getattr(config, flag) for kind, flag in data.FLAGS.items()}
-    counts = data.mix_counts(config.mix, config.batch, warmup=False)
-    sources, _ = readers.load_sources(
-        names, counts, tokenizer, config.max_prompt_tokens, config.max_judge_tokens,
-        config.judge_list or config.group, config.toy_rows)
-    batch = data.draw(sources, config.mix, config.batch, 0, config.seed, 0, both_orders=True)
-    engine = open_engine(folder, tokenizer, config)
-    groups = urpo.rollout(config, engine, tokenizer, list(enumerate(batch)), 0)
-    urpo.self_score(config, engine, tokenizer, groups, 0)
-    urpo.reward(config, groups)
+    if config.annotations:
+        return win_rates(config)
+    folder, tokenizer = open_model(config)
+    records = read_records(config.data, "instruction")
+    rows = [Prompt("instruction", found["instruction"]) for found in records]
+    fits = fitting(config, tokenizer, rows, f"--data {config.data}")
+    answers, _ = ask(config, folder, tokenizer, list(compress(rows, fits)))
+    outputs, cut = [], 0
+    for found, (answer,) in zip(compress(records, fits), answers):
+        outputs.append({
+            "instruction": found["instruction"],
+            "output": answer.text,
+            "generator": config.model,
+        })
+        cut += not answer.finished
+    write_whole(config.outputs, json.dumps(outputs, indent=1))
+    print(f"{config.outputs}: {len(outputs)} answers, {cut} cut off at --max_answer_tokens {config.max_answer_tokens}")
+
+
+def win_rates(config) -> None:
+    """The rates of annotations.json; their intervals are 1.96 of the package's standard errors to each side (ours)."""
+    path = f"--annotations {config.annotations}"
+    records = read_records(config.annotations, "output_1", "output_2", "generator_1", "generator_2")
+    try:
+        import pandas
+        from alpaca_eval.metrics import get_length_controlled_winrate
+    except ImportError as error:
+        raise InputError(f"{path}: needs the alpaca_eval package ({error}): pip install alpaca-eval") from None
+    try:
+        rates = get_length_controlled_winrate(pandas.DataFrame(records), save_weights_dir=None)
+    except (OSError, KeyError, ValueError, AssertionError) as error:
+        raise InputError(f"{path}: the alpaca_eval package cannot rate it ({error!r}); give one model's answers to its "
+                         "805 instructions in their order, and a network: it asks the hub how hard they are") from None
     figures = {}
-    for kind in data.KINDS:
-        part = [group for group in groups if group.prompt.kind == kind]
-        if part:
-            figures[kind] = metrics.preference_probe(part) if kind == "preference" else metrics.answer_probe(part)
-    finish(args, figures, "\n".join([table({args.model: {"figures": figures}}, "n"), *metrics.probe_verdicts(figures)]))
+    for name, rate, error in (("win rate", "win_rate", "standard_error"),
+                              ("length-controlled", "length_controlled_winrate", "lc_standard_error")):
+        value, side = rates[rate] / 100, 1.96 * rates[error] / 100
+        figures[name] = figure(value, int(rates["n_total"]), value - side, value + side)
+    config.model = records[0]["generator_2"]
+    heading = f"{config.model} over {records[0]['generator_1']}"
+    figures = {"alpacaeval": figures}
+    finish(config, figures, table({heading: {"figures": figures}}, "n"))
 
 
 # ------------------------------------------------------------------------------- compare
 
 
-def read_result(path: str | Path) -> dict:
-    """A JSON that `heldout` wrote."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; write it with `python eval.py heldout --json {path}`") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
-    if not isinstance(content, dict) or not {"figures", "settings"} <= content.keys():
-        raise InputError(f"{path}: no result of `python eval.py heldout` (no 'figures' and 'settings')")
-    return content
-
-
-# The lines of `compare` that tell the most; all the others stand in the JSON, and behind --all.
-HEADLINES = (("referee", "both orders"), ("reasoning", "sampled"), ("instructions", "on topic, whole, in order"),
-             ("instructions", "all four"), ("instructions", "better, by gold"))
-BLIND = ("blind judges on the same pairs: {:.2f} for the longer response in the order shown; in both orders .25 for "
-         "a coin and 0 for the first response")
-
-
-def compare(args) -> None:
-    """Two results of `heldout` side by side, what differs in how they were measured, and some answers of both."""
-    from report.examples import side_by_side
-
-    results = {"before": read_result(args.before), "after": read_result(args.after)}
-    before, after = results.values()
-    rows = list(zip(before.get("answers", []), after.get("answers", [])))
-    alike = all(a["asked"] == b["asked"] for a, b in rows)
-    golds = [(a["gold"], b["gold"]) for a, b in rows if alike and a["gold"] and b["gold"]]
-    if golds:
-        before["figures"]["instructions"]["better, by gold"] = metrics.figure(0.5, len(golds))
-        after["figures"]["instructions"]["better, by gold"] = metrics.gold_wins(
-            [ours for _, ours in golds], [others for others, _ in golds])
-    print(table(results, "change", () if args.all else HEADLINES))
-    longer = before["figures"].get("referee", {}).get("longer wins")
-    if longer:
-        print(BLIND.format(longer["value"]))
+def compare(config) -> None:
+    """Two results of one command side by side, the change, and what differs in how they were measured."""
+    before, after = read_result(config.before), read_result(config.after)
+    print(table({"before": before, "after": after}, "change"))
     for name in before["settings"] | after["settings"]:
         a, b = before["settings"].get(name), after["settings"].get(name)
         if a != b:
             print(f"not measured alike: --{name} {a} before, {b} after")
-    if alike:
-        print(side_by_side(rows))
-
-
-# ------------------------------------------------------------------------------- what became of a run
-
-
-def report(args) -> None:
-    """Curves of one run, with its heldout*.json; or of several overlaid: a thin line each, a thick one their mean.
-
-    Of one run also report.html: the curves and the trajectories in one file without network.
-    """
-    from report import page
-
-    page.report(args.runs, args.out, args.csv, args.groups, args.brief)
-
-
-def explain(args) -> None:
-    """Why the rewards of a run are what they are: one prompt in full, or every number of the run derived again.
-
-    Exit status 1, and each difference on standard error, where the record is wrong.
-    """
-    from report import explain
-
-    if not explain.explain(args.run, args.step, args.prompt, args.all):
-        sys.exit(1)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -526,110 +529,82 @@ def positive(text: str) -> int:
     return int(text)
 
 
-# What every command that measures may be told. None stands for the training's own setting on this machine.
-OPTIONS = {
-    "model": (str, None, "a folder, a hub id, raw, half or seed (docs/seed.md)"),
-    "judge": (str, None, "the same of the judge; --model is the one that answers"),
-    "rows": (positive, 64, "rows a kind"),
-    "samples": (positive, 4, "answers to each prompt, beside one greedy"),
-    "split": (str, None, "of a hub data set"),
-    "temperature": (float, None, "of the sampled answers"),
-    "max_prompt_tokens": (positive, None, "longer rows are left out"),
-    "max_answer_tokens": (positive, None, "of answers"),
-    "max_referee_tokens": (positive, None, "of judgements"),
-    "seed": (int, 0, "of sampling"),
-    "chat_template": (str, "", "file with a template for a base that has none"),
-    "json": (str, "", "write the figures here, for compare; runs/<name>/heldout*.json joins the report"),
-}
-COMMON = ("max_prompt_tokens", "max_answer_tokens", "max_referee_tokens", "seed", "chat_template", "json")
-
-
-def add_command(commands, function, help: str, *options: str, **defaults):
-    """The parser of one command, with its share of OPTIONS."""
-    part = commands.add_parser(function.__name__, help=help, description=function.__doc__, allow_abbrev=False,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    part.set_defaults(command=function)
-    for name in options:
-        kind, default, text = OPTIONS[name]
-        default = defaults.get(name, default)
-        if default != "" and name not in ("model", "judge"):
-            text += f"; default {default or 'as in training'}"
-        required = name == "model" and function is not alpacaeval
-        part.add_argument(f"--{name}", type=kind, default=default, help=text, required=required)
-    return part
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Docstrings as they stand, and the default of every flag."""
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    """What is not given is as in training, on this machine."""
+    training = urpo.Config(**urpo.PRESETS[PRESET])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    part = add_command(commands, heldout, "measure a model on held-out rows", "model", "rows", "samples", *COMMON)
+    parts = {}
+    for command in (heldout, rewardbench, reasoning, alpacaeval, compare):
+        name, about = command.__name__, command.__doc__
+        part = commands.add_parser(
+            name, help=about.splitlines()[0], description=about, formatter_class=Help, allow_abbrev=False)
+        part.set_defaults(command=command)
+        parts[name] = part.add_argument
+
+    for name in ("heldout", "rewardbench", "reasoning", "alpacaeval"):
+        add = parts[name]
+        add("--model", required=name != "alpacaeval", help="a folder or hub id")
+        for limit in ("max_prompt_tokens", "max_answer_tokens", "max_referee_tokens"):
+            add(f"--{limit}", type=positive, default=getattr(training, limit), help="as in training")
+        add("--seed", type=int, default=0, help="of sampling")
+        add("--chat_template", default="", help="a file with a template, for a base that has none")
+        add("--json", default="", help="write the figures here, for compare")
+    for name, samples, rows in (("heldout", 4, 64), ("reasoning", 8, None)):
+        add = parts[name]
+        add("--samples", type=positive, default=samples, help="answers to each prompt, beside a greedy one")
+        add("--temperature", type=float, default=training.temperature, help="of these samples")
+        add("--rows", type=positive, default=rows, help="the first so many of each source")
     for flag in data.FLAGS.values():
-        part.add_argument(f"--{flag}", default="toy", help="toy (its held-out split) | a .jsonl file | none")
-    part = add_command(commands, compare, "two results side by side")
-    part.add_argument("before")
-    part.add_argument("after")
-    part.add_argument("--all", action="store_true", help="every figure, and not the headlines alone")
-    add_command(commands, probe, "seed competence: what could this model learn, before any training?", "model", "rows",
-                "json", rows=32)
-    part = add_command(commands, rewardbench, "accuracy of the judge, by section", "model", "split", *COMMON,
-                       split="filtered")
-    part.add_argument("--data", "--preferences", dest="preferences", default="allenai/reward-bench", metavar="DATA",
-                      help="hub id, or .jsonl of {prompt, chosen, rejected} with optional section and subset; "
-                      "default %(default)s")
-    part = add_command(commands, reasoning, "pass@1, mean@k, pass@k, maj@k", "model", "samples", "rows", "split",
-                       "temperature", *COMMON, rows=0, split="test", samples=8)
-    part.add_argument("--data", "--reasoning", dest="reasoning", nargs="+", default=["toy"], metavar="DATA",
-                      help="hub ids (openai/gsm8k:main, HuggingFaceH4/MATH-500), .jsonl files, or toy")
-    part = add_command(commands, alpacaeval, "answers for alpaca_eval; a win rate under a judge of your own", "model",
-                       "judge", "split", *COMMON, split="eval")
-    part.add_argument("--data", "--instructions", dest="instructions", metavar="DATA",
-                      help="with --model: alpaca_eval.json of hub tatsu-lab/alpaca_eval, a .jsonl file, or a hub id")
-    part.add_argument("--outputs", default="model_outputs.json", help="the answers, written by --model, read by "
-                      "--judge; default %(default)s")
-    part.add_argument("--name", help="with --model: its name in the file; default the model itself")
-    part.add_argument("--against", help="with --judge: the other answers, in the same form")
-    part = add_command(commands, report, "curves of one run or of several; of one, also report.html")
-    part.add_argument("--brief", action="store_true", help="with --out: the four panels that tell the most")
-    part.add_argument("runs", nargs="+", help="folders that hold a log.jsonl; several are overlaid")
-    part.add_argument("--out", help="the picture; default <run>/curves.png")
-    part.add_argument("--csv", help="also write the figures of the panels, a line a step")
-    part.add_argument("--groups", type=positive, default=1000,
-                      help="at most so many prompts, with all their answers, in report.html; default %(default)s")
-    part = add_command(commands, explain, "derive the rewards of a run again")
-    part.add_argument("run", help="a folder that holds log.jsonl, rollouts.jsonl and config.json")
-    part.add_argument("--step", type=int, help="with --prompt: show one prompt in full")
-    part.add_argument("--prompt", type=int, help="its number in the step's batch, from 0")
-    part.add_argument("--all", action="store_true", help="check every number; exit status 1 where one is wrong")
+        parts["heldout"](f"--{flag}", default="none", help="a .jsonl file or hub id")
+    add = parts["rewardbench"]
+    add("--data", dest="preferences", default="allenai/reward-bench", help="hub id, or .jsonl of {prompt, chosen, "
+        "rejected} with an optional subset")
+    add("--split", default="filtered", help="of a hub's set")
+    add = parts["reasoning"]
+    add("--data", dest="reasoning", nargs="+", required=True, help="hub ids (openai/gsm8k:main "
+        "HuggingFaceH4/MATH-500) or .jsonl files")
+    add("--split", default="test", help="of a hub's set")
+    add = parts["alpacaeval"]
+    add("--data", help="with --model: alpaca_eval.json of hub tatsu-lab/alpaca_eval")
+    add("--outputs", default="model_outputs.json", help="with --model: its answers")
+    add("--annotations", help="what alpaca_eval wrote beside its leaderboard")
+    parts["compare"]("before")
+    parts["compare"]("after")
     return parser
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line, checked, and with what it leaves open set as training sets it."""
+    """The command line, checked: the config of a command."""
     parser = command_line()
-    args, rest = parser.parse_known_args(arguments)
-    if rest and args.command is not probe:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.command is explain and args.all == (args.step is not None and args.prompt is not None):
-        parser.error("explain: give --step and --prompt, or --all")
-    if args.command is alpacaeval:
-        answers, judges = bool(args.model and args.instructions), bool(args.judge and args.against)
-        if answers == judges or args.model and args.judge:
-            parser.error("alpacaeval: give --model and --data to answer; then, in a second command, --judge and "
-                         "--against")
-    training = urpo.Config(**urpo.PRESETS[machine.PRESET])
-    for name in OPTIONS:
-        if getattr(args, name, "") is None and name not in ("model", "judge"):
-            setattr(args, name, getattr(training, name))
-    args.max_judge_tokens = 0  # only `probe` judges what it has sampled, and it has all settings of training
-    args.arguments, args.flags = arguments, rest
-    return args
+    config = parser.parse_args(arguments, argparse.Namespace(json="", arguments=arguments, max_judge_tokens=0))
+    if config.command is heldout and all(getattr(config, flag) == "none" for flag in data.FLAGS.values()):
+        parser.error("nothing to measure: give a file to --preferences, --reasoning or --instructions; "
+                     "`python -m lab.toy heldout --model M` measures on the laptop's")
+    if config.command is alpacaeval and bool(config.annotations) == bool(config.model and config.data):
+        parser.error("give --model and --data to answer; when alpaca_eval has judged, --annotations alone")
+    temperature, samples = getattr(config, "temperature", 1.0), getattr(config, "samples", 1)
+    if temperature < 0 or temperature == 0 and samples > 1:
+        parser.error(f"--temperature {temperature:g}: {samples} samples need one above 0, else all are the greedy "
+                     "answer, which is measured anyway; or give --samples 1")
+    for flag in ("json", "outputs"):
+        if getattr(config, flag, ""):
+            check_writable(flag, getattr(config, flag))
+    return config
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: list[str] | None = None, measure=None) -> None:
+    """measure: what `heldout` asks of open-ended answers."""
     try:
-        args.command(args)
+        config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        if config.command is heldout:
+            heldout(config, measure)
+        else:
+            config.command(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

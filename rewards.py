@@ -5,15 +5,13 @@ In the order in which a step uses them:
     P  preference    r = tau(scores in the answer, true scores)              preference_reward   [paper]
     R  reasoning     r = 1 if the final answer equals the true one, else 0   verify_answer       [paper]
     I  instruction   r_i = mean score that the model itself gave answer i    self_rewards        [paper]
-    all kinds        one dispatch, for training and for `lab.audit`          group_rewards
+    all kinds        one dispatch, for training and its audit                group_rewards
                      A = (r - mean) / std within the group                   group_advantages    [paper]
                      w, a token's weight in the loss                         token_weight        [DAPO]
                      min(rho A, clip(rho, 0.8, 1.28) A)                      clipped_objective   [paper, DAPO]
 
-Below the equations: the figures of a step, which are made of them.
-
-One rule holds everywhere: unknown is not zero. A judgement that cannot be read is None, or on P the worst tau, -1; it
-is never a score.
+Below the equations: the figures of a step, which are made of them. One rule holds everywhere: unknown is not zero. A
+judgement that cannot be read is None, or on P the worst tau, -1; it is never a score.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ from __future__ import annotations
 import math
 import re
 from statistics import pstdev
-from typing import Sequence
 
 import torch
 from scipy.stats import kendalltau
+from torch import Tensor
 
 from infra.answers import final_answer, same_answer
 from infra.ranks import all_reduce
@@ -35,10 +33,10 @@ SMALLEST_SPREAD = 1e-6  # a group whose rewards deviate less than this has no si
 # ------------------------------------------------------------------------------- P: ranking responses
 
 
-def parse_scores(text: str, n: int) -> list[float] | None:
+def parse_scores(text: str, n: int, finished: bool = True) -> list[float] | None:
     """The scores in a referee's answer: n decimals in [1, 10] in its LAST score block, else None (our choice).
 
-    An earlier block never counts. It may be a draft, or a quoted answer that tries to score itself.
+    An earlier block may be a draft, or a quoted answer that scores itself. A text that was cut off cannot be read.
 
     >>> parse_scores("<scores>1, 1</scores> On reflection: <scores>8, 6.5</scores>", 2)
     [8.0, 6.5]
@@ -46,7 +44,7 @@ def parse_scores(text: str, n: int) -> list[float] | None:
     """
     start = text.rfind("<scores>")
     end = text.find("</scores>", start)
-    if start < 0 or end < 0:  # no block, or a last block that was opened and cut off
+    if start < 0 or end < 0 or not finished:  # no block, or a last block that was opened and cut off
         return None
     items = text[start + len("<scores>") : end].split(",")
     if len(items) != n:
@@ -63,7 +61,7 @@ def parse_scores(text: str, n: int) -> list[float] | None:
     return scores
 
 
-def kendall_tau(scores: Sequence[float], truth: Sequence[float], variant: str = "b") -> float:
+def kendall_tau(scores: list[float], truth: list[float], variant: str = "b") -> float:
     """Kendall's tau of two lists in which higher is better, in [-1, 1]. tau is the paper's, the variant ours.
 
     C and D are the numbers of pairs on which the lists agree and disagree.
@@ -81,8 +79,6 @@ def kendall_tau(scores: Sequence[float], truth: Sequence[float], variant: str = 
     if variant == "b":
         tau = float(kendalltau(scores, truth).statistic) if len(scores) > 1 else math.nan
         return 0.0 if math.isnan(tau) else tau
-    if variant != "strict":
-        raise ValueError(f"unknown tau variant {variant!r}: use 'b' or 'strict'")
     agreement = pairs = 0
     for i in range(len(truth)):
         for j in range(len(truth)):
@@ -92,13 +88,13 @@ def kendall_tau(scores: Sequence[float], truth: Sequence[float], variant: str = 
     return agreement / pairs if pairs else 0.0
 
 
-def preference_reward(text: str, truth: Sequence[float], variant: str = "b") -> float:
+def preference_reward(text: str, truth: list[float], variant: str = "b", finished: bool = True) -> float:
     """Reward of one ranking: tau of its scores with the truth [paper]; -1 if it cannot be read (our choice).
 
     >>> preference_reward("<scores>8, 6</scores>", [1, 0]), preference_reward("the first one", [1, 0])
     (1.0, -1.0)
     """
-    scores = parse_scores(text, len(truth))
+    scores = parse_scores(text, len(truth), finished)
     return -1.0 if scores is None else kendall_tau(scores, truth, variant)
 
 
@@ -108,9 +104,8 @@ def preference_reward(text: str, truth: Sequence[float], variant: str = "b") -> 
 def verify_answer(response: str, answer: str) -> float:
     r"""Reward of one solution: 1 if its final answer equals `answer`, else 0 [paper]. The check is our choice.
 
-    The final answer is the last box, or without one the last number. Two plain numbers must be equal exactly; "50%"
-    equals 50 and also 1/2, since data sets write either. Words are compared letter by letter. Everything symbolic goes
-    to math_verify, and what that cannot decide in time is not verified, so 0. No text makes this function raise.
+    The final answer is the last box, or without one the last number; infra/answers.py says what equals what. No text
+    makes this function raise.
 
     >>> verify_answer(r"First \boxed{3}. No: \boxed{1{,}024}.", "1024"), verify_answer("so 3/4 it is", "0.75")
     (1.0, 1.0)
@@ -125,35 +120,35 @@ def verify_answer(response: str, answer: str) -> float:
 # ------------------------------------------------------------------------------- I: self-scores
 
 
-def self_rewards(texts: Sequence[str], orders: Sequence[Sequence[int]]) -> list[float] | None:
+def self_rewards(verdicts: list, orders: list[list[int]]) -> list[float] | None:
     """Rewards of a group of open answers: r_i = mean score of answer i over the judgements that can be read.
 
     That the policy scores its own group is the paper's. The shuffled orders and the mean are ours.
-    texts[k] is judgement k; orders[k][j] is the answer that it was shown at position j. A judgement may see a part of
-    the group. Returns one reward in [1, 10] an answer; or None if no judgement of some answer can be read: that group
-    then has no advantage.
+    verdicts[k]: the scores of judgement k, None where it cannot be read; orders[k][j]: the answer that it was shown at
+    position j. Returns one reward in [1, 10] an answer; or None where of some answer less than half of the judgements
+    can be read, since what is left could turn a preference round: that group has no advantage (our choice).
 
-    >>> texts = ["<scores>9, 2</scores>", "<scores>4, 3</scores>", "<scores>7, 1</scores>"]
-    >>> self_rewards(texts, [[2, 0], [1, 2], [0, 1]])
+    >>> self_rewards([[9, 2], [4, 3], [7, 1]], [[2, 0], [1, 2], [0, 1]])
     [4.5, 2.5, 6.0]
-    >>> self_rewards(["<scores>9, 2</scores>", "cannot say"], [[0, 1], [2, 0]])
+    >>> self_rewards([[9, 2], None, None], [[0, 1], [1, 0], [0, 1]])
     """
-    if len(texts) != len(orders):
-        raise ValueError(f"{len(texts)} judgements against {len(orders)} orders")
-    found: dict[int, list[float]] = {}  # the scores of each answer
-    for text, order in zip(texts, orders):
+    if len(verdicts) != len(orders):
+        raise ValueError("as many orders as judgements")
+    found: dict[int, list[float | None]] = {}  # the scores of each answer
+    for scores, order in zip(verdicts, orders):
         if len(set(order)) < len(order):
             raise ValueError("an order names an answer twice")
-        scores = parse_scores(text, len(order))
         for place, answer in enumerate(order):
-            found.setdefault(answer, [])
-            if scores:
-                found[answer].append(scores[place])
+            found.setdefault(answer, []).append(scores and scores[place])
     if set(found) != set(range(len(found))):
         raise ValueError("orders must name the answers of a group, counted from 0")
-    if not found or not all(found.values()):
-        return None
-    return [sum(found[answer]) / len(found[answer]) for answer in range(len(found))]
+    rewards = []
+    for answer in range(len(found)):
+        read = [score for score in found[answer] if score is not None]
+        if 2 * len(read) < len(found[answer]):
+            return None
+        rewards.append(sum(read) / len(read))
+    return rewards or None
 
 
 # ------------------------------------------------------------------------------- all kinds
@@ -163,28 +158,35 @@ def group_rewards(config, group) -> list[float] | None:
     """The rewards of the G answers to one prompt (a data.Group): the one place where the kind of a prompt decides.
 
     A new verifiable reward is one more branch here. None where nothing could be judged: that group teaches nothing.
-    A ranking that was cut off at its limit of tokens cannot be read, whatever it has said (our choice).
     """
-    prompt = group.prompt
-    if prompt.kind == "preference":
-        rewards = []
-        for text, finished in zip(group.texts, group.finished):
-            rewards.append(preference_reward(text, prompt.truth, config.tau) if finished else -1.0)
-        return rewards
-    if prompt.kind == "reasoning":
-        return [verify_answer(text, prompt.answer) for text in group.texts]
-    verdicts, orders = [], []
+    prompt, rewards = group.prompt, []
+    if prompt.kind == "instruction":
+        return self_rewards(read_judgements(group), [judgement["order"] for judgement in group.judgements])
+    for text, finished in zip(group.texts, group.finished):
+        if prompt.kind == "preference":
+            rewards.append(preference_reward(text, prompt.truth, config.tau, finished))
+        else:
+            rewards.append(verify_answer(text, prompt.answer))
+    return rewards
+
+
+def read_judgements(group) -> list[list[float] | None]:
+    """The scores of each self-judgement of a group, None where it cannot be read."""
+    verdicts = []
     for judgement in group.judgements:
-        verdicts.append(judgement["text"])
-        orders.append(judgement["order"])
-    return self_rewards(verdicts, orders)
+        verdicts.append(parse_scores(judgement["text"], len(judgement["order"]), judgement["finished"]))
+    return verdicts
 
 
-REWARD_RANGE = {"preference": (-1.0, 1.0), "reasoning": (0.0, 1.0), "instruction": (LOWEST_SCORE, HIGHEST_SCORE)}
+REWARD_RANGE = {
+    "preference": (-1.0, 1.0),
+    "reasoning": (0.0, 1.0),
+    "instruction": (LOWEST_SCORE, HIGHEST_SCORE),
+}
 
 
-def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tuple[float, float] = (0.0, 1.0),
-                     eps: float = 1e-6) -> torch.Tensor:
+def group_advantages(rewards: Tensor, scale: str = "std", reward_range: tuple[float, float] = (0.0, 1.0),
+                     eps: float = 1e-6) -> Tensor:
     """A = (r - mean) / (std + eps) over the last dimension, the G answers to one prompt; float32.
 
     Group-relative advantages are the paper's. The unbiased std and its floor are ours: a group whose std is below
@@ -197,8 +199,6 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tu
     >>> group_advantages(torch.tensor([10., 1.]), "center", REWARD_RANGE["instruction"])
     tensor([ 0.5000, -0.5000])
     """
-    if scale not in ("std", "center"):
-        raise ValueError(f"unknown advantage scale {scale!r}: use 'std' or 'center'")
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite: leave an unjudged group out, instead of passing nan")
     if rewards.shape[-1] < 2:
@@ -211,13 +211,11 @@ def group_advantages(rewards: torch.Tensor, scale: str = "std", reward_range: tu
     return torch.where(std < SMALLEST_SPREAD, 0.0, advantages).float()
 
 
-def loss_denominator(lengths: Sequence[int], loss: str) -> int:
+def loss_denominator(lengths: list[int], loss: str) -> int:
     """What the loss of a global minibatch is divided by: its answer tokens, or with sequence-mean its answers.
 
     lengths: tokens of each answer.
     """
-    if loss not in ("token-mean", "sequence-mean"):
-        raise ValueError(f"unknown loss {loss!r}: use 'token-mean' or 'sequence-mean'")
     return sum(lengths) if loss == "token-mean" else len(lengths)
 
 
@@ -237,8 +235,8 @@ def token_weight(length: int, denominator: float, loss: str) -> float:
     return weight / length if loss == "sequence-mean" else weight
 
 
-def clipped_objective(ratio: torch.Tensor, advantage: torch.Tensor, low: float = 0.8,
-                      high: float = 1.28) -> torch.Tensor:
+def clipped_objective(ratio: Tensor, advantage: Tensor, low: float = 0.8,
+                      high: float = 1.28) -> Tensor:
     """min(rho A, clip(rho, low, high) A) for each token, to be maximised. The range is the paper's, from DAPO.
 
     rho is a token's probability now over its probability when it was sampled. There is no dual clip: a token that
@@ -250,7 +248,7 @@ def clipped_objective(ratio: torch.Tensor, advantage: torch.Tensor, low: float =
     return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
-def clipped_tokens(ratio: torch.Tensor, advantage: torch.Tensor, low: float, high: float) -> tuple[int, int]:
+def clipped_tokens(ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[int, int]:
     """How many tokens lose their gradient by the clip, at its low end and at its high end.
 
     >>> clipped_tokens(torch.tensor([0.5, 0.5, 1.5, 1.5]), torch.tensor([1., -1., 1., -1.]), 0.8, 1.28)
@@ -274,10 +272,11 @@ class Tally:
     """Sums over the rows of one minibatch, from which the log's figures of an update are made."""
 
     def __init__(self):
-        self.loss, self.clipped_low, self.clipped_high, self.tokens = 0.0, 0, 0, 0
+        self.loss, self.tokens = 0.0, 0
+        self.clipped_low = self.clipped_high = 0
         self.norm: float | None = None  # of the gradient; None: no rank has a row, so there is no update
 
-    def add(self, loss: torch.Tensor, ratio_N: torch.Tensor, row, low: float, high: float) -> None:
+    def add(self, loss: Tensor, ratio_N: Tensor, row, low: float, high: float) -> None:
         """One row. The weight of an idle row is 0, so its token does not count."""
         clipped_low, clipped_high = clipped_tokens(ratio_N, row.advantage_N, low, high)
         self.loss += loss.item()
@@ -316,7 +315,7 @@ def update_figures(tallies: list[Tally], world: int) -> dict:
 
 def step_figures(config, groups: list) -> dict[str, dict]:
     """{kind: its figures} of a step, from the groups of its whole batch, in the order of the batch."""
-    kinds: dict[str, list] = {"preference": [], "reasoning": [], "instruction": []}
+    kinds: dict[str, list] = {kind: [] for kind in REWARD_RANGE}
     for group in groups:
         kinds[group.prompt.kind].append(group)
     shares = gradient_shares(config, groups)
@@ -330,8 +329,7 @@ def step_figures(config, groups: list) -> dict[str, dict]:
 def gradient_shares(config, groups: list) -> dict[str, float]:
     """The part of each kind in what pulls at the weights: its sum of w |A| over all answer tokens, over that of all.
 
-    w is a token's weight in the loss, A its advantage. A mix by prompt count is no mix by gradient: long answers pull
-    more, and so do kinds whose answers differ. Empty where no group has a signal.
+    w is a token's weight in the loss, A its advantage. A mix by prompt count is no mix by gradient. Empty: no signal.
     """
     pull: dict[str, float] = {}
     size = len(groups) // config.minibatches
@@ -352,11 +350,11 @@ def gradient_shares(config, groups: list) -> dict[str, float]:
 def kind_figures(groups: list) -> dict:
     """The figures of one kind of prompt in one step, from the groups of all ranks.
 
-    Readable judgements, a good mean tau and a lively spread of self-scores can all stand over a referee that writes
-    one constant line. What exposes it: `zero_spread`, the share of judged groups without any gradient; `distinct`,
-    the number of different answers in a group; and `first_position`.
+    A referee that writes one constant line can have a good format, tau and spread. What exposes it: `zero_spread`, the
+    share of judged groups without any gradient; `distinct` answers in a group; and `first_position`.
     """
-    rewards, spreads, advantages, lengths, finished, distinct, entropy = [], [], [], [], [], [], []
+    rewards, spreads, advantages = [], [], []
+    lengths, finished, distinct, entropy = [], [], [], []
     for group in groups:
         if group.rewards is not None:  # else no judgement of the group could be read
             rewards += group.rewards
@@ -391,10 +389,9 @@ def ranking_figures(groups: list) -> dict:
     """What the referee wrote on P: the mean tau of the rankings that can be read, and what `reading_figures` says."""
     verdicts, taus = [], []
     for group in groups:
-        for text, reward in zip(group.texts, group.rewards):
-            scores = parse_scores(text, len(group.prompt.truth))
-            verdicts.append(scores)
-            if scores:
+        for text, finished, reward in zip(group.texts, group.finished, group.rewards):
+            verdicts.append(parse_scores(text, len(group.prompt.truth), finished))
+            if verdicts[-1]:
                 taus.append(reward)
     return {"tau": mean(taus), **reading_figures(verdicts)}
 
@@ -403,12 +400,11 @@ def self_score_figures(groups: list) -> dict:
     """What the referee wrote on I: the spread within a judgement, in points; the share of judgements that saw cuts."""
     verdicts, spreads, cuts = [], [], []
     for group in groups:
-        for judgement in group.judgements:
-            scores = parse_scores(judgement["text"], len(judgement["order"]))
-            verdicts.append(scores)
-            cuts.append(judgement["cut"] > 0)
-            if scores:
-                spreads.append(pstdev(scores))
+        verdicts += read_judgements(group)
+        cuts += [judgement["cut"] > 0 for judgement in group.judgements]
+    for scores in verdicts:
+        if scores:
+            spreads.append(pstdev(scores))
     return {"score_std": mean(spreads), "cut": mean(cuts), **reading_figures(verdicts)}
 
 
@@ -419,11 +415,10 @@ def reading_figures(verdicts: list) -> dict:
     return {"format": readable, "first_position": first_position_preference(read)}
 
 
-def first_position_preference(score_rows: Sequence[Sequence[float]]) -> float | None:
+def first_position_preference(score_rows: list[list[float]]) -> float | None:
     """How much a judge prefers what stands first: mean of [first is on top] / (number on top) - 1/N (ours).
 
-    Rows are scores in the order shown, N to a row. A judge blind to order has 0 in expectation, and one that gives
-    the same score to all has exactly 0. Always first is 1 - 1/N, never first -1/N. None of no rows.
+    Rows are scores in the order shown, N to a row. A judge blind to order has 0, always first is 1 - 1/N.
 
     >>> first_position_preference([[9, 3], [8, 2], [5, 5], [1, 7]])
     0.125

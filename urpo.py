@@ -41,6 +41,7 @@ from infra.policy import (
     check_folder,
     check_memory,
     check_model,
+    check_packing,
     clip_gradient,
     load_policy,
     updates_done,
@@ -125,11 +126,15 @@ PRESETS = {
     # answers: each stands in four of them, and every two meet. P is shown in both orders, so that no position pays.
     # There is more I, since self-scores are noisy.
     "smol": dict(
-        model=f"{TOY}/model", preferences=[f"{TOY}/preferences.jsonl"], reasoning=[f"{TOY}/reasoning.jsonl"],
-        instructions=[f"{TOY}/instructions.jsonl"], steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
+        model=f"{TOY}/model",
+        preferences=[f"{TOY}/preferences.jsonl"],
+        reasoning=[f"{TOY}/reasoning.jsonl"],
+        instructions=[f"{TOY}/instructions.jsonl"],
+        steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
         max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40, max_judge_tokens=800,
-        both_orders=True, judgements=4, judge_list=2, lr=1e-5, row_tokens=1024, save_every=8, keep=2,
-        precision="float32"),
+        both_orders=True, judgements=4, judge_list=2,
+        lr=1e-5, precision="float32", row_tokens=1024,
+        save_every=8, keep=2),
 }
 # What a resumed run may change: how it goes on. Everything else decides which prompts come, or what `lab.audit`
 # derives again by the settings in config.json, which must hold for all steps of a run.
@@ -145,8 +150,9 @@ def check(config: Config, world: int) -> None:
         raise InputError(f"--clip_low {config.clip_low}: the range of the ratio must hold 1")
     part = world * config.minibatches
     if config.batch % part:
+        splits = [ranks for ranks in range(1, world) if config.batch % (ranks * config.minibatches) == 0]
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use a multiple of {part}, for example {-(-config.batch // part) * part}")
+                         f"use --batch {-(-config.batch // part) * part}, or {max(splits, default=1)} ranks")
     data.check_judging(config)
     for warmup in {False, config.warmup_steps > 0}:
         data.mix_counts(config, warmup)
@@ -157,18 +163,21 @@ def check(config: Config, world: int) -> None:
 
 def rollout(config: Config, sampler, tokenizer, share: list[tuple[int, data.Prompt]], step: int) -> list[Group]:
     """Part 2: G answers to each prompt of this rank's share, by the current weights."""
-    prompts, limits, seeds, groups = [], [], [], []
+    prompts, limits = [], []
+    seeds, groups = [], []
     for index, prompt in share:
         prompts.append(data.encode_prompt(tokenizer, prompt))
         limits.append(config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens)
         seeds.append(data.request_seed(config.seed, step, index, "answer"))
     answers = generate(
-        sampler, prompts, n=config.group, max_tokens=limits, seeds=seeds, temperature=config.temperature)
+        sampler, prompts, n=config.group, max_tokens=limits,
+        seeds=seeds, temperature=config.temperature)
     for (index, prompt), ids, samples in zip(share, prompts, answers):
-        group = Group(index, prompt, ids)
+        group, entropies = Group(index, prompt, ids), []
         for sample in samples:
             group.add(sample)
-        group.entropy = mean(-logprob for sample in samples for logprob in sample.logprobs)
+            entropies += [-logprob for logprob in sample.logprobs]
+        group.entropy = mean(entropies)
         groups.append(group)
     return groups
 
@@ -188,10 +197,12 @@ def self_score(config: Config, sampler, tokenizer, groups: list[Group], step: in
             judged.append((group, order, cut))
             seeds.append(data.request_seed(config.seed, step, group.index, f"judge/{k}"))
     limits = [config.max_referee_tokens] * len(prompts)
-    answers = generate(sampler, prompts, n=1, max_tokens=limits, seeds=seeds, temperature=config.temperature)
+    answers = generate(
+        sampler, prompts, n=1, max_tokens=limits,
+        seeds=seeds, temperature=config.temperature)
     for (group, order, cut), ids, samples in zip(judged, prompts, answers):
-        prompt = tokenizer.decode(ids)
-        group.judgements.append({"order": order, "cut": cut, "prompt": prompt, "text": samples[0].text})
+        judgement = {"order": order, "cut": cut, "prompt": tokenizer.decode(ids)}
+        group.judgements.append(judgement | {"text": samples[0].text, "finished": samples[0].finished})
 
 
 # ------------------------------------------------------------------------------- 4. reward, 5. old_logprobs
@@ -254,7 +265,7 @@ def check_drift(config: Config, minibatches: list[list[Row]]) -> dict[str, float
     for rows in minibatches:
         for row in rows:
             distance_N = (row.old_N - row.sampler_N).double().abs()
-            distance_N = distance_N[distance_N.isfinite() & (row.weight_N > 0)]  # not finite: the update is skipped
+            distance_N = distance_N[row.old_N.isfinite() & (row.weight_N > 0)]  # not finite: the update is skipped
             total += distance_N.sum().item()
             tokens += len(distance_N)
             largest = max([largest, *distance_N.tolist()])
@@ -333,19 +344,21 @@ def record(config: Config, log: runs.Log, groups: list[Group], figures: dict, st
     log.write(step, figures, make)
 
 
-def train(config: Config, score=self_score) -> None:
+def train(config: Config, score=self_score, program: str = "urpo") -> None:
     """The seven parts, step after step. score: part 3; the baselines let another model judge (lab/baselines.py)."""
     rank, world, longest = dist.get_rank(), dist.get_world_size(), data.longest_sequence(config)
     folder = on_rank_0(f"reading --model {config.model}", lambda: check_folder(config.model))
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
     on_rank_0("reading the model", lambda: check_model(folder, vocabulary=len(tokenizer), tokens=longest))
     check_memory(folder)
-    sources, dropped = data.load_sources(config, tokenizer)
-    log = runs.Log(asdict(config), rows=data.checksums(sources), may_change=MAY_CHANGE,
-                   about={"rows_dropped_as_too_long": dropped})
+    sources, told = data.load_sources(config, tokenizer)
+    log = runs.Log(program, asdict(config), rows=data.checksums(sources), may_change=MAY_CHANGE,
+                   about={"sources": told})
     policy = load_policy(
         folder, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    check_packing(policy)
     sampler = start_sampler(folder, max_tokens=longest, chat_template=tokenizer.chat_template,
                             sequences=config.batch // world * config.group, gpu_memory=config.gpu_memory)
     if log.saved:

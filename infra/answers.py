@@ -1,4 +1,11 @@
-"""The final answer of a text: how it is found, read and compared; and the process that checks symbolic maths."""
+r"""The final answer of a text: how it is found, and what equals what. A wrong 1 is worse than a wrong 0.
+
+    1. tidy      only what cannot change a value goes: fonts, blanks of LaTeX, signs around maths
+    2. units     where both sides have one, it must be the same; million, dozen and cents belong to the value
+    3. numbers   two plain numbers must be exactly equal, never nearly
+    4. words     two words or choices are compared letter by letter, and so is what has a base
+    5. maths     everything else goes to math_verify, in a process of its own, its decimals as exact fractions
+"""
 
 from __future__ import annotations
 
@@ -16,46 +23,100 @@ LONGEST_ANSWER = 200  # characters; no final answer worth paying for is longer
 NUMBER = re.compile(r"(?P<sign>(?<![0-9A-Za-z)\]}])[-+])?"
                     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
                     r"(?P<exponent>[eE][-+]?[0-9]+)?(?:/(?P<denominator>[0-9]+))?(?P<percent> ?%)?")
-UNIT = re.compile(r"\s*(?:\\(?:text|mathrm|mbox)\{[^{}]*\}|\^\{?\\circ\}?)$")
-WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
-# What only decorates a number in LaTeX: dollar signs, thin spaces, `{,}` for a thousands comma.
-DECORATION = (("{,}", ","), ("\\!", ""), ("\\,", ""), ("\\$", ""), ("$", ""), ("\\%", "%"), ("\u2212", "-"))
 
 
-WORDING = re.compile(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}")
+def rules(*pairs: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
+    return [(re.compile(pattern), plain) for pattern, plain in pairs]
 
 
-def _letters(text: str) -> str:
-    """What is compared letter by letter: without case, spaces, and LaTeX around words."""
-    return "".join(WORDING.sub(r"\1", text).split()).casefold()
+BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{| +([^\s{}$]+))")
+FONT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bm|mbox|operatorname)"
+TIDY = rules(
+    ("[\u2212\u2013]", "-"), ("°", r"^\\circ"), (r"\^ ?\{\\circ\}|\\degree(?![A-Za-z])", r"^\\circ"),
+    ("π", r"\\pi "), ("²", "^2"), ("³", "^3"), ("√", r"\\sqrt "), (r"\\[dt]frac", r"\\frac"),
+    (r"\{\\(?:bf|it|rm) ?([^{}]*)\}", r"\1"), (r"\\(?:left|right|displaystyle|[lL]arge)(?![A-Za-z])", ""),
+    (r"(?<=[0-9])(?:\{,\}|\\[,;:! ]|~)(?=[0-9]{3}(?![0-9]))", ","), (r"(?<!\\)\\[,;:! ]|~|(?<!\\)\\$", " "),
+    (r"\\%", "%"),
+    (r"\\?€|\\euro(?![A-Za-z])", "euro "), (r"£|\\pounds(?![A-Za-z])", "pound "), (r"\\\$", "dollar "), (r"\$", ""),
+    (rf"^(?:{FONT}\{{)?\s*(?:Therefore, |So )?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:? ?\}}? ?(?=.)", ""),
+    (rf"^{FONT}\{{([^{{}}]*)\}}$", r"\1"), (r"[.,;:]\s*$", ""), (r"\s+", " "))
+# A unit stands behind a number, a brace or a percent sign: in a font of text, as a whole word, or as a degree sign.
+UNIT = re.compile(rf"(?<=[0-9}}%])\s*(?:{FONT}\{{\s*([A-Za-z][A-Za-z./ ]*?)\s*\}}"
+                  r"|(?<=[0-9}]) ((?:[A-Za-z]{3,}|[cmk]m|kg|[ap]\.?m\.?)(?: [A-Za-z]{2,})*)|(\^\\circ))"
+                  r"\s*(\^\{?[0-9]\}?)?$", re.IGNORECASE)
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+FUNCTION = r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])"
+MATHS = rules(
+    (FONT + r"\{([^{}]*)\}", r" \1 "), (FUNCTION, r"\\\1 "), (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt ([0-9]+)", r"\\sqrt{\1}"), (r"\*", r"\\cdot "), (r"([0-9]+) ?\^\\circ", r"{\\frac{\1\\pi}{180}}"),
+    (r"^(-?)([0-9]+) ([0-9]+)/([0-9]+)$", r"\1(\2+\\frac{\3}{\4})"),
+    (r"^(-?)([0-9]+) ?(\\frac\{[0-9]+\}\{[0-9]+\})$", r"\1(\2+\3)"))
+DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)(?:\\overline\{([0-9]+)\})?(?![0-9.])")
 
 
-def _tidy(text: str) -> str:
-    for mark, plain in DECORATION:
-        text = text.replace(mark, plain)
-    return text.strip()
+def tidy(text: str) -> str:
+    r"""A final answer without what cannot change its value.
+
+    >>> tidy(r"$\dfrac{3}{4}$."), tidy(r"8\;000"), tidy(r"\text{Answer: }5")
+    ('\\frac{3}{4}', '8,000', '5')
+    """
+    text = text.strip()
+    for pattern, plain in TIDY:
+        text = pattern.sub(plain, text).strip()
+    return text
+
+
+def boxed(text: str) -> list[str]:
+    r"""What stands in the boxes of a text, in order. A box left open holds nothing.
+
+    >>> boxed(r"\boxed{\frac{1}{2}}, \fbox{9}, $\boxed 7$, \boxed{8")
+    ['\\frac{1}{2}', '9', '7', '']
+    """
+    found = []
+    for box in BOX.finditer(text):
+        content, depth = box[1] or "", 0 if box[1] else 1
+        for token in re.finditer(r"\\.|[{}]", text[box.end() :], re.DOTALL) if depth else ():  # steps over \\{ and \\}
+            depth += {"{": 1, "}": -1}.get(token.group(), 0)
+            if depth == 0:
+                content = text[box.end() : box.end() + token.start()].strip()
+                break
+        found.append(content)
+    return found
 
 
 def final_answer(response: str) -> str:
-    """The last `\\boxed{...}`, else the last number, else "". A box left open answers nothing."""
-    start = response.rfind("\\boxed{")
-    if start < 0:
-        answer = ""
-        for number in NUMBER.finditer(_tidy(response)):
-            answer = number.group()
-        return answer
-    start += len("\\boxed{")
-    depth = 1
-    for token in re.finditer(r"\\.|[{}]", response[start:], re.DOTALL):  # steps over \\{ and \\}
-        depth += {"{": 1, "}": -1}.get(token.group(), 0)
-        if depth == 0:
-            return _tidy(response[start : start + token.start()])
-    return ""
+    """The content of the last box, else the last number, else ""."""
+    for content in reversed(boxed(response)):
+        return content
+    answer = ""
+    for number in NUMBER.finditer(response.replace("\u2212", "-").replace("{,}", ",")):
+        answer = number.group()
+    return answer
 
 
-def _read_number(text: str) -> tuple[Fraction, bool] | None:
+def split_unit(text: str) -> tuple[str, str, Fraction]:
+    r"""(answer without its unit, unit, what the unit multiplies the answer by).
+
+    >>> split_unit(r"12 \text{ inches}^2")[:2], split_unit("5 million dollars")
+    (('12', 'inch^2'), ('5', 'dollar', Fraction(1000000, 1)))
+    """
+    unit, scale = re.match("(?:(dollar|euro|pound) (?=[-0-9.]))?", text)[1] or "", Fraction(1)
+    text, found = text[len(unit) :].strip(), UNIT.search(text)
+    if not found or found[3] and "\\" in text[: -len(found[0])]:  # of a cosine the degrees are no unit
+        return text, unit, scale
+    for word in (found[1] or found[2] or "degree").lower().replace(".", "").split():
+        word = word.rstrip("s").rstrip("e")
+        scale *= SCALES.get(word, SCALES.get(word + "e", 1)) if word != "cent" else Fraction(1, 100)
+        if word == "cent":
+            unit = "dollar"
+        elif word not in SCALES:
+            unit = f"{unit} {word}".strip()
+    return text[: len(text) - len(found[0])].strip(), unit + (found[4] or "").strip("{}"), scale
+
+
+def read_number(text: str) -> tuple[Fraction, bool] | None:
     """The exact value of a plain number, and whether a percent sign follows it; None for anything else."""
-    match = NUMBER.fullmatch(UNIT.sub("", text.removesuffix(".")))
+    match = NUMBER.fullmatch(text)
     if match is None or len(match["exponent"] or "") > 5 or not int(match["denominator"] or 1):
         return None  # a longer exponent, as in 1e99999, would only fill the memory
     value = Fraction(match["digits"].replace(",", "") + (match["exponent"] or ""))
@@ -63,28 +124,62 @@ def _read_number(text: str) -> tuple[Fraction, bool] | None:
     return (-value if match["sign"] == "-" else value), match["percent"] is not None
 
 
-def _same_number(given: tuple[Fraction, bool], truth: tuple[Fraction, bool]) -> bool:
-    (a, a_percent), (b, b_percent) = given, truth
-    if a == b:
-        return True
-    if a_percent and not b_percent:
-        return a == 100 * b
-    return b_percent and not a_percent and b == 100 * a
+def as_word(text: str) -> str | None:
+    """A word or a choice as it is compared; None for anything else. Case counts where it may be maths: x is not X.
+
+    >>> as_word("(B)"), as_word("Friday"), as_word("No"), as_word("AB"), as_word("x + 1")
+    ('B', 'friday', 'no', 'AB', None)
+    """
+    plain = re.sub(FONT + r"\{([^{}]*)\}", r"\1", text).strip("()[]. ")
+    if not re.fullmatch("[A-Za-z][A-Za-z ,'-]*", plain) or re.search(FUNCTION, plain):
+        return None
+    return plain.casefold() if len(plain) > 2 or plain[1:].islower() else plain
+
+
+def as_maths(text: str) -> str:
+    r"""An answer for math_verify: functions as LaTeX, degrees as radians, decimals as exact fractions.
+
+    >>> as_maths("2*sqrt(0.5)"), as_maths(r"0.1\overline{6}"), as_maths("1 3/4")
+    ('2\\cdot \\sqrt{\\frac{5}{10}}', '\\frac{15}{90}', '(1+\\frac{3}{4})')
+    """
+
+    def exact(decimal: re.Match) -> str:
+        whole, part, again = decimal.groups()
+        if not again:
+            return rf"\frac{{{int(whole + part)}}}{{{10 ** len(part)}}}" if part else decimal[0]
+        value = int(whole + part + again) - int(whole + part or 0)
+        return rf"\frac{{{value}}}{{{10 ** len(part) * (10 ** len(again) - 1)}}}"
+
+    for pattern, plain in MATHS:
+        text = pattern.sub(plain, text)
+    return DECIMAL.sub(exact, text)
 
 
 def same_answer(given: str, truth: str) -> bool:
     """Whether a final answer, as `final_answer` found it, equals the true one. No text makes this function raise."""
-    truth = _tidy(truth)
-    if not given or not truth or max(len(given), len(truth)) > LONGEST_ANSWER:
+    if max(len(given), len(truth)) > LONGEST_ANSWER:
         return False
-    given_number, true_number = _read_number(given), _read_number(truth)
-    if given_number and true_number:
-        return _same_number(given_number, true_number)
-    if _letters(given) == _letters(truth):
-        return True
-    if WORD.search(given) or WORD.search(truth):  # math_verify would read "cat" as c*a*t
+    given, truth = tidy(given), tidy(truth)
+    if not given or not truth or given == truth:
+        return bool(given and truth)
+    (a, a_unit, a_scale), (b, b_unit, b_scale) = split_unit(given), split_unit(truth)
+    if a_unit != b_unit and (a_unit and b_unit or {"am", "pm"} & {a_unit, b_unit}):
         return False
-    return math_verify(truth, given) is True
+    a_number, b_number = read_number(a), read_number(b)
+    if a_number and b_number:
+        (x, x_percent), (y, y_percent) = a_number, b_number
+        x, y = x * a_scale, y * b_scale
+        return x == y or x_percent > y_percent and x == 100 * y or y_percent > x_percent and y == 100 * x
+    a_word, b_word = as_word(a), as_word(b)
+    if a == b or a_word or b_word or a_scale != b_scale:
+        return a_scale == b_scale and (a == b or a_word == b_word)
+    a, b = as_maths(a), as_maths(b)
+    if re.search(r"[0-9] ?_|[0-9] [0-9]|(?<![\\A-Za-z{])[A-Za-z]{3,}", f"{a};{b}"):  # a base, two numbers, words
+        return False
+    a_names, b_names = set(re.findall(r"\\?[A-Za-z]+", a)), set(re.findall(r"\\?[A-Za-z]+", b))
+    if a_names != b_names and {name.lower() for name in a_names} == {name.lower() for name in b_names}:
+        return False  # math_verify reads a capital letter as the small one
+    return math_verify(b, a) is True
 
 
 def check_answer(answer: str) -> None:
@@ -95,16 +190,18 @@ def check_answer(answer: str) -> None:
     Traceback (most recent call last):
     ValueError: unreadable answer '1/0': not a number, not words, nothing that math_verify can parse
     """
-    text = _tidy(answer)
+    text = tidy(answer)
     if not text:
         raise ValueError("the answer is empty")
     if len(text) > LONGEST_ANSWER:
         raise ValueError(f"the answer is longer than {LONGEST_ANSWER} characters: {text[:40]!r}...")
-    if _read_number(text) or WORD.search(text):
+    plain = split_unit(text)[0]
+    if read_number(plain) or as_word(plain) or re.search(r"(?<![\\A-Za-z{])[A-Za-z]{3,}", plain):
         return
-    readable = not NUMBER.fullmatch(text) and math_verify(text)
+    maths = as_maths(plain)
+    readable = not NUMBER.fullmatch(plain) and math_verify(maths)
     # The second check asks how long one comparison takes: every response would cost as much.
-    if readable is None or readable and math_verify(text, "1") is None:
+    if readable is None or readable and math_verify(maths, "1") is None:
         raise ValueError(f"unreadable answer {answer!r}: math_verify needs more than {CHECK_SECONDS} s or "
                          f"{CHECK_BYTES >> 30} GiB for it")
     if not readable:
@@ -132,7 +229,7 @@ for line in sys.stdin:
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     read = [parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", "first_match", None)
             for text in json.loads(line)]
-    print(json.dumps(all(read) and (len(read) == 1 or verify(*read, timeout_seconds=None))), flush=True)
+    print(json.dumps(all(read) and (len(read) == 1 or verify(*read, 30, 60, timeout_seconds=None))), flush=True)
 """
 
 

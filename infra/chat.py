@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def load_tokenizer(folder: str, chat_template: str = ""):
     if not tokenizer.chat_template:
         raise InputError(f"--model {folder}: the tokenizer has no chat template; give --chat_template "
                          "infra/plain_turns.jinja, or use an instruct model")
+    check_template(tokenizer, f"--chat_template {chat_template}" if chat_template else f"--model {folder}")
     return tokenizer
 
 
@@ -40,10 +42,23 @@ def read_template(path: str) -> str:
     except (OSError, ValueError) as error:
         raise InputError(f"--chat_template {path}: cannot be read ({error}); give a file in Jinja, for example "
                          "infra/plain_turns.jinja") from None
-    if "messages" not in template:
-        raise InputError(f"--chat_template {path}: it names no 'messages', so it would drop every prompt; give a "
-                         "template in Jinja, for example infra/plain_turns.jinja")
     return template
+
+
+def check_template(tokenizer, source: str) -> None:
+    """Refuse a chat template that fails, or that does not show what it is given."""
+    from jinja2 import TemplateError
+
+    for text in ("", "question"):
+        try:
+            shown = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                                  add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"{source}: its chat template fails on a user's {text!r} ({error}); give a template in "
+                             "Jinja, for example infra/plain_turns.jinja") from None
+        if text not in shown:
+            raise InputError(f"{source}: its chat template drops what the user says, so every prompt would be empty; "
+                             "give another one, for example infra/plain_turns.jinja")
 
 
 def encode_chat(tokenizer, text: str) -> list[int]:
@@ -82,8 +97,17 @@ def control_ids(tokenizer) -> frozenset[int]:
     return frozenset(tokenizer.convert_tokens_to_ids(name) for name in names if name.strip())
 
 
+@lru_cache(maxsize=4)
+def turn_marks(tokenizer) -> re.Pattern:
+    """What the template sets around a user's turn in brackets, as Llama 2's [/INST]: plain text to its tokenizer."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).partition("question")
+    marks = re.findall(r"[\[<{|]\S+[\]>}|]", before + after.partition("answer")[0])
+    return re.compile("|".join(map(re.escape, marks)) or r"(?!)")  # the last one finds nothing
+
+
 def control_spans(text: str, tokenizer) -> list[tuple[int, int]]:
-    """Where the tokenizer reads a special or added token: (start, end) of each, in characters.
+    """Where the tokenizer reads a special or added token, or a mark of turns stands: (start, end), in characters.
 
     The check is on token ids, since a tokenizer may change letters first ("＜" to "<"). A letter that the tokenizer
     does not know is no structure.
@@ -96,7 +120,7 @@ def control_spans(text: str, tokenizer) -> list[tuple[int, int]]:
         unknown_letter = token == tokenizer.unk_token_id and tokenizer.unk_token not in piece
         if token in control and piece.strip() and not unknown_letter:
             spans.append((start, end))
-    return spans
+    return spans or [mark.span() for mark in turn_marks(tokenizer).finditer(text)]
 
 
 def break_control_strings(text: str, tokenizer) -> str:

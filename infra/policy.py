@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from infra.ranks import DEVICE, GPU, InputError, exchange, free_gib, ranks_here
-from infra.rows import Row, block_mask, row_attention
+from infra.ranks import DEVICE, GPU, InputError, all_reduce, exchange, free_gib, ranks_here
+from infra.rows import Example, Row, block_mask, build_row, row_attention
 
 LOGIT_CHUNK = 1024  # answer tokens whose logits are made at once
 RECOMPUTE = GPU  # layers and logits again in the backward pass: a third more work, and activations that fit a card
@@ -85,6 +85,7 @@ def check_model(folder: str, *, vocabulary: int, tokens: int) -> None:
         raise InputError(f"--model {folder}: the model has {config.vocab_size} token ids and its tokenizer only "
                          f"{vocabulary}. The sampler forbids the others one by one, and takes {MOST_PADDED} at most: "
                          f"cut the embedding (model.resize_token_embeddings({vocabulary})), save it, use that")
+    check_attention(folder, config, tokens)
     longest = getattr(config, "max_position_embeddings", tokens)
     if tokens > longest:
         raise InputError(f"--model {folder} reads {longest} tokens, and the longest prompt with its answer may have "
@@ -96,6 +97,20 @@ def check_model(folder: str, *, vocabulary: int, tokens: int) -> None:
                 pass
         except SafetensorError as error:
             raise InputError(f"{path}: damaged or cut off ({error}); copy it again") from None
+
+
+def check_attention(folder: str, config, tokens: int) -> None:
+    """Refuse what a packed row or our log-probs leave out: caps and scales of logits, windows that slide."""
+    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise InputError(f"--model {folder}: its {name} is {getattr(config, name)}, which our log-probs leave out; "
+                             "use a model without it")
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window and window < tokens and slides and getattr(config, "use_sliding_window", True):
+        raise InputError(f"--model {folder}: its attention sees {window} tokens back, and a sequence here may have "
+                         f"{tokens}, which a packed row does not know: lower --max_prompt_tokens, --max_answer_tokens "
+                         "and --max_judge_tokens, or use another model")
 
 
 def check_memory(folder: str) -> None:
@@ -147,6 +162,15 @@ class Policy(nn.Module):
                 logprobs.append(self.token_logprobs(*chunk))
         return torch.cat(logprobs)
 
+    def plain_logprobs(self, ids: list[int], answer: int) -> Tensor:
+        """The log-probs of the last `answer` tokens of one sequence, as transformers computes them by itself."""
+        ours = self.lm.config._attn_implementation
+        self.lm.set_attn_implementation("sdpa")
+        logits_NV = self.lm(input_ids=torch.tensor([ids], device=DEVICE), use_cache=False).logits[0, -answer - 1 : -1]
+        self.lm.set_attn_implementation(ours)
+        logits_NV = logits_NV[:, : self.vocabulary].float() / self.temperature
+        return -nn.functional.cross_entropy(logits_NV, torch.tensor(ids[-answer:], device=DEVICE), reduction="none")
+
     def token_logprobs(self, hidden_NH: Tensor, target_N: Tensor) -> Tensor:
         # Padded vocabulary rows exist in the head but are never sampled, so they are no part of the softmax.
         logits_NV = self.lm.lm_head(hidden_NH)[:, : self.vocabulary].float()
@@ -174,12 +198,34 @@ def load_policy(folder: str, *, vocabulary: int, precision: str, temperature: fl
     return shard_policy(Policy(lm, vocabulary, temperature, getattr(torch, precision), recompute))
 
 
+@torch.no_grad()
+def check_packing(policy: Policy) -> None:
+    """Log-probs of one packed row of two groups against those of plain transformers, a sequence at a time.
+
+    This finds what a model's attention or head does and ours does not. Raises FloatingPointError. After the optimiser
+    is built: FSDP's first forward pass replaces the weights that it must hold.
+    """
+    limit = 1e-3 if policy.compute == torch.float32 else 0.2  # nats; measured: 1e-5 in fp32, .05 in bf16
+    groups = [Example([5, 6, 7, 8, 9], [[10, 11, 12], [13, 14]]), Example([15, 16, 17], [[18, 19], [20, 21, 22]])]
+    packed_N = policy(build_row(groups, [[1.0, 1.0]] * len(groups)))
+    plain = []
+    for group in groups:
+        for answer in group.answers:
+            plain.append(policy.plain_logprobs(group.prompt_ids + answer, len(answer)))
+    for layer in policy.lm.model.layers:  # without a backward pass they stay whole, which the optimiser does not know
+        layer.reshard()
+    distance = all_reduce((packed_N - torch.cat(plain)).abs().max(), dist.ReduceOp.MAX)
+    if not distance <= limit:
+        raise FloatingPointError(f"packed rows: this model's log-probs differ by {distance:.3f} nats from those of "
+                                 "plain transformers: its attention or head does what ours does not; use another model")
+
+
 # ------------------------------------------------------------------------------- shards
 
 
 def shard_policy(policy: Policy) -> Policy:
     """Each layer, then the rest, in fp32 over all ranks."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = dist.init_device_mesh(DEVICE, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=policy.compute, reduce_dtype=torch.float32)
@@ -190,6 +236,7 @@ def shard_policy(policy: Policy) -> Policy:
     # unsharded, and optimiser and sync would see a plain tensor in its place.
     to_fp32(policy)
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    register_fsdp_forward_method(policy, "plain_logprobs")
     return policy
 
 

@@ -58,7 +58,10 @@ def build_row(groups: list, weights: list[list[float]]) -> Row:
     >>> row.lengths
     [[2, 2, 1]]
     """
-    ids, position, group_of, answer_of, source, target, lengths = [], [], [], [], [], [], []
+    ids, position = [], []
+    group_of, answer_of = [], []
+    source, target = [], []
+    lengths = []
     for g, group in enumerate(groups):
         prompt_length = len(group.prompt_ids)
         prompt_end = len(ids) + prompt_length - 1
@@ -74,9 +77,8 @@ def build_row(groups: list, weights: list[list[float]]) -> Row:
             group_of.extend([g] * len(part))
             answer_of.extend([a] * len(part))
             lengths[g].append(len(part))
-    blocks = -(-len(ids) // ROW_BLOCK)
-    padding = max(SHORTEST_ROW, blocks * ROW_BLOCK) - len(ids)
-    if padding > 0:  # on a GPU: a group of its own, which no other token sees
+    padding = padding_of(len(ids))
+    if padding:  # a group of its own, which no other token sees
         ids.extend([0] * padding)
         position.extend(range(padding))
         group_of.extend([len(groups)] * padding)
@@ -92,6 +94,12 @@ def build_row(groups: list, weights: list[list[float]]) -> Row:
     row.target_N = on_device(target)
     add_loss_values(row, groups, weights)
     return row
+
+
+def padding_of(tokens: int) -> int:
+    """Tokens that a row lacks to a length that FlexAttention takes on a GPU; none on a CPU."""
+    blocks = -(-tokens // ROW_BLOCK)
+    return max(SHORTEST_ROW, blocks * ROW_BLOCK, tokens) - tokens
 
 
 def on_device(values: list) -> Tensor:
@@ -142,14 +150,17 @@ def build_rows(groups: list, *, row_tokens: int, weight) -> list[Row]:
         rows.append(build_row(packed, weights))
     most = int(all_reduce(len(rows), dist.ReduceOp.MAX))
     while len(rows) < most:
-        rows.append(build_row([Idle], [[0.0]]))
+        rows.append(build_row([Example([0], [[0]])], [[0.0]]))
     return rows
 
 
-class Idle:
-    """A group of one token, for a rank that has nothing to do."""
+class Example:
+    """A group that no one has sampled: for a rank that has nothing to do, and for a check at the start."""
 
-    prompt_ids, answers, advantages, sampler_logprobs = [0], [[0]], [0.0], [[0.0]]
+    def __init__(self, prompt_ids: list[int], answers: list[list[int]]):
+        self.prompt_ids, self.answers = prompt_ids, answers
+        self.advantages = [0.0] * len(answers)
+        self.sampler_logprobs = [[0.0] * len(answer) for answer in answers]
 
 
 # ------------------------------------------------------------------------------- equal work for every rank

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import datetime
+import fcntl
 import json
 import os
 import re
@@ -21,7 +23,15 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, ge
 from tqdm import tqdm
 
 from infra.policy import full_weights
-from infra.ranks import InputError, about_machine, all_reduce, catch_signals, on_rank_0, write_failed
+from infra.ranks import (
+    InputError,
+    about_machine,
+    all_reduce,
+    catch_signals,
+    exchange,
+    on_rank_0,
+    write_failed,
+)
 
 # ------------------------------------------------------------------------------- files that are whole
 
@@ -49,15 +59,22 @@ def append(path: Path, records: list[dict]) -> None:
 
 
 def cut_lines(path: Path, first_step: int) -> None:
-    """Drop the lines of `first_step` and later, and a torn one: a resumed run repeats the steps after its checkpoint.
+    """Drop the lines of `first_step` and later, and a torn last one: a resumed run repeats the steps after its
+    checkpoint.
 
-    In place and without a copy, so that neither a full disk nor a crash can lose the lines that stay.
+    In place and without a copy, so that neither a full disk nor a crash can lose the lines that stay. Raises InputError
+    at a damaged line before the last, for cutting there would lose whole ones.
     """
     with open(path, "ab+") as lines:
         lines.seek(0)
         kept = cut = 0
-        for line in lines:
+        damaged = None
+        for number, line in enumerate(lines, 1):
             step = re.match(rb'{"step": (\d+).*}\n', line)
+            if damaged and step and int(step[1]) < first_step:
+                raise InputError(f"{path}:{damaged}: damaged, and whole lines stand behind it: mend or remove the line")
+            if not step and not cut:
+                damaged = number
             if cut or not step or int(step[1]) >= first_step:
                 cut += 1
             else:
@@ -85,28 +102,33 @@ def check_name(name: str, resume: bool) -> None:
 class Log:
     """A run as it grows: its steps, what is written of each, and when a checkpoint is due. All ranks call all of it.
 
-    settings: every setting of the run. rows: checksums of the data. may_change: settings that may differ on resume.
+    program: what trains, which a resumed run must be again. settings: every setting of the run. rows: checksums of the
+    data. may_change: settings that may differ on resume. about: what else config.json says.
     """
 
-    def __init__(self, settings: dict, *, rows: dict, may_change: list[str], about: dict):
-        self.settings, self.folder = settings, Path("runs") / settings["name"]
+    def __init__(self, program: str, settings: dict, *, rows: dict, may_change: list[str], about: dict):
+        self.settings, self.folder = {"program": program, **settings}, Path("runs") / settings["name"]
         self.not_finite, self.stopped = 0, False
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        about = {"rows": rows, **about, "commit": git.stdout.strip() or None, **about_machine()}
+        config = self.folder / "config.json"
 
         def start() -> tuple[int, Path | None]:
-            done, saved = last_checkpoint(self.folder) if settings["resume"] else (0, None)
-            if saved:
-                check_resumed(saved, settings, may_change)
-                check_rows(read_about(self.folder).get("rows"), rows)
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = hold(self.folder)
+            done, saved = last_checkpoint(self.folder, settings["keep"]) if settings["resume"] else (0, None)
+            if saved:
+                check_resumed(saved, self.settings, may_change)
+                check_rows(read_about(self.folder).get("rows"), rows)
             for name in ("log.jsonl", "rollouts.jsonl"):
                 cut_lines(self.folder / name, done)
-            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                 cwd=Path(__file__).parent)
-            told = {"config": settings, "rows": rows, **about, "commit": git.stdout.strip() or None, **about_machine()}
-            (self.folder / "config.json").write_text(json.dumps(told, indent=1))
+            started = datetime.datetime.now().isoformat()
+            write_whole(config, json.dumps({"config": self.settings, "started": started, **about}, indent=1))
             return done, saved
 
         self.first_step, self.saved = on_rank_0(f"writing {self.folder}", start)
+        if len(set(exchange(config.read_text() if config.is_file() else None))) > 1:
+            raise InputError(f"{config}: not all ranks see the same file: give every node one shared folder runs/")
 
     def steps(self):
         """The steps that are left, until the last one or a signal, with a live line on rank 0."""
@@ -153,6 +175,16 @@ class Log:
 # ------------------------------------------------------------------------------- checkpoints
 
 
+def hold(folder: Path):
+    """A lock on a run's folder for the life of this process: two runs in one folder would mix their lines."""
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process trains there: wait for it, or give another --name") from None
+    return lock
+
+
 def trainer_state(policy, optimizer) -> dict:
     if not optimizer.state:  # no update yet: torch makes the state by a step at rate 0, and counts that step
         get_optimizer_state_dict(policy, optimizer)
@@ -186,19 +218,30 @@ def save_checkpoint(folder: Path, policy, optimizer, tokenizer, *, settings: dic
 
 
 def put_in_place(unfinished: Path, folder: Path, keep: int) -> None:
-    """Flush, rename, point `last` at it: whole or not there, at whatever moment the power fails.
-
-    Then all but the newest `keep` checkpoints go (0: all stay).
-    """
+    """Flush and rename: a checkpoint is whole or not there, at whatever moment the power fails."""
     for path in [*unfinished.rglob("*"), unfinished]:
         flush(path)
     unfinished.rename(folder)
-    pointer = folder.with_name("last.new")
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(folder.name)
-    pointer.replace(folder.with_name("last"))
-    flush(folder.parent)
-    for _, old in checkpoints(folder.parent.parent)[keep:] if keep else []:
+    tidy_checkpoints(folder.parent.parent, keep)
+
+
+def tidy_checkpoints(run: Path, keep: int) -> None:
+    """`last` points at the newest checkpoint, all but the newest `keep` go (0: all stay), and nothing unfinished stays.
+
+    Also when a run is resumed, since a kill may have come between a checkpoint and this.
+    """
+    folder = run / "checkpoints"
+    pointer, unfinished, found = folder / "last", folder / "unfinished", checkpoints(run)
+    if pointer.is_dir() and not pointer.is_symlink():  # a copy that followed the link
+        shutil.rmtree(pointer)
+    new = folder / "last.new"
+    new.unlink(missing_ok=True)
+    new.symlink_to(found[0][1].name)
+    new.replace(pointer)
+    flush(folder)
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    for _, old in found[keep:] if keep else []:
         shutil.rmtree(old.rename(unfinished))  # never half a checkpoint under its own name
 
 
@@ -218,21 +261,28 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def last_checkpoint(run: Path) -> tuple[int, Path | None]:
-    """(steps done, folder) of the newest checkpoint; (0, None) without any."""
-    for found in checkpoints(run):
-        return found
-    print(f"{run}: no checkpoint to resume from, starting at step 0", flush=True)
-    return 0, None
+def last_checkpoint(run: Path, keep: int) -> tuple[int, Path | None]:
+    """(steps done, folder) of the newest checkpoint; (0, None) for a run that has not begun.
+
+    Raises InputError where there are steps and no checkpoint: to begin again would erase them.
+    """
+    if not checkpoints(run):
+        if (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size:
+            raise InputError(f"--resume: {run} holds steps and no checkpoint to go on from: move the folder away, or "
+                             "give another --name")
+        print(f"{run}: no checkpoint to resume from, starting at step 0", flush=True)
+        return 0, None
+    tidy_checkpoints(run, keep)
+    return checkpoints(run)[0]
 
 
 def check_resumed(saved: Path, settings: dict, may_change: list[str]) -> None:
     """Name every setting that differs from the checkpoint's. Refuse those that a run must keep."""
     before = json.loads((saved / "config.json").read_text())
     refused = []
-    for name, value in settings.items():
-        if value != before.get(name) and name != "resume":
-            change = f"--{name} {before.get(name)} -> {value}"
+    for name in before | settings:
+        if settings.get(name) != before.get(name) and name != "resume":
+            change = f"--{name} {before.get(name)} -> {settings.get(name)}"
             if name in may_change:
                 print(f"{saved}: resumed with another setting: {change}", flush=True)
             else:

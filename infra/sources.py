@@ -35,13 +35,26 @@ def hub_records(source: str, split: str, flag: str):
                          "the id and the network, or use a .jsonl file") from None
 
 
+OTHER_FORMATS = {b"PAR1": "parquet", b"\x1f\x8b": "compressed", b"[": "one JSON array", b"PK": "an archive"}
+
+
 def file_records(source: str, flag: str):
     """The lines of a local file, one at a time. Empty ones are left out, and counted as lines."""
     if not os.path.isfile(source):
-        raise InputError(f"--{flag} {source}: no such file; give a .jsonl file or a hub id. `python -m lab.toy` writes "
-                         "the laptop's, in toy/")
-    with open(source, "rb") as lines:
+        what = "a folder or a pipe, and no file" if os.path.exists(source) else "no such file"
+        raise InputError(f"--{flag} {source}: {what}; give a .jsonl file or a hub id. `python -m lab.toy` writes the "
+                         "laptop's, in toy/")
+    try:
+        lines = open(source, "rb")
+    except OSError as error:
+        raise InputError(f"--{flag} {source}: cannot be read ({error.strerror}); mend its permissions") from None
+    with lines:
+        for start, what in OTHER_FORMATS.items():
+            if lines.peek(4).lstrip().startswith(start):
+                raise InputError(f"--{flag} {source}: this is {what}, and we read one JSON object a line; convert it, "
+                                 "for example datasets.load_dataset(...).to_json(\"rows.jsonl\")")
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark with which some editors begin a file
             if line.strip():
                 yield number, line
 
@@ -54,9 +67,15 @@ def progress(rows, what: str):
 # ------------------------------------------------------------------------------- the texts of a row
 
 
+class LeftOut(ValueError):
+    """A row that is read as it is meant, and teaches nothing: it is left out, and counted by this reason."""
+
+
 def text_of(name: str, value) -> str:
-    """The text of a field. Some data sets store chat messages there: the last one counts."""
+    """The text of a field. Some data sets store chat messages there: the last one counts, if it is an assistant's."""
     if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
+        if value[-1].get("role", "assistant") != "assistant":
+            raise ValueError(f"field {name!r}: its last turn is one of {value[-1]['role']!r}, and no response")
         value = value[-1]["content"]
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} is {type(value).__name__}, expected text")
@@ -87,17 +106,33 @@ def transcript(name: str, turns: list[dict]) -> str:
     return "\n\n".join(lines[:asked]).removeprefix("Human: ")
 
 
-def question_of(name: str, value) -> str:
+BEFORE, BEHIND = ("system", "system_prompt"), ("input", "context")  # fields that belong to a question
+NOT_READ = ("history", "choices", "options")  # that would belong to it, in a form that we do not know
+
+
+def question_of(record: dict, *names: str) -> str:
+    """The question of a record: its messages, else the first field of `names`; with what stands beside it.
+
+    >>> question_of({"instruction": "Classify.", "input": "a shark", "system": ""}, "instruction")
+    'Classify.\\n\\na shark'
+    """
+    name, value = first_field(record, "messages", *names)
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
         value = transcript(name, value)
-    text = text_of(name, value)
-    if not text.strip():
+    parts = [text_of(name, value)]
+    if not parts[0].strip():
         raise ValueError(f"field {name!r} is empty")
-    return text
+    for field in NOT_READ:
+        if record.get(field):
+            raise ValueError(f"field {field!r} belongs to the question and is not read: write it into {name!r}")
+    for field in BEFORE + BEHIND:
+        if record.get(field) and text_of(field, record[field]).strip():
+            parts.insert(0 if field in BEFORE else len(parts), record[field])
+    return "\n\n".join(parts)
 
 
 def first_field(record: dict, *names: str):
-    """(name, value) of the first of several fields that a record holds."""
+    """(name, value) of the first of several fields that a record holds. A null field is an absent one."""
     for name in names:
         if record.get(name) is not None:
             return name, record[name]

@@ -1,11 +1,16 @@
-"""The laptop's world: small rows of all three kinds, made by code, so that their truth is known.
+"""The laptop's world: small examples of all three kinds, made by code, so that their truth is known.
 
-    python toy/world.py preference train 3        prints three rows as JSON lines
+    python -m lab.toy                         writes toy/*.jsonl for training and toy/heldout/*.jsonl for measuring
+    python -m lab.toy heldout --model M       eval.py heldout on the latter; other flags go to eval.py
+    python -m lab.toy gold runs/NAME          how good the open answers of each step are, and how true the self-scores
 
-`records` returns what a .jsonl file would hold, and data.py reads it like any other source. A row depends on its
-split, kind and number alone. The splits `train` and `heldout` share no topic and no question.
+An example depends on its split, kind and number alone. The two splits share no topic and no question.
 """
+
+from __future__ import annotations
+
 import json
+import os
 import random
 import re
 import sys
@@ -13,10 +18,14 @@ import zlib
 from functools import lru_cache
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rewards import kendall_tau
+import data
+from infra.ranks import InputError, stop
+from infra.runs import write_whole
+from rewards import kendall_tau, mean
 
-# The forms of an instruction: its wording, and its constraint as `complies` checks it. Rows fill in {word}.
+FOLDER = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "toy"))  # as a message shows it
+TRAINING, HELDOUT = 4096, 256  # examples of each kind in a file; of held-out ones at most
+# The forms of an instruction: its wording, and its constraint as `complies` checks it. Examples fill in {word}.
 FORMS = (
     ("Tell me about {topic}.", ""),
     ("What should a child know about {topic}?", ""),
@@ -32,8 +41,7 @@ FORMS = (
     ("Write about {topic} and end with an exclamation mark.", "ends:!"),
     ("Tell me about {topic} and start with the word Well.", "starts:well"),
 )
-# How good a response is. Its index here is its true score.
-LEVELS = ("word salad", "fluent, another topic", "cut short", "breaks the constraint", "good and complies")
+# How good a response is, which is its true score: from shuffled words to one that breaks only the constraint; good.
 SALAD, OTHER_TOPIC, CUT, BREAKS, GOOD = range(5)
 
 
@@ -50,11 +58,7 @@ def topics(split: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def complies(check: str, text: str) -> bool:
-    """Whether a text keeps the constraint of an instruction. For evaluation alone: it never becomes a reward.
-
-    >>> complies("sentences:1", "Dogs bark."), complies("items:3", "- a\\n- b"), complies("lower", "No.")
-    (True, False, False)
-    """
+    """Whether a text keeps the constraint of an instruction. For evaluation alone: it never becomes a reward."""
     name, _, wanted = check.partition(":")
     number = int(wanted) if wanted.isdecimal() else 0
     text = text.strip()
@@ -77,18 +81,7 @@ def complies(check: str, text: str) -> bool:
 
 # ------------------------------------------------------------------------------- hidden gold
 
-
 GOLD = ("on topic", "whole", "in order", "keeps the constraint")  # what makes an answer to an instruction good
-
-
-@lru_cache(maxsize=None)
-def form_patterns() -> tuple[tuple[re.Pattern, str], ...]:
-    """The forms as patterns that read a topic, and where there is one a word, out of an instruction."""
-    patterns = []
-    for wording, check in FORMS:
-        patterns.append((re.compile(re.escape(wording).replace(r"\{topic\}", "(?P<topic>.+)")
-                                    .replace(r"\{word\}", "(?P<word>[a-z]+)")), check))
-    return tuple(patterns)
 
 
 @lru_cache(maxsize=4096)
@@ -98,9 +91,10 @@ def read_instruction(text: str) -> tuple[str, str] | None:
     >>> read_instruction("Write about the moon and use the word tides."), read_instruction("Say hi.")
     (('the moon', 'contains:tides'), None)
     """
-    names = {name for split in ("train", "heldout") for name, _ in topics(split)}
-    for pattern, check in form_patterns():
-        found = pattern.fullmatch(text)
+    names = dict(topics("train") + topics("heldout"))
+    for wording, check in FORMS:
+        pattern = re.escape(wording).replace(r"\{topic\}", "(?P<topic>.+)").replace(r"\{word\}", "(?P<word>[a-z]+)")
+        found = re.fullmatch(pattern, text)
         if found and found["topic"] in names:
             return found["topic"], check.format(**found.groupdict())
     return None
@@ -118,10 +112,8 @@ def gold(instruction: str, text: str) -> dict[str, bool] | None:
     topic, whole when it ends as a sentence does, and in order when all its sentences begin with a capital letter
     (not asked of an answer in lower case) and no word follows a full stop without a blank.
 
-    >>> list(gold("Tell me about dogs.", "Dogs need a walk every day.").values())
-    [True, True, True, True]
-    >>> list(gold("Tell me about dogs.", "walk a. Cats need every").values())
-    [False, False, False, True]
+    >>> list(gold("Tell me about dogs.", "Cats need every").values())
+    [False, False, True, True]
     """
     read = read_instruction(instruction)
     if read is None:
@@ -138,7 +130,16 @@ def gold(instruction: str, text: str) -> dict[str, bool] | None:
     return dict(zip(GOLD, parts))
 
 
-# ------------------------------------------------------------------------------- rows
+def measure(instruction: str, text: str) -> dict[str, bool] | None:
+    """What eval.py counts of an answer: the parts of its gold, the first three together, and all four."""
+    found = gold(instruction, text)
+    if found is None:
+        return None
+    *text_parts, constraint = found.values()
+    return {**found, "on topic, whole, in order": all(text_parts), "all four": all(text_parts) and constraint}
+
+
+# ------------------------------------------------------------------------------- examples
 
 
 def write_answer(rng: random.Random, sentences, style: str) -> str:
@@ -157,7 +158,7 @@ def write_answer(rng: random.Random, sentences, style: str) -> str:
 
 
 def write_response(rng: random.Random, level: int, name: str, sentences, check: str, split: str) -> str:
-    """One response of a known level, an index in LEVELS. Tries until `complies` agrees with the level."""
+    """One response of a known level, such as CUT. Tries until `complies` agrees with the level."""
     for _ in range(200):
         source, style = sentences, check
         if level == OTHER_TOPIC:
@@ -174,7 +175,7 @@ def write_response(rng: random.Random, level: int, name: str, sentences, check: 
             return text
         if level in (BREAKS, GOOD) and complies(check, text) == (level == GOOD):
             return text
-    raise ValueError(f"no text of level {LEVELS[level]!r} for the constraint {check!r} about {name}")
+    raise ValueError(f"no text of level {level} for the constraint {check!r} about {name}")
 
 
 def choose_form(rng: random.Random, split: str):
@@ -187,9 +188,9 @@ def choose_form(rng: random.Random, split: str):
 
 
 def preference(rng: random.Random, split: str, n: int = 0) -> dict:
-    """One good response and n - 1 flawed ones, so the order is known: the true score is the index in LEVELS.
+    """One good response and n - 1 flawed ones, so the order is known: the true score is the level.
 
-    n = 0 draws 2 to 5, in half of the rows 2. Length must not tell the better one. So a coin says whether longer
+    n = 0 draws 2 to 5, half of the time 2. Length must not tell the better one. So a coin says whether longer
     responses shall be better, and they are drawn again, up to 40 times, until they agree with the coin.
     """
     n = n or rng.choice((2, 2, 2, 3, 4, 5))
@@ -204,7 +205,7 @@ def preference(rng: random.Random, split: str, n: int = 0) -> dict:
         agreement = kendall_tau(list(map(len, responses)), levels, "strict")
         if agreement == 0 or (agreement > 0) == longer_shall_win:
             break
-    return {"prompt": wording, "responses": responses, "scores": list(map(float, levels)), "check": check}
+    return {"prompt": wording, "responses": responses, "scores": list(map(float, levels))}
 
 
 def instruction(rng: random.Random, split: str) -> dict:
@@ -213,15 +214,15 @@ def instruction(rng: random.Random, split: str) -> dict:
     worked = write_response(rng, GOOD, name, sentences, check, split)
     level = rng.choice((OTHER_TOPIC, CUT, BREAKS) if check else (OTHER_TOPIC, CUT))  # each of them is fluent
     flawed = write_response(rng, level, name, sentences, check, split)
-    return {"instruction": wording, "check": check, "worked": worked, "flawed": flawed}
+    return {"instruction": wording, "worked": worked, "flawed": flawed}
 
 
-def reasoning(rng: random.Random, split: str, level: int | None = None) -> dict:
+def reasoning(rng: random.Random, split: str) -> dict:
     """A question on one rung of a ladder. A hash of what it asks decides the split.
 
     0, 1, 2: one-digit sums, differences, products; 3: the largest of four; 4: two-digit sums; 5, 6: word problems.
     """
-    level = rng.randrange(7) if level is None else level
+    level = rng.randrange(7)
     while True:
         a, b, c = rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 9)
         who = rng.choice(("Tom", "Mia", "Ben", "Ana", "Leo", "Eva", "Sam", "Zoe"))
@@ -257,15 +258,94 @@ def reasoning(rng: random.Random, split: str, level: int | None = None) -> dict:
 
 
 def records(kind: str, split: str, count: int, n: int = 0) -> list[dict]:
-    """The first `count` rows of one kind and split. n: how many responses a preference has; 0 draws 2 to 5."""
+    """The first `count` examples of one kind and split. n: how many responses a preference has; 0 draws 2 to 5."""
     make = {"preference": preference, "reasoning": reasoning, "instruction": instruction}[kind]
     options = [n] if kind == "preference" else []
-    rows = []
+    found = []
     for i in range(count):
-        rows.append(make(random.Random(f"{split}/{kind}/{i}"), split, *options))
-    return rows
+        found.append(make(random.Random(f"{split}/{kind}/{i}"), split, *options))
+    return found
+
+
+# ------------------------------------------------------------------------------- commands
+
+
+def heldout_records(kind: str) -> list[dict]:
+    """Examples to measure on, none twice: a repeated one is no independent trial. Instructions have a constraint, and
+    pairs stand better first."""
+    found = {}
+    for record in records(kind, "heldout", 8 * HELDOUT, 2):
+        prompt = data.READERS[kind](record)
+        if kind == "instruction" and not read_instruction(prompt.instruction)[1]:
+            continue
+        if kind == "preference" and record["scores"][0] < record["scores"][1]:
+            record["responses"].reverse()
+            record["scores"].reverse()
+        found.setdefault((prompt.instruction, prompt.responses), record)
+    return list(found.values())[:HELDOUT]
+
+
+def write_file(path: Path, examples: list[dict]) -> None:
+    """Without the answers of a demonstrator, `worked` and `flawed`, which the warm start alone may see."""
+    lines = []
+    for example in examples:
+        kept = {name: value for name, value in example.items() if name not in ("worked", "flawed")}
+        lines.append(json.dumps(kept) + "\n")
+    write_whole(path, "".join(lines))
+    print(f"{path}: {len(lines)} examples", flush=True)
+
+
+def gold_of_run(run: Path) -> list[dict]:
+    """{step, gold, all_four, judge_tau} of each step of a run; None where a step has nothing to measure.
+
+    The share of open answers that are on topic, whole and in order; that also keep the constraint; and the tau of
+    self-scores with the number of parts of GOLD, a mean over judged groups that differ in it. A blind judge has 0.
+    """
+    path, repairs, steps = Path(run) / "rollouts.jsonl", [], {}
+    if not path.is_file():
+        raise InputError(f"{run}: no run here (no rollouts.jsonl); give a folder such as runs/demo")
+    for step, group in data.read_groups(path, repairs):
+        good, perfect, taus = steps.setdefault(step, ([], [], []))
+        found = [measure(group.prompt.instruction, text) for text in group.texts]
+        if group.prompt.kind != "instruction" or None in found:
+            continue
+        good += [parts["on topic, whole, in order"] for parts in found]
+        perfect += [parts["all four"] for parts in found]
+        truth = [sum(parts[name] for name in GOLD) for parts in found]
+        if group.rewards is not None and len(set(truth)) > 1:
+            taus.append(kendall_tau(group.rewards, truth, "strict"))
+    for repair in repairs:
+        print(repair, file=sys.stderr)
+    figures = []
+    for step, (good, perfect, taus) in steps.items():
+        figures.append({"step": step, "gold": mean(good), "all_four": mean(perfect), "judge_tau": mean(taus)})
+    return figures
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case []:
+            for kind, flag in data.FLAGS.items():
+                write_file(FOLDER / f"{flag}.jsonl", records(kind, "train", TRAINING, 2))
+                write_file(FOLDER / "heldout" / f"{flag}.jsonl", heldout_records(kind))
+        case ["heldout", *flags]:
+            import eval  # of the root, with its sampler
+
+            files = []
+            for flag in data.FLAGS.values():
+                files += [f"--{flag}", str(FOLDER / "heldout" / f"{flag}.jsonl")]
+            eval.main(["heldout", *files, *flags], measure=measure)
+        case ["gold", run]:
+            print("step   on topic, whole, in order   all four   tau of self-scores")
+            for figures in gold_of_run(Path(run)):
+                step, *cells = ["-" if value is None else f"{value:.3g}" for value in figures.values()]
+                print("{:>4}{:>28}{:>11}{:>21}".format(step, *cells))
+        case _:
+            raise InputError("python -m lab.toy takes nothing, or `heldout --model M`, or `gold runs/NAME`")
 
 
 if __name__ == "__main__":
-    for record in records(sys.argv[1], sys.argv[2], int(sys.argv[3])):
-        print(json.dumps(record))
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        stop(error)

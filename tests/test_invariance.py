@@ -1,4 +1,4 @@
-"""What must not matter does not: the number of ranks, the size of a row, the order of answers, candidates and prompts.
+"""What must not matter does not: the number of ranks, the size of a row, the order of answers.
 
 The same file is the program of one rank: `python tests/test_invariance.py FOLDER`, with PYTHONPATH, RANK and
 WORLD_SIZE set.
@@ -12,21 +12,23 @@ import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import data
-import machine
-import runs
 import urpo
-from conftest import ROOT, VOCABULARY, free_port, keep_old_logprobs
+from conftest import ROOT, VOCABULARY, free_port
 from data import Group, Prompt
-from rewards import preference_reward
+from infra import runs
+from infra.policy import full_weights, load_policy
+from infra.rows import rebalance
+from infra.sampler import Sample
 
 WORLDS, BUDGETS = (1, 2, 4), (1, 64, 4096)  # one group a row, a few, all
-CONFIG = dict(precision="float32", recompute=False, group=3, grad_clip=1e9, max_drift=1e9, lr_warmup=0, lr=1e-3)
+CONFIG = dict(precision="float32", group=3, grad_clip=1e9, lr_warmup=0, lr=1e-3)
 BATCHES = ("every rank has signal", "one of two has none", "nobody has any")
 
 
@@ -39,9 +41,7 @@ def make_batch(name: str) -> list[Group]:
         return [rng.randrange(VOCABULARY) for _ in range(rng.randint(low, high))]
 
     for index in range(8):
-        answers = [ids(1, 9) for _ in range(3)]
-        group = Group(index, None, ids(4, 12), answers)
-        group.sampler_logprobs = [[-1.0] * len(answer) for answer in answers]
+        group = Group(index, None, ids(4, 12), [ids(1, 9) for _ in range(3)], finished=[True] * 3)
         if index in (0, 1, 7):
             group.prompt, group.texts = Prompt("reasoning", "1 + 1?", answer="2"), ["2", "3", "two or 2"]
         elif index in (4, 5):
@@ -61,7 +61,7 @@ class Recorder:
     """In place of the optimiser: keeps each update's gradient, whole, and leaves the weights as they are."""
 
     def __init__(self, policy):
-        self.policy, self.gradients, self.param_groups = policy, [], [{"lr": 0.0}]
+        self.policy, self.gradients, self.param_groups, self.state = policy, [], [{"lr": 0.0}], {}
 
     def step(self):
         self.gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in self.policy.parameters()]))
@@ -71,38 +71,33 @@ class Recorder:
 
 
 UPDATES = [(1, True), (2, True), (2, False)]  # minibatches, and whether old log-probs are moved
-CONSTANT = SimpleNamespace(step=lambda: None, get_last_lr=lambda: [0.0])  # in place of a schedule
 
 
-def one_update(policy, groups, optimizer, schedule, moved=True, **changes) -> dict:
+def one_update(policy, groups, optimizer, moved=True, **changes) -> dict:
     """Parts 4 to 6 on this rank's share of `groups`, as train() calls them. `moved`: with old log-probs for every
-    minibatch, moved by noise, so that the clip bites in all."""
-    config = urpo.Config(**CONFIG | changes)
+    minibatch, moved by noise, so that the clip bites in all; the sampler's are noise too, so that the cap does."""
+    config = urpo.Config(**CONFIG | {"importance_cap": 2.0 * moved} | changes)
     share = [group for _, group in data.shard(groups, config.minibatches, dist.get_rank(), dist.get_world_size())]
-    urpo.reward(config, share)
-    share = machine.rebalance(share, config.minibatches)
-    if moved:
-        keep_old_logprobs(policy, share, config.row_tokens)
-    else:
-        urpo.old_logprobs(config, policy, share)
     for group in share:
-        if moved and group.old_N is not None:
-            noise = torch.randn(len(group.old_N), generator=torch.Generator().manual_seed(group.index))
-            group.old_N = group.old_N + 0.5 * noise
-    return urpo.update(config, policy, optimizer, schedule, share)
+        rng = random.Random(group.index)
+        group.sampler_logprobs = [[rng.gauss(-6, 0.5) for _ in answer] for answer in group.answers]
+    urpo.reward(config, share)
+    minibatches = urpo.build_minibatches(config, rebalance(share, config.minibatches))
+    urpo.old_logprobs(config, policy, minibatches)
+    for row in [row for rows in minibatches * moved for row in rows]:
+        row.keep_old(policy(row).detach() + row.sampler_N + 6, config.importance_cap)
+    with patch.object(urpo, "largest_drift", lambda precision: 1e9):
+        return urpo.update(config, policy, optimizer, minibatches)
 
 
-def trainer(model: str, **changes):
-    config = urpo.Config(**CONFIG | changes)
-    policy = machine.load_policy(model, VOCABULARY, config.precision, config.temperature, config.logit_chunk,
-                                 config.recompute)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, fused=True)
-    return policy, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0)
+def trainer(model: str):
+    policy = load_policy(model, vocabulary=VOCABULARY, precision="float32")
+    return policy, torch.optim.AdamW(policy.parameters(), lr=CONFIG["lr"], fused=True)
 
 
 def state_of(policy, optimizer) -> dict[str, torch.Tensor]:
     """Weights and both moments of AdamW, whole."""
-    state = dict(machine.full_weights(policy))
+    state = dict(full_weights(policy))
     for i, p in enumerate(policy.parameters()):
         state |= {f"{name}/{i}": optimizer.state[p][name].full_tensor() for name in ("exp_avg", "exp_avg_sq")}
     return {name: value.clone() for name, value in state.items()}
@@ -111,23 +106,24 @@ def state_of(policy, optimizer) -> dict[str, torch.Tensor]:
 def measure(folder: Path) -> None:
     """What any number of ranks does; rank 0 writes it to `folder`. Two ranks save a checkpoint, the others load it."""
     world, tokenizer = dist.get_world_size(), SimpleNamespace(save_pretrained=lambda folder: None)
-    policy, optimizer, schedule = trainer(str(folder / "model"))
+    policy, optimizer = trainer(str(folder / "model"))
     found = {}
     for name in BATCHES:
         for budget in BUDGETS:
             for minibatches, moved in UPDATES:
-                recorder = Recorder(policy)
-                figures = one_update(policy, make_batch(name), recorder, CONSTANT, row_tokens=budget,
-                                     minibatches=minibatches, moved=moved)
-                found[name, budget, minibatches, moved] = {"gradients": recorder.gradients, "figures": figures}
+                for loss in ("token-mean", "sequence-mean") if minibatches == 1 else ("token-mean",):
+                    recorder = Recorder(policy)
+                    figures = one_update(policy, make_batch(name), recorder, row_tokens=budget, loss=loss,
+                                         minibatches=minibatches, moved=moved)
+                    found[name, budget, minibatches, moved, loss] = recorder.gradients, figures
     checkpoint = folder / "checkpoints" / "step_1"
     if world == 2:
-        one_update(policy, make_batch(BATCHES[0]), optimizer, schedule)
-        runs.save_checkpoint(checkpoint, policy, optimizer, schedule, tokenizer, settings={}, keep=0)
+        one_update(policy, make_batch(BATCHES[0]), optimizer)
+        runs.save_checkpoint(checkpoint, policy, optimizer, tokenizer, settings={"keep": 0})
     else:
-        runs.load_checkpoint(checkpoint, policy, optimizer, schedule)
+        runs.load_checkpoint(checkpoint, policy, optimizer)
     found["loaded"] = state_of(policy, optimizer)
-    one_update(policy, make_batch(BATCHES[1]), optimizer, schedule)
+    one_update(policy, make_batch(BATCHES[1]), optimizer)
     found["continued"] = state_of(policy, optimizer)
     if dist.get_rank() == 0:
         torch.save(found, folder / f"world_{world}.pt")
@@ -158,32 +154,32 @@ def distance(a, b) -> float:
 
 # ---- ranks and rows ----
 
-@pytest.mark.parametrize(("minibatches", "moved"), UPDATES)
+@pytest.mark.parametrize("minibatches, moved, loss", [(*case, "token-mean") for case in UPDATES]
+                         + [(1, True, "sequence-mean")])
 @pytest.mark.parametrize("name", BATCHES[:2])
-def test_the_gradient_is_the_same_on_any_number_of_ranks_and_in_rows_of_any_size(measured, name, minibatches, moved):
-    expected = measured[1][name, 4096, minibatches, moved]
-    assert expected["gradients"] and all(gradient.norm() > 0 for gradient in expected["gradients"])
+def test_the_gradient_is_the_same_on_any_number_of_ranks_and_in_rows_of_any_size(
+        measured, name, minibatches, moved, loss):
+    gradients, expected = measured[1][name, 4096, minibatches, moved, loss]
+    assert gradients and all(gradient.norm() > 0 for gradient in gradients)
     for world in WORLDS:
         for budget in BUDGETS:
-            found = measured[world][name, budget, minibatches, moved]
-            assert len(found["gradients"]) == len(expected["gradients"])
-            for gradient, whole in zip(found["gradients"], expected["gradients"]):
+            found, figures = measured[world][name, budget, minibatches, moved, loss]
+            assert len(found) == len(gradients)
+            for gradient, whole in zip(found, gradients):
                 assert distance(gradient, whole) <= 1e-6, (world, budget)
-            for figure, value in expected["figures"].items():
-                assert found["figures"][figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (world, budget, figure)
+            for figure, value in expected.items():
+                assert figures[figure] == pytest.approx(value, rel=1e-5, abs=1e-7), (world, budget, figure)
 
 
 def test_ranks_without_spread_instructions_or_a_readable_judgement_meet_every_collective(measured):
     """That `measured` ended is the test; that nothing was left out shows in the number of updates."""
     for world in WORLDS:
         for budget in BUDGETS:
-            updates = {(name, *case): measured[world][name, budget, *case]["figures"]["updates"]
-                       for name in BATCHES for case in UPDATES}
+            updates = [measured[world][name, budget, *case, "token-mean"][1]["updates"]
+                       for name in BATCHES for case in UPDATES]
             # The second batch has no signal in its second half, the third in neither.
-            assert list(updates.values()) == [1, 2, 2, 1, 1, 1, 0, 0, 0], updates
+            assert updates == [1, 2, 2, 1, 1, 1, 0, 0, 0]
 
-
-# ---- a checkpoint of two ranks ----
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_a_checkpoint_of_two_ranks_loads_on_another_number_bit_for_bit_and_goes_on_alike(measured, world):
@@ -200,16 +196,9 @@ def test_a_checkpoint_of_two_ranks_loads_on_another_number_bit_for_bit_and_goes_
 ORDERS = [(1, 2, 0), (2, 1, 0)]
 
 
-def updated(model, groups) -> tuple[torch.Tensor, dict]:
-    policy, _, _ = trainer(model)
-    recorder = Recorder(policy)
-    figures = one_update(policy, groups, recorder, CONSTANT, minibatches=1)
-    return recorder.gradients[0], figures
-
-
 def permute_answers(group: Group, order) -> Group:
     changed = copy.deepcopy(group)
-    for name in ("answers", "texts", "sampler_logprobs"):
+    for name in ("answers", "texts"):
         setattr(changed, name, [getattr(group, name)[i] for i in order])
     for judgement in changed.judgements:  # the judge saw the same answers in the same places
         judgement["order"] = [order.index(i) for i in judgement["order"]]
@@ -217,46 +206,32 @@ def permute_answers(group: Group, order) -> Group:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_permuting_a_group_permutes_its_rewards_and_log_probs_and_leaves_the_gradient(tiny_model, process_group, order):
-    policy, _, _ = trainer(tiny_model)
-    config, batch = urpo.Config(**CONFIG, minibatches=1), make_batch(BATCHES[0])
+def test_permuting_a_group_permutes_its_rewards_and_leaves_the_gradient(tiny_model, process_group, order):
+    batch = make_batch(BATCHES[0])
     mixed = [permute_answers(group, order) for group in batch]
+    policy, _ = trainer(tiny_model)
+    recorder = Recorder(policy)
     for groups in (batch, mixed):
-        urpo.reward(config, groups)
-        keep_old_logprobs(policy, groups, config.row_tokens)
+        one_update(policy, groups, recorder, moved=False, minibatches=1)
     for group, changed in zip(batch, mixed):
         assert changed.rewards == (group.rewards and [group.rewards[i] for i in order])
         assert changed.advantages == pytest.approx([group.advantages[i] for i in order])
-        assert (group.old_N is None) == (changed.old_N is None)
-        if group.old_N is not None:
-            parts = group.old_N.split([len(answer) for answer in group.answers])
-            torch.testing.assert_close(changed.old_N, torch.cat([parts[i] for i in order]), rtol=1e-5, atol=1e-5)
-    recorder = Recorder(policy)
-    for groups in (batch, mixed):
-        urpo.update(config, policy, recorder, CONSTANT, groups)
     assert recorder.gradients[0].norm() > 0 and distance(*recorder.gradients) <= 1e-6
 
 
-def judge_by_content(engine, prompts, n, max_tokens, seeds, temperature):
-    """In place of vLLM: answers that follow from prompt and seed; a judge that looks at the texts alone."""
-    answers = []
-    for ids, seed in zip(prompts, seeds):
-        shown = re.findall(r"Response \d+:\n((?:> .*\n?)+)", engine.decode(ids))
-        if n == 1:
-            texts = [data.score_line([1 + zlib.crc32(text.strip().encode()) % 90 / 10 for text in shown])]
-        else:
-            rng = random.Random(f"{ids}/{seed}")
-            texts = [f"It is {rng.randint(1, 9)}." for _ in range(n)]
-        answers.append([])
-        for text in texts:
-            tokens = engine.encode(text)
-            answers[-1].append(machine.Sample(tokens, text, finished=True, logprobs=[-1.0] * len(tokens)))
-    return answers
+def judge_by_content(sampler, prompts, **_):
+    """In place of vLLM: a judge that looks at the texts alone."""
+    verdicts = []
+    for ids in prompts:
+        shown = re.findall(r"Response \d+:\n((?:> .*\n?)+)", sampler.decode(ids))
+        text = data.score_line([1 + zlib.crc32(text.strip().encode()) % 90 / 10 for text in shown])
+        verdicts.append([Sample([1], text, finished=True, logprobs=[-1.0])])
+    return verdicts
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_judge_may_see_answers_in_any_order_and_each_keeps_its_reward(monkeypatch, smol_tokenizer, order):
-    monkeypatch.setattr(machine, "generate", judge_by_content)
+    monkeypatch.setattr(urpo, "generate", judge_by_content)
     config, texts = urpo.Config(**CONFIG), ["one", "two words", "three"]
 
     def judged(texts, step):
@@ -272,49 +247,6 @@ def test_the_judge_may_see_answers_in_any_order_and_each_keeps_its_reward(monkey
     permuted = judged([texts[i] for i in order], 0)
     assert permuted.rewards == [group.rewards[i] for i in order]
     assert permuted.advantages == pytest.approx([group.advantages[i] for i in order])
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_permuting_the_candidates_of_a_referee_prompt_permutes_its_blocks_and_leaves_the_reward(order):
-    prompt = Prompt("preference", "Say hi.", ("hi", "no", "ha"), (2.0, 0.0, 1.0))
-    responses, truth = (tuple(part[i] for i in order) for part in (prompt.responses, prompt.truth))
-    changed = Prompt("preference", "Say hi.", responses, truth)
-    blocks, changed_blocks = (re.split(r"\n\n(?=Response \d|End with)", data.prompt_text(p)) for p in (prompt, changed))
-    assert (changed_blocks[0], changed_blocks[-1]) == (blocks[0], blocks[-1])
-    assert [block.partition(":")[2] for block in changed_blocks[1:-1]] == [
-        blocks[1 + i].partition(":")[2] for i in order]
-    for scores in [(9, 2, 5), (1, 8, 8), (4, 4, 4), (7, 9, 1)]:
-        for tau in ("b", "strict"):
-            assert preference_reward(data.score_line(scores[i] for i in order), changed.truth, tau) == pytest.approx(
-                preference_reward(data.score_line(scores), prompt.truth, tau))
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_permuting_the_prompts_of_a_batch_permutes_its_groups_and_leaves_the_gradient(
-        monkeypatch, smol_tokenizer, tiny_model, process_group, seed):
-    monkeypatch.setattr(machine, "generate", judge_by_content)
-    config = urpo.Config(**CONFIG, seed=3)
-    share = list(enumerate([Prompt("reasoning", f"{i} + 1?", answer=str(i + 1)) for i in range(4)]
-                           + [Prompt("instruction", f"Say {i}.") for i in range(2)]
-                           + [Prompt("preference", "Say hi.", ("hi", "no"), (1.0, 0.0)) for _ in range(2)]))
-
-    def groups_of(share):
-        groups = urpo.rollout(config, smol_tokenizer, smol_tokenizer, share, 5)
-        urpo.self_score(config, smol_tokenizer, smol_tokenizer, groups, 5)
-        for group in groups:  # into the tiny model's vocabulary
-            group.prompt_ids = [i % VOCABULARY for i in group.prompt_ids]
-            group.answers = [[i % VOCABULARY for i in answer] for answer in group.answers]
-        return groups
-
-    straight, mixed = groups_of(share), groups_of(random.Random(seed).sample(share, len(share)))
-    gradient, figures = updated(tiny_model, straight)
-    mixed_gradient, mixed_figures = updated(tiny_model, mixed)
-    assert sorted(mixed, key=lambda group: group.index) != mixed
-    for group, other in zip(straight, sorted(mixed, key=lambda group: group.index), strict=True):
-        for name in ("index", "prompt", "prompt_ids", "answers", "texts", "judgements", "rewards", "advantages"):
-            assert getattr(other, name) == getattr(group, name)
-    assert gradient.norm() > 0 and distance(mixed_gradient, gradient) <= 1e-6
-    assert mixed_figures == pytest.approx(figures, rel=1e-5)
 
 
 if __name__ == "__main__":

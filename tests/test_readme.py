@@ -1,180 +1,170 @@
-"""README and docs say what is true: named functions exist, diffs apply and run, links lead somewhere."""
-import ast
+"""README and docs say what is true: links lead somewhere, names exist, commands parse, recipes apply and run."""
 import importlib
+import inspect
 import json
-import math
-import random
+import os
+import pkgutil
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 
-import runs
+import data
 import urpo
 from conftest import ROOT
-from tiny_run import lines
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
-
-
-def test_the_readme_is_short_enough_to_be_read():
-    assert len(README.split()) <= 2500
+PAGES = {}  # without the changelog, which names older code too
+for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    PAGES[str(path.relative_to(ROOT))] = path.read_text(encoding="utf-8")
+README, FORK = PAGES["README.md"], PAGES["docs/fork.md"]
+SPEARMAN, REWARD, FORMAT, KL, TRACKER, KIND = re.findall(r"```diff\n(.*?)```", README + FORK, re.DOTALL)
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:urpo|data|rewards|machine|runs)\.\w+)`", README))))
-def test_every_function_that_the_readme_names_exists(name):
-    module, attribute = name.split(".")
-    if attribute != "py":
-        assert hasattr(importlib.import_module(module), attribute)
+def prose(text: str) -> str:
+    """A page without its blocks."""
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("flag", sorted(set(re.findall(r"--([a-z_]+)", README))))
-def test_every_flag_that_the_readme_names_exists(flag):
-    settings = {field.name for field in fields(urpo.Config)}
-    others = {"nproc_per_node", "help", "all", "step", "prompt", "unidiff", "plan", "shutdown"}  # of others
-    assert flag in settings | others
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_file_and_name_of_a_page_exists(page):
+    for link in re.findall(r"\]\(([^)#]+)", PAGES[page]):
+        assert link.startswith("http") or (ROOT / page).parent.joinpath(link).exists(), link
+    for name in set(re.findall(r"`((?:lab|infra|tests|docs)/[\w./]*\w)`", PAGES[page])):
+        assert (ROOT / name).exists(), name
+    for name in set(re.findall(r"`((?:urpo|data|rewards|eval|infra|lab)(?:\.\w+)+)`", PAGES[page])):
+        if not name.endswith((".py", ".jsonl")):
+            pkgutil.resolve_name(name)
+    if page in ("README.md", "docs/decisions.md", "docs/log.md", "docs/questions.md"):
+        others = {"nproc_per_node", "shutdown", "help"}  # torchrun's and argparse's
+        assert set(re.findall(r"--([a-z]\w*)", prose(PAGES[page]))) <= others | vars(urpo.Config()).keys()
 
 
-def test_the_seven_parts_bear_the_same_names_in_readme_code_and_log():
-    rows = re.findall(r"^\| (\d)\. (\w+) \|", README, re.MULTILINE)
-    assert rows == [(str(number), name) for number, name in enumerate(urpo.PARTS, 1)]
-    code = (ROOT / "urpo.py").read_text()
-    banners = re.findall(r"^ +# (\d)\. (\w+): ", code, re.MULTILINE)
-    assert banners == rows
+def test_the_tree_shows_every_file_of_the_root_and_of_infra():
+    named = set(re.findall(r"\w+\.py", README.split("## The house")[1].split("```")[1]))
+    loop = {path.name for folder in (ROOT, ROOT / "infra") for path in folder.glob("*.py")} - {"__init__.py"}
+    assert loop <= named <= loop | {path.name for path in (ROOT / "lab").glob("*.py")}
 
 
-def test_entropy_is_called_an_estimate_that_is_not_unbiased():
-    """Of answers of random length: a simulated policy that stops with a chance of .2 reads 13 % too high at G = 4."""
-    (short,) = re.findall(r"^\| `entropy` \|.*$", README, re.MULTILINE)
-    (long,) = re.findall(r"^\| `entropy` \| all \|.*$", (ROOT / "docs" / "log.md").read_text(), re.MULTILINE)
-    assert "an estimate" in short and "too high" in short and "not an unbiased one" in long
-    rng, chance, estimates = random.Random(0), 0.2, []
-    for _ in range(2000):
-        surprises = []
-        for _ in range(4):  # answers of one group; each token stops, or goes on
-            while rng.random() >= chance:
-                surprises.append(-math.log(1 - chance))
-            surprises.append(-math.log(chance))
-        estimates.append(sum(surprises) / len(surprises))
-    truth = -chance * math.log(chance) - (1 - chance) * math.log(1 - chance)
-    assert 1.05 < sum(estimates) / len(estimates) / truth < 1.2
+def test_each_of_the_ten_questions_names_code_or_a_page():
+    asked = re.split(r"^\*\*(\d+)\. ", PAGES["docs/questions.md"], flags=re.MULTILINE)
+    assert asked[1::2] == [str(number) for number in range(1, 11)]
+    for text in asked[2::2]:  # that these exist, a test above says
+        assert re.search(r"`(urpo|data|rewards|infra|lab)[./]|\]\(\w+\.md", text), text
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_link_leads_to_a_file(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        if not link.startswith("http"):
-            assert ((ROOT / document).parent / link).exists(), link
+def test_the_seven_parts_bear_the_same_names_everywhere():
+    parts = [part[::-1] for part in re.findall(r'clock\("(\w+)"\)  # part (\d)', inspect.getsource(urpo.train))]
+    assert len(parts) == 7 and re.findall(r"^\| (\d)\. (\w+) \|", README, re.MULTILINE) == parts
+    assert re.findall(r"^ +(\d)\. (\w+) ", urpo.__doc__, re.MULTILINE) == parts
+    picture = (ROOT / "docs" / "loop.svg").read_text(encoding="utf-8")
+    assert all(f">{name}<" in picture for _, name in parts)
 
 
-def test_every_anchor_of_the_questions_stands_at_the_line_that_it_names():
-    text = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
-    anchors = re.findall(r"\[`([^`]+)`\]\(\.\./([\w/.]+)#L(\d+)\)", text)
-    assert len(anchors) >= 10
-    for name, path, line in anchors:
-        shown = (ROOT / path).read_text().splitlines()[int(line) - 1]
-        assert name.rpartition(".")[2].strip("()") in shown, (name, path, line, shown)
+def test_the_log_has_exactly_the_keys_of_its_page(process_group):
+    groups, clock, keys = [], urpo.ranks.Clock(), {"step"}
+    for kind in data.KINDS:
+        groups.append(data.Group(0, data.Prompt(kind, "q", truth=(1.0, 0.0)), [1], [[1], [2]], ["a", "b"], [True, True],
+                                 rewards=[0.0, 1.0], advantages=[-0.7, 0.7]))
+
+    def write(step, figures, make):
+        _, kinds, _ = make()
+        assert kinds.keys() == set(data.KINDS)
+        keys.update(figures, *kinds.values())
+
+    figures = urpo.update(urpo.Config(), None, SimpleNamespace(state={}), [[]])
+    clock("draw")
+    urpo.record(urpo.Config(minibatches=1), SimpleNamespace(write=write), groups, figures | clock.figures(), 0)
+    keys |= set(re.findall(r'figures\["(\w+)"\] =', inspect.getsource(urpo.train)))
+    named = re.findall(r"^\| (`.*?) \|", PAGES["docs/log.md"].split("\n## A referee")[0], re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(named))) == keys
 
 
-def test_every_setting_stands_in_the_table_of_settings_with_its_defaults():
-    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `--(\w+)` \| (.*)$", text, re.MULTILINE))
-    config = urpo.Config()
-    assert set(rows) == {field.name for field in fields(config)}
-    for name, row in rows.items():
-        paper = urpo.PRESETS["paper"].get(name, getattr(config, name))
-        smol = urpo.PRESETS["smol"].get(name, getattr(config, name))
-        cells = [cell.strip().strip("`") for cell in row.split("|")]
-        shown = [" ".join(value) if isinstance(value, list) else f"{value}" for value in (paper, smol)]
-        assert cells[:2] == shown, name
+def commands() -> list[str]:
+    """Every command of a shell block, and every one in backticks."""
+    found = set()
+    for text in PAGES.values():
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+            found |= {line.split(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines()}
+        found |= set(re.findall(r"`([^`\n]*)`", prose(text)))
+    return sorted(line for line in found if re.match(r"(python|torchrun|make) [^.]", line))
 
 
-def test_training_needs_no_package_of_report_evaluation_or_toy_world():
-    blocked = ("matplotlib", "jinja2", "pandas", "sklearn", "peft", "gguf", "datasets")
-    parse = "urpo.flags.parse(urpo.Config, urpo.PRESETS, [])"
-    program = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import urpo; {parse}"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-READING = {  # what a reader of the algorithm must read, beside urpo.py
-    "rewards.py": "parse_scores kendall_tau preference_reward verify_answer judge_strides judge_orders self_rewards "
-                  "group_rewards REWARD_RANGE group_advantages clipped_objective clipped_tokens loss_denominator "
-                  "token_weight",
-    "data.py": "Prompt prompt_text shuffle_candidates REFEREE referee_text score_line quoted mix_counts draw shard "
-               "interleave epoch_order request_seed judgement_orders encode_judgement",
-    "machine.py": "Row build_row add_loss_values visible"}
-
-
-def test_what_a_reader_of_the_algorithm_must_read_is_short():
-    count = len((ROOT / "urpo.py").read_text().splitlines())
-    for path, names in READING.items():
-        for node in ast.parse((ROOT / path).read_text()).body:
-            name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else getattr(node, "name", "")
-            if name in names.split():
-                count += node.end_lineno - node.lineno + 1
-    assert count <= 1000
-
-
-# ---- the diffs of "How to fork" ----
-
-PATTERN, FORMAT, SPEARMAN = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("command", commands())
+def test_every_command_parses(command, monkeypatch, capsys):
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
+        return
+    while words[1].startswith("--"):  # of torchrun
+        words.pop(1)
+    program, *arguments = words[2:] if words[1] == "-m" else words[1:]
+    if program.startswith("tests/"):
+        assert (ROOT / program).is_file()
+    elif program == "urpo.py" and "--help" not in arguments:
+        urpo.parse(urpo.Config, urpo.PRESETS, arguments, "")
+    else:
+        part = [word for word in arguments[:1] if re.fullmatch("[a-z]+", word)]  # of eval.py and lab.toy
+        monkeypatch.setattr(sys, "argv", [program, *part, "--help"])
+        monkeypatch.setattr(os, "_exit", sys.exit)
+        monkeypatch.chdir(ROOT)
+        with pytest.raises(SystemExit):
+            runpy.run_module(program.removesuffix(".py"), run_name="__main__", alter_sys=True)
+        said = "".join(capsys.readouterr())
+        assert all(word in said for word in arguments if word.startswith("--")), said
 
 
 @pytest.fixture
-def forked(tmp_path):
-    """A copy of the scripts, and a function that applies a diff to it."""
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "toy", tmp_path / "toy")
-
-    def apply(diff):
-        git = ["git", "apply", "--unidiff-zero", "-"]
-        done = subprocess.run(git, input=diff, text=True, cwd=tmp_path, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        return tmp_path
+def fork(tmp_path, monkeypatch):
+    """A function that applies diffs to a copy of the code, and gives the copy's modules data and rewards."""
+    def apply(*diffs):
+        shutil.copytree(ROOT / "infra", tmp_path / "infra")
+        for file in ROOT.glob("*.py"):
+            shutil.copy(file, tmp_path)
+        for diff in diffs:
+            subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in ("data", "rewards"):  # those of the fork, until the test ends
+            monkeypatch.delitem(sys.modules, name)
+        return importlib.import_module("data"), importlib.import_module("rewards")
 
     return apply
 
 
-def evaluated(folder, expression):
-    """The value of an expression over the modules of a forked copy."""
-    program = f"import json, data, readers, rewards; print(json.dumps({expression}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def test_the_recipe_of_another_verifiable_reward(fork):
+    own, forked = fork(REWARD)
+    prompt = own.read_row("reasoning", "file:1", {"question": "Count.", "answer": "/^[ab]+$"})
+    assert "box" not in own.prompt_text(prompt)
+    assert forked.group_rewards(None, SimpleNamespace(prompt=prompt, texts=["abb", "abc"])) == [1.0, 0.0]
+    with pytest.raises(urpo.InputError, match="answer"):
+        own.read_row("reasoning", "file:1", {"question": "Count.", "answer": "/("})
 
 
-def test_a_new_verifiable_reward(forked):
-    prompt = 'data.Prompt("reasoning", "q", answer="pattern ^ab+$")'
-    assert evaluated(forked(PATTERN), f'rewards.group_rewards({prompt}, ["abb", "ba"], [])') == [1.0, 0.0]
+def test_the_recipes_of_a_format_and_of_another_correlation(fork):
+    own, forked = fork(FORMAT, SPEARMAN)
+    assert own.read_row("reasoning", "file:1", {"query": "1 + 1?", "answer": "2"}).instruction == "1 + 1?"
+    assert forked.kendall_tau([9, 8, 6, 7], [3, 2, 1, 0]) == pytest.approx(0.8)
+    assert forked.kendall_tau([5, 5], [1, 0]) == 0
 
 
-def test_a_new_data_format(forked):
-    record = '{"query": "1 + 1?", "answer": "2"}'
-    assert evaluated(forked(FORMAT), f'readers.read_row("reasoning", "file:1", {record}).instruction') == "1 + 1?"
+@pytest.mark.slow
+def test_the_recipes_of_kl_a_tracker_and_a_fourth_kind(fork, taught_model, tmp_path):
+    """No answer is brief enough, so no group has a signal: weight decay moves the model, and KL sees it."""
+    from tiny_run import lines, run
 
-
-def test_another_rank_correlation(forked):
-    folder = forked(SPEARMAN)
-    assert evaluated(folder, "rewards.kendall_tau([9, 8, 6, 7], [3, 2, 1, 0])") == pytest.approx(0.8)
-    assert evaluated(folder, "rewards.kendall_tau([5, 5], [1, 0])") == 0
-
-
-def test_every_key_of_the_log_stands_in_the_readme(finished):
-    log = lines(finished / "log.jsonl")
-    assert max(line["instruction"]["format"] for line in log[1:]) > 0 and sum(line["updates"] for line in log) > 0
-    keys = set()
-    for line in log:
-        for key, value in line.items():
-            keys |= set(value) if key in urpo.data.KINDS else {key}
-    table = README[README.index("## How to read the log") : README.index("## How to fork")]
-    named = set(re.findall(r"`(\w+)`", table))
-    assert keys - {"step"} <= named, keys - named
-    assert runs.figures_of_kind([]) == {}
+    fork(KL, TRACKER, KIND)
+    (tmp_path / "wandb.py").write_text("import json, sys\nrun, init = None, lambda **settings: sys.modules['wandb']\n"
+                                       "log = lambda said, step: print(json.dumps(said), file=open('said', 'a'))\n")
+    row = json.dumps({"instruction": "Name a bird.", "words": -1})
+    (tmp_path / "briefs.jsonl").write_text(f"{row}\n{row}\n")
+    run(tmp_path, taught_model, *"--briefs briefs.jsonl --mix 0:0:0:1 --batch 8 --steps 2 --kl 1".split(),
+        "--weight_decay", "50", ranks=1, program=tmp_path / "urpo.py")
+    log = lines(tmp_path / "runs" / "e2e" / "log.jsonl")
+    assert [line["brief"]["zero_spread"] for line in log] == [1, 1] and [line["updates"] for line in log] == [2, 2]
+    assert 0 <= log[0]["loss"] < log[1]["loss"]
+    assert lines(tmp_path / "said") == [{key: line[key] for key in line if key != "step"} for line in log]

@@ -1,9 +1,8 @@
 """Runs of urpo.py as users start them, on a tiny model that earns rewards: shared by the tests and the fault campaign.
 
-The vocabulary is padded and the head is tied to the embedding, as in most small models: both are easy to get wrong
-when weights move into the sampler. The model is taught beforehand to answer everything with four scores. So each
-kind earns rewards that differ within a group: preferences by tau, a question by its last number, and instructions
-by the model's own verdicts.
+Its vocabulary is padded and its head is tied to the embedding: both are easy to get wrong when weights move into the
+sampler. It is taught to answer everything with four scores. So each kind earns rewards that differ within a group.
+The rows of the runs lie in its folder.
 """
 import json
 import os
@@ -11,29 +10,43 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
-import readers
 from conftest import ROOT, free_port
+from lab import toy
 
 # Every size is given, so that no change of the preset changes what these runs show.
-SIZES = ("--preset smol --name e2e --batch 12 --mix 1:1:1 --group 4 --judgements 1 --judge_list 0 --audit_judge 0 "
-         "--max_prompt_tokens 700 --max_answer_tokens 24 --max_referee_tokens 24 --max_judge_tokens 700 "
-         "--preferences toy:4 --toy_rows 40 --row_tokens 512 --save_every 0 --keep 0 "
-         "--warmup_steps 1 --lr 1e-3 --lr_warmup 0 --max_drift 0.001 --precision float32").split()
+SIZES = ("--preset smol --name e2e --batch 12 --mix 1:1:1 --group 4 --minibatches 2 --judgements 1 --judge_list 0 "
+         "--both_orders True --max_prompt_tokens 700 --max_answer_tokens 24 --max_referee_tokens 24 "
+         "--max_judge_tokens 700 --row_tokens 512 --save_every 0 --keep 0 --warmup_steps 1 --lr 1e-3 --lr_warmup 0 "
+         "--precision float32").split()
 SIX_STEPS = ("--steps", "6", "--save_every", "3")  # of the run that conftest.py makes once for all tests, `finished`
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of the group that tests share
 
 
-def teach_score_lines(model, tokenizer, n=4):
+def write_rows(folder) -> None:
+    """40 rows of each kind, with four candidates."""
+    for kind, flag in data.FLAGS.items():
+        rows = toy.records(kind, "train", 40, 4)
+        Path(folder, f"{flag}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def urpo_with(model, program=ROOT / "urpo.py") -> list:
+    """The program and its flags for a taught model."""
+    rows = [part for flag in data.FLAGS.values() for part in (f"--{flag}", f"{model}/{flag}.jsonl")]
+    return [program, *SIZES, "--model", model, *rows]
+
+
+def teach_score_lines(model, tokenizer, folder, n=4):
     """Imitation: after any chat prompt, write n random scores."""
-    rng = random.Random(0)
-    prompts = []
-    for kind in data.KINDS:
-        for row in readers.load_source(kind, "toy", count=8):
+    rng, prompts = random.Random(0), []
+    for kind, flag in data.FLAGS.items():
+        for row in data.load_source(kind, f"{folder}/{flag}.jsonl")[:8]:
             prompts.append(data.encode_prompt(tokenizer, row))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
@@ -47,28 +60,35 @@ def teach_score_lines(model, tokenizer, n=4):
         optimizer.step()
 
 
-def make_taught_model(folder, tokenizer, n=4) -> str:
+def make_taught_model(folder, tokenizer) -> str:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer) + 64,  # padded, as the vocabularies of larger models are
+        vocab_size=len(tokenizer) + 64,  # padded
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         head_dim=32, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2))
-    teach_score_lines(model, tokenizer, n)
+    write_rows(folder)
+    teach_score_lines(model, tokenizer, folder)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def start(folder, model, *arguments, ranks=2, program=ROOT / "urpo.py", command=(), **options) -> subprocess.Popen:
-    """`torchrun ... urpo.py` in `folder`, with its output in `folder`/output; a single rank starts without torchrun."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of the group other tests share
-        environment.pop(name, None)
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+def launcher(ranks: int) -> list[str]:
+    """A single rank starts without torchrun."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    return [sys.executable, *torchrun] if ranks > 1 else [sys.executable]
+
+
+def own_environment() -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
+def start(folder, model, *arguments, ranks=2, program=ROOT / "urpo.py", **options) -> subprocess.Popen:
+    """`torchrun ... urpo.py` in `folder`, with its output in `folder`/output."""
+    command = [*launcher(ranks), *urpo_with(model, program), *arguments]
     with open(folder / "output", "w") as output:
-        launched = [sys.executable, *(launcher if ranks > 1 else []), program, *command]
-        return subprocess.Popen([*launched, *SIZES, "--model", model, *arguments], cwd=folder, env=environment,
-                                stdout=output, stderr=output, **options)
+        return subprocess.Popen(command, cwd=folder, env=own_environment(), stdout=output, stderr=output, **options)
 
 
 def run(folder, model, *arguments, ranks=2, status=0, **options) -> str:
@@ -77,6 +97,15 @@ def run(folder, model, *arguments, ranks=2, status=0, **options) -> str:
     output = (folder / "output").read_text()
     assert (found if ranks == 1 else bool(found)) == (status if ranks == 1 else bool(status)), output[-6000:]
     return output
+
+
+def run_program(folder, text: str, ranks=1) -> str:
+    """What a Python program prints that a test has written."""
+    (folder / "program.py").write_text(text)
+    done = subprocess.run([*launcher(ranks), folder / "program.py"], capture_output=True, text=True, cwd=folder,
+                          env=own_environment())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def wait_for(condition, process, seconds=300):
@@ -89,7 +118,7 @@ def wait_for(condition, process, seconds=300):
 
 
 def rank_processes(process) -> list[psutil.Process]:
-    """The ranks of a run, without torchrun itself and without helpers."""
+    """The ranks of a run under torchrun, without helpers."""
     return [child for child in psutil.Process(process.pid).children() if "urpo.py" in " ".join(child.cmdline())]
 
 

@@ -1,0 +1,190 @@
+"""Results: figures with 95 % intervals, the table that shows them, and the JSON that keeps them.
+
+Unknown is not zero: it is None, and "-" in a table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from infra.ranks import InputError
+
+# ------------------------------------------------------------------------------- figures
+
+
+def figure(value: float | None, count: int, low: float | None = None, high: float | None = None) -> dict:
+    """A figure as it stands in a JSON: value, 95 % interval, number of rows (or of what is stated) behind it."""
+    found = {"value": value, "low": low, "high": high}
+    for name, number in found.items():
+        found[name] = None if number is None else round(float(number), 4)
+    found["count"] = count
+    return found
+
+
+def known(values) -> list:
+    """What was measured: the values that are not None."""
+    return [value for value in values if value is not None]
+
+
+def interval(values) -> dict:
+    """Mean of one value a row, and its 95 % interval (ours): Wilson's if all are 0 or 1, else a bootstrap over rows.
+
+    Rows are the unit and not samples, since the samples of one row are no independent trials. None is left out.
+
+    >>> interval([1, 0, 1, 1, None])
+    {'value': 0.75, 'low': 0.3006, 'high': 0.9544, 'count': 4}
+    >>> interval([None])
+    {'value': None, 'low': None, 'high': None, 'count': 0}
+    """
+    values = list(map(float, known(values)))
+    if not values or set(values) - {0.0, 1.0}:
+        return weighted_mean([(values, 1)])
+    test = stats.binomtest(int(sum(values)), len(values))
+    low, high = test.proportion_ci(method="wilson")
+    return figure(sum(values) / len(values), len(values), low, high)
+
+
+def weighted_mean(parts) -> dict:
+    """Mean of the means of several parts [(values, weight), ...], and its 95 % interval by bootstrap.
+
+    The bootstrap draws rows anew within each part, so that the parts keep their weights. None is left out.
+
+    >>> weighted_mean([([1, 1, 0, 0], 1), ([1, 1, None], 3)])
+    {'value': 0.875, 'low': 0.75, 'high': 1.0, 'count': 6}
+    """
+    samples, weights = [], []
+    for values, weight in parts:
+        values = known(values)
+        if values:
+            samples.append(np.array(values, float))
+            weights.append(weight)
+    if not samples:
+        return figure(None, 0)
+
+    def statistic(*samples, axis=-1):
+        means = [np.mean(values, axis) for values in samples]
+        return np.average(means, axis=0, weights=weights)
+
+    sizes = list(map(len, samples))
+    if min(sizes) < 2:  # one row does not tell how much rows differ
+        return figure(statistic(*samples), sum(sizes))
+    rng = np.random.default_rng(0)
+    drawn = stats.bootstrap(samples, statistic, n_resamples=2000, method="percentile", rng=rng)
+    return figure(statistic(*samples), sum(sizes), *drawn.confidence_interval)
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The unbiased estimate of P(at least one of k answers is right) from n >= k answers, `right` of them right:
+    1 - C(n - right, k) / C(n, k). Chen et al. 2021, https://arxiv.org/abs/2107.03374, equation 1.
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 2, 2), pass_at_k(4, 3, 2)
+    (0.25, 0.8333333333333334, 1.0)
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def columns(rows: list[dict]) -> dict[str, list]:
+    """The measures of many rows, a list for each measure.
+
+    >>> columns([{"right": 1, "tokens": 20}, {"right": 0, "tokens": None}])
+    {'right': [1, 0], 'tokens': [20, None]}
+    """
+    found: dict[str, list] = {}
+    for row in rows:
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def summary(rows: list[dict]) -> dict[str, dict]:
+    """The measures of many rows, an `interval` for each measure."""
+    return {name: interval(values) for name, values in columns(rows).items()}
+
+
+# ------------------------------------------------------------------------------- table
+
+
+def table(results: dict[str, dict], last: str = "") -> str:
+    """Results side by side, a column each: value [95 % interval]. Last column: "change" from first to last, or "n".
+
+    results: {heading: {"figures": {part: {name: figure}}}}.
+
+    >>> a, b = ({"figures": {"reasoning": {"accuracy": interval(v)}}} for v in ([1, 0, 0, 0], [1, 1, 1, 0]))
+    >>> print(table({"before": a, "after": b}, "change"))
+                            before             after              change
+    reasoning     accuracy  0.25 [0.05, 0.70]  0.75 [0.30, 0.95]   +0.50
+    """
+    names = {}  # of all results; a set that keeps its order
+    for result in results.values():
+        for part, figures in result["figures"].items():
+            names |= dict.fromkeys((part, name) for name in figures)
+    lines = [["", "", *results, last]]
+    for part, name in names:
+        cells = []
+        for result in results.values():
+            cells.append(result["figures"].get(part, {}).get(name, figure(None, 0)))
+        before, after = cells[0]["value"], cells[-1]["value"]
+        end = str(cells[0]["count"]) if last else ""
+        if last == "change":
+            end = "-" if None in (before, after) else f"{after - before:+.2f}".rjust(6)
+        lines.append([part.ljust(12), name, *map(cell_text, cells), end])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    shown = []
+    for line in lines:
+        padded = map(str.ljust, line, widths)
+        shown.append("  ".join(padded).rstrip())
+    return "\n".join(shown)
+
+
+def cell_text(cell: dict) -> str:
+    if cell["value"] is None:
+        return "-"
+    text = f"{cell['value']:.2f}"
+    return text if cell["low"] is None else f"{text} [{cell['low']:.2f}, {cell['high']:.2f}]"
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def check_writable(flag: str, path: str) -> None:
+    """Refuse a path that nothing can be written to, before the minutes that measuring takes."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"--{flag} {path}: no file can be written there; name a file in a folder of yours")
+
+
+def read_json(path: str | Path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the name") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); write it again") from None
+
+
+def read_result(path: str | Path) -> dict:
+    """A JSON that a command of eval.py wrote."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"figures", "settings"} <= content.keys():
+        raise InputError(f"{path}: no result of eval.py (no 'figures' and 'settings'); write it with --json {path}")
+    return content
+
+
+def read_records(path: str | Path, *fields: str) -> list[dict]:
+    """A JSON list of objects that have a text in each of some fields, as the `alpaca_eval` package reads and writes."""
+    records = read_json(path)
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{path}: expected a list of objects with {', '.join(fields)}")
+    for i, record in enumerate(records):
+        for field in fields:
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise InputError(f"{path}: entry {i} (from 0) has no text in field {field!r}; correct or remove it")
+    return records

@@ -1,0 +1,230 @@
+"""What became of a run: its curves, a page of its trajectories, and what was measured held out.
+
+    python -m lab.report runs/urpo                               curves.png and report.html into the run's folder
+    python -m lab.report runs/a runs/b --out seeds.png           several runs, thin, and their mean, thick
+
+The results heldout*.json in a run's folder are printed as a table. Where there are two, one prompt of each kind follows
+with the answers before and after. Unknown is not zero: what was not measured is a gap in a curve and an empty field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import secrets
+import sys
+import textwrap
+from collections import Counter
+from itertools import zip_longest
+from pathlib import Path
+
+import pandas
+from jinja2 import StrictUndefined, Template
+from matplotlib.figure import Figure
+
+from data import KINDS, prompt_text, read_groups, score_line
+from infra.ranks import InputError, stop
+from infra.runs import read_about, read_log, write_whole
+from rewards import parse_scores
+
+# Title of a panel, which says what to look for -> its figures of log.jsonl. The last two are of the laptop's world.
+PANELS = {
+    "reward should rise (P: tau or -1, R: share solved)": "preference.reward reasoning.reward",
+    "format: readable judgements, should be near 1": "preference.format instruction.format",
+    "tau of readable rankings should rise": "preference.tau",
+    "zero_spread: at 1 no gradient": "preference.zero_spread reasoning.zero_spread instruction.zero_spread",
+    "distinct answers in a group: at 1 all are equal": "preference.distinct reasoning.distinct instruction.distinct",
+    "entropy, nats a token: at 0 no exploration": "preference.entropy reasoning.entropy instruction.entropy",
+    "first_position: away from 0 is bias": "preference.first_position instruction.first_position",
+    "self-scores, points of 1 to 10": "instruction.reward instruction.score_std",
+    "tokens an answer": "preference.length reasoning.length instruction.length",
+    "gradient_share by kind": "preference.gradient_share reasoning.gradient_share instruction.gradient_share",
+    "drift from the sampler should stay low, nats a token": "drift_mean drift_max",
+    "share of clipped tokens, below .05": "clipped_low clipped_high",
+    "gradient norm before its clip: no spikes": "grad_norm",
+    "open answers by hidden gold should rise": "gold all_four",
+    "self-scores against hidden gold (tau): above 0": "judge_tau",
+}
+# A figure of a kind has the kind's name and colour; one that stands here itself has its own; the others are gray.
+COLORS = {"preference": "tab:blue", "reasoning": "tab:orange", "instruction": "tab:green", "drift_max": "tab:red",
+          "instruction.score_std": "tab:olive", "all_four": "tab:olive", "clipped_high": "tab:red"}
+
+
+def report(runs: list[Path], out: Path | None, csv: Path | None, groups: int) -> None:
+    """The curves of several runs; or of one run, with report.html of at most `groups` prompts.
+
+    All is read and drawn before anything is written, so a mistake overwrites nothing.
+    """
+    if len(runs) > 1 and not out:
+        raise InputError("several runs: give --out FILE for their picture")
+    run, about, repairs = runs[0], read_about(runs[0]), []
+    names = [folder.resolve().name for folder in runs]
+    tables = [read_figures(folder, repairs) for folder in runs]
+    curves = draw_curves(names, tables, about.get("config", {}))
+    files, measured = {out or run / "curves.png": curves}, ""
+    if len(runs) == 1:
+        shown, counts = read_rollouts(run / "rollouts.jsonl", groups, repairs)
+        measured = measured_held_out(run)
+        files[run / "report.html"] = write_page(curves, run=names[0], about=about, table=tables[0], measured=measured,
+                                                groups=shown, counts=counts, repairs=repairs)
+    if csv:
+        figures = [table[" ".join(PANELS.values()).split()] for table in tables]
+        rows = pandas.concat(figures, keys=names, names=["run", "step"])
+        files[csv] = rows.to_csv(float_format="%.6g", lineterminator="\n")
+    for repair in repairs:
+        print(repair, file=sys.stderr)
+    for path, content in files.items():
+        write_whole(path, content)
+        print(path)
+    if measured:
+        print(f"\n{measured}")
+
+
+def read_figures(run: Path, repairs: list[str]) -> pandas.DataFrame:
+    """The log of a run as a table: a row a step, a column a figure of the panels or the seconds of a part."""
+    from lab import toy
+
+    table = pandas.json_normalize(read_log(run, repairs)).set_index("step")
+    columns = " ".join(PANELS.values()).split()
+    columns += [column for column in table if column.startswith("seconds.")]
+    if (run / "rollouts.jsonl").is_file():
+        gold = pandas.DataFrame(toy.gold_of_run(run), columns=["step", "gold", "all_four", "judge_tau"])
+        table = table.join(gold.set_index("step"))
+    return table.reindex(columns=columns).astype(float)
+
+
+def draw_curves(names: list[str], tables: list[pandas.DataFrame], settings: dict) -> bytes:
+    """A PNG of all panels and of the seconds of the seven parts. settings: of the first run."""
+    mean = pandas.concat(tables).groupby("step").mean()  # over the runs that measured a figure at a step
+    drawing = Figure(figsize=(18, 15), layout="constrained")
+    title = f"{', '.join(names)}, from model {settings.get('model', 'unknown')}; vertical line: end of the warm-up"
+    drawing.suptitle(title, parse_math=False, wrap=True)
+    drawing.supxlabel("step")
+    *axes, seconds = drawing.subplots(4, 4, sharex=True).flat
+    for axis, (title, figures) in zip(axes, PANELS.items()):
+        for figure in figures.split():
+            label = figure if figure in COLORS else figure.partition(".")[0]
+            color = COLORS.get(label, "tab:gray")
+            for table in tables:
+                axis.plot(table[figure], color=color, linewidth=0.6, alpha=0.5)
+            axis.plot(mean[figure], color=color, label=label, marker=".", markersize=3)
+            axis.set_yscale("log" if figure.startswith("drift") else "linear")
+        finish_panel(axis, title, settings, mean[figures.split()].notna().any(axis=None))
+    parts = mean.filter(like="seconds.")
+    if not parts.empty:
+        seconds.stackplot(parts.index, parts.T, labels=parts.columns.str.removeprefix("seconds."))
+    seconds.locator_params(axis="x", integer=True)  # of all panels, since they share the axis
+    finish_panel(seconds, "seconds of the seven parts of a step", settings, not parts.empty)
+    picture = io.BytesIO()
+    drawing.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
+
+
+def finish_panel(axis, title: str, settings: dict, known: bool) -> None:
+    """Title, warm-up line, and between title and axis one row that names the curves: there it covers nothing."""
+    axis.set_title(title, fontsize=10, pad=18)
+    axis.spines[["top", "right"]].set_visible(False)
+    if not known:
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="gray")
+        return
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=7, fontsize=8, frameon=False, borderaxespad=0.2)
+    warmup = settings.get("warmup_steps", 0)
+    if 0 < warmup <= axis.dataLim.x1:
+        axis.axvline(warmup - 0.5, color="black", linewidth=0.6)
+
+
+def read_rollouts(path: Path, most: int, repairs: list[str]) -> tuple[list, Counter]:
+    """At most `most` pairs (step, Group) of a rollouts.jsonl, and how many groups and answers the file holds.
+
+    Evenly spaced within each kind, in one pass: whenever there are too many of a kind, every second one goes.
+    """
+    counts, stride = Counter(), dict.fromkeys(KINDS, 1)
+    kept = {kind: [] for kind in KINDS}
+    if not path.is_file():
+        return [], counts
+    for step, group in read_groups(path, repairs):
+        kind = group.prompt.kind
+        if kind not in KINDS:
+            raise InputError(f"{path}: step {step}, prompt {group.index}: no kind {kind!r}: {', '.join(KINDS)}")
+        if counts[kind] % stride[kind] == 0:
+            group.answers = [range(len(ids)) for ids in group.answers]  # only their lengths: ids fill the memory
+            kept[kind].append((step, group))
+        if len(kept[kind]) > max(1, most // len(KINDS)):
+            kept[kind] = kept[kind][::2]
+            stride[kind] *= 2
+        counts.update({kind: 1, "groups": 1, "answers": len(group.texts)})
+    return sum(kept.values(), []), counts
+
+
+def write_page(curves: bytes, **parts) -> str:
+    """The text of report.html. Every text of the run is escaped; no script runs but the one with the nonce."""
+    form = Path(__file__).with_name("page.html.jinja").read_text()
+    page = Template(form, autoescape=True, undefined=StrictUndefined).render(
+        parts, curves=base64.b64encode(curves).decode(), nonce=secrets.token_hex(), zip=zip, series=pandas.Series,
+        parse_scores=parse_scores, prompt_text=prompt_text)
+    return page.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON may hold, becomes "?"
+
+
+def measured_held_out(run: Path) -> str:
+    """The results heldout*.json of a run side by side, in the order in which they were measured."""
+    import eval
+
+    paths = sorted(run.glob("heldout*.json"), key=lambda path: path.stat().st_mtime)
+    results = {path.stem: eval.read_result(path) for path in paths}
+    if len(results) != 2:
+        return eval.table(results) if results else ""
+    before, after = results.values()
+    return eval.table(results, "change") + "\n" + side_by_side(before.get("answers", []), after.get("answers", []))
+
+
+def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
+    """Of each kind the first prompt whose first sampled answer changed, with both answers in columns.
+
+    >>> row = {"kind": "reasoning", "asked": "2 + 2?", "responses": [], "truth": "4"}
+    >>> print(side_by_side([{**row, "sampled": ["5"]}], [{**row, "sampled": ["4"]}]))
+    <BLANKLINE>
+    reasoning, held out: 2 + 2? (truth: 4)
+      before                                                after
+      5                                                     4
+    """
+    lines, shown = [], set()
+    for old, new in zip(before, after):
+        kind, texts = old["kind"], [old.get("sampled", [])[:1], new.get("sampled", [])[:1]]
+        if kind in shown or old["asked"] != new["asked"] or texts[0] == texts[1] or [] in texts:
+            continue
+        shown.add(kind)
+        truth = score_line(old["truth"]) if kind == "preference" else old["truth"]
+        lines += ["", printable(f"{kind}, held out: {old['asked']}" + (f" (truth: {truth})" if truth else ""))]
+        for number, response in enumerate(old["responses"], 1):
+            lines.append(f"  response {number}: {printable(response)}")
+        columns = []
+        for title, (text,) in zip(("before", "after"), texts):
+            columns.append([title])
+            for line in printable(text).split("\n"):
+                columns[-1] += textwrap.wrap(line, width) or [""]
+        for left, right in zip_longest(*columns, fillvalue=""):
+            lines.append(f"  {left.ljust(width + 2)}{right}".rstrip())
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """A text as a terminal may show it: its control characters are spelled out, but for line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders such as runs/urpo")
+    parser.add_argument("--out", type=Path, help="the picture; curves.png of the one run by default")
+    parser.add_argument("--csv", type=Path, help="the figures of the curves, a line a run and step")
+    parser.add_argument("--groups", type=int, default=1000, help="prompts in report.html, at most")
+    args = parser.parse_args(arguments)
+    try:
+        report(args.runs, args.out, args.csv, args.groups)
+    except InputError as error:
+        stop(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The comparisons: every arm can be run, what is done is not run again, and the tables say what the CSV says."""
+import fcntl
+import math
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+from scipy import stats
+
+import data
+import urpo
+from conftest import ROOT
+from infra.settings import parse
+from lab import arms, baselines
+
+PYTHON = sys.executable
+
+
+@pytest.mark.parametrize("arm", [arm for arm in arms.ARMS if not arm.startswith("start")])
+def test_every_arm_is_a_command_of_its_program_and_what_defines_it_cannot_be_overridden(arm):
+    command = arms.command_of(arm, 1, ["--lr", "1", "--seed", "7"])
+    start = command.index("--lr")
+    config = parse(urpo.Config if command[0] == "urpo.py" else baselines.Baseline, urpo.PRESETS, command[start:], "")
+    urpo.check(config, world=2)
+    assert (config.name, config.seed, config.lr == 1) == (f"arms-{arm}-1", 1, "--lr" not in arms.ARMS[arm][1])
+    assert command[:start] == ["urpo.py"] or command[:2] == ["-m", "lab.baselines"] and start == 3
+    assert arm == "mix_1_1_1" or data.mix_counts(config, warmup=False)["instruction"] in (0, 12)
+
+
+def test_what_an_arm_needs_comes_before_it_and_every_arm_is_compared_early():
+    jobs = arms.wanted([], None)
+    assert len(set(jobs)) == len(jobs) == sum(count for count, _ in arms.ARMS.values())
+    assert [seed for _, seed in jobs] == sorted(seed for _, seed in jobs)
+    for place, (arm, seed) in enumerate(jobs):
+        assert all((need, seed) in jobs[:place] for need in arms.needs(arm)), arm
+    assert arms.wanted(["rm_gen"], 1) == [("urpo", 0), ("mix_1_1_0", 0), ("rm_gen", 0)]
+
+
+PRETENDER = f"""#!{PYTHON}
+import pathlib, sys, time
+words, known = sys.argv[1:], '{{"both orders": {{"value": 0.25}}, "expected score": {{"value": 0.25}}}}'
+print(*words, file=open("calls", "a"))
+if "rm_score" in words:
+    sys.exit("error: drift")
+if "--json" in words:
+    path = pathlib.Path(words[words.index("--json") + 1])
+    text = '{{"figures": {{"referee": %s, "reasoning": {{"solved, greedy": {{"value": 0.5}}}}}}}}' % known
+else:
+    path = pathlib.Path("runs", words[words.index("--name") + 1], "log.jsonl")
+    text = '{{"step": 0, "peak_memory_gib": 6.125}}'
+(path.parent / "checkpoints" / "last" / "trainer").mkdir(parents=True, exist_ok=True)
+path.write_text(text)
+print("started", flush=True)
+time.sleep(600 * ("sft" in words))
+"""
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """A folder whose python writes what training and measuring would leave behind. rm_score dies, sft never ends."""
+    python = tmp_path / "python"
+    python.write_text(PRETENDER)
+    python.chmod(stat.S_IRWXU)
+    monkeypatch.setattr(arms, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "executable", str(python))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_arms_are_run_measured_compared_and_not_run_again(pretended, capsys):
+    path = pretended / "arms.csv"
+    asked = ["--csv", str(path), "--ranks", "1", "--only", "start", "rm_gen", "rm_score", "--seeds", "1"]
+    arms.main([*asked, "--lr", "2e-5"])
+    table = pandas.read_csv(path).set_index("arm")
+    assert list(table.index) == ["start", "urpo", "mix_1_1_0", "rm_gen", "reward_model", "rm_score"]
+    assert table.status["urpo"] == "done" and "drift" in table.status["rm_score"]
+    assert table.gib["urpo"] == 6.12 and math.isnan(table.gib["start"]) and math.isnan(table.gold["urpo"])
+    assert (table.referee["urpo"], table.pairs["urpo"], table.reasoning_greedy["urpo"]) == (0.25, 0.25, 0.5)
+    assert "--lr 2e-5 --preset smol --name arms-urpo-0 --seed 0" in table.command["urpo"]
+    assert list(pretended.rglob("last")) and not list(pretended.rglob("trainer"))
+    assert "--judge runs/arms-mix_1_1_0-0/checkpoints/last/model" in table.command["rm_gen"]
+    assert "rm_score, seed 0: died (1)" in capsys.readouterr().out
+    assert all((pretended / name).read_bytes()[:4] == b"\x89PNG" for name in ("arms.png", "arms-share.png"))
+    calls = (pretended / "calls").read_text()
+    path.write_text("".join(line for line in path.open() if not line.startswith("urpo,")))
+    arms.main(asked)  # what has a line is not run again
+    more = (pretended / "calls").read_text().removeprefix(calls).splitlines()
+    assert len(more) == 2 and all("arms-urpo-0" in call for call in more)
+    assert set(pandas.read_csv(path).arm) == set(table.index)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_what_runs_and_leaves_no_line_of_it(pretended):
+    program = (f"import sys; from pathlib import Path; from lab import arms; sys.executable = {sys.executable!r}\n"
+               f"arms.ROOT = Path.cwd(); arms.main(['--csv', 'arms.csv', '--ranks', '1', '--only', 'sft'])")
+    process = subprocess.Popen([PYTHON, "-c", program], cwd=pretended, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    log = pretended / "runs" / "arms-sft-0.log"
+    while not log.exists() or "started" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # as Ctrl-C
+    assert process.wait(timeout=60) == 130
+    assert list(pandas.read_csv(pretended / "arms.csv").arm) == ["urpo"]
+
+
+def test_a_wrong_flag_is_refused_before_all_runs_and_so_is_a_second_one_of_us(pretended, capsys):
+    (pretended / "runs").mkdir()
+    with open(pretended / "runs" / "arms.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for flags in ("--onyl urpo", "--batch 25", "--only x", "another"):
+            with pytest.raises(SystemExit) as ended:
+                arms.main(flags.split() if "--" in flags else [])
+            assert ended.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+    assert not (pretended / "calls").exists()
+
+
+def lines(**values):
+    return pandas.DataFrame([{"arm": arm, "referee": value} for arm, own in values.items() for value in own])
+
+
+def test_the_interval_of_a_difference_is_welchs():
+    ours, base = [0.5, 0.62, 0.71], [0.40, 0.44, 0.52, 0.41, 0.47]
+    row = arms.compared(lines(urpo=base, sft=ours), "referee").loc["sft"]
+    a, b = stats.tvar(ours) / 3, stats.tvar(base) / 5  # variances of the means
+    half = stats.t.ppf(0.975, (a + b) ** 2 / (a**2 / 2 + b**2 / 4)) * math.sqrt(a + b)
+    assert [row.difference, row.low, row.high] == pytest.approx([0.162, 0.162 - half, 0.162 + half])
+
+
+def test_what_is_not_known_is_no_zero():
+    found = arms.compared(lines(urpo=[0.4, math.nan], sft=[0.5, 0.6], raw=[math.nan]), "referee")
+    assert list(found.index) == ["urpo", "sft"] and found.difference["sft"] == pytest.approx(0.15)
+    assert found.loc["sft", ["low", "high"]].isna().all() and found.seeds["urpo"] == 1
+    assert arms.compared(lines(sft=[0.5, 0.6]), "referee").loc["sft", ["difference", "low"]].isna().all()

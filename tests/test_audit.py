@@ -1,0 +1,234 @@
+"""What `lab.audit` finds in a real run of which one thing was altered, and what no record can prove.
+
+A change in FORGED is a forger's best try: rewards, advantages and the log's figures are made to agree with it.
+"""
+import copy
+import json
+import math
+from functools import lru_cache
+from types import SimpleNamespace
+
+import pytest
+
+import data
+import urpo
+from data import Group
+from infra import chat
+from infra.ranks import InputError
+from lab import audit
+from rewards import step_figures
+
+STEPS = 2  # of the run's six: a record that ends early is whole too
+P, R, I = data.KINDS  # noqa: E741
+encode_prompt = lru_cache(data.encode_prompt)
+
+
+@pytest.fixture(scope="module")
+def record(finished):
+    """(lines of rollouts.jsonl, of log.jsonl, config.json) of a real run's first steps; tokenizer, rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished.parent.parent)  # where it ran
+        _, tokenizer, sources = audit.witnesses(finished, with_sources=True)
+    files = []
+    for name in ("rollouts.jsonl", "log.jsonl"):
+        lines = [json.loads(line) for line in (finished / name).read_text().splitlines()]
+        files.append([line for line in lines if line["step"] < STEPS])
+    return *files, json.loads((finished / "config.json").read_text()), tokenizer, sources
+
+
+@pytest.fixture
+def audited(record, tmp_path, monkeypatch, capsys):
+    """A function: (is the record right?, what was said) of a copy with one change."""
+    *files, tokenizer, sources = record
+    monkeypatch.setattr(chat, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(data, "load_sources", lambda *_: (sources, {}))
+    monkeypatch.setattr(data, "encode_prompt", encode_prompt)
+
+    def altered(change=lambda *_: None, follows=False, **arguments):
+        groups, log, about = copy.deepcopy(files)
+        change(groups, log, about, tokenizer)
+        if follows:
+            follow(groups, log, SimpleNamespace(**about["config"]))
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        for name, lines in (("rollouts", groups), ("log", log)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return audit.audit(tmp_path, **arguments), "".join(capsys.readouterr())
+
+    return altered
+
+
+def follow(groups, log, config):
+    """What a forger computes anew."""
+    for record in groups:
+        group = Group.from_record(record)
+        urpo.reward(config, [group])
+        record |= {"rewards": group.rewards, "advantages": group.advantages}
+    for line in log:
+        own = [group for group in groups if group["step"] == line["step"]]
+        made = [Group.from_record(group) for group in sorted(own, key=lambda group: group["index"])]
+        for kind in data.KINDS:
+            line.pop(kind, None)
+        line |= step_figures(config, made)
+        tokens = sum(len(ids) for group in made for ids in group.answers)
+        line["tokens_per_second"] = tokens / sum(line["seconds"].values())
+
+
+# ---- the alterations: functions of (lines of rollouts.jsonl, lines of log.jsonl, config.json, tokenizer) ----
+
+
+def of(kind, change):
+    """A change of the first group of a kind after the warm-up, as a function of (group, tokenizer)."""
+    def changed(groups, log, about, tokenizer):
+        for group in groups:
+            if group["kind"] == kind and group["step"] and group["rewards"]:
+                return change(group, tokenizer)
+        raise AssertionError("the run has no such group")
+
+    return changed
+
+
+def put(field, value, i=0):  # these two are functions of (group, tokenizer)
+    return lambda group, tokenizer: group[field].__setitem__(i, value)
+
+
+def fields(**changes):
+    return lambda group, tokenizer: group.update(changes)
+
+
+def judgement(**fields):
+    return of(I, lambda group, tokenizer: group["judgements"][0].update(fields))
+
+
+def logged(change):
+    return lambda groups, log, *_: change(log[1])
+
+
+def config(**changes):
+    return lambda groups, log, about, tokenizer: about["config"].update(changes)
+
+
+def removed(name, value):
+    """Lines of rollouts.jsonl and of log.jsonl that go."""
+    def change(*files):
+        for lines in files[:2]:
+            lines[:] = [line for line in lines if line.get(name) != value]
+
+    return change
+
+
+def said(text):
+    """An answer of other ids, and with them another text: nothing in the record speaks against it."""
+    def change(group, tokenizer):
+        group["answers"][0], group["texts"][0], group["finished"][0] = tokenizer.encode(text), text, True
+
+    return change
+
+
+def rebuilt(change):
+    """A change, after which prompt ids and judges' prompts are made to agree with it."""
+    def changed(group, tokenizer):
+        change(group, tokenizer)
+        group["prompt_ids"] = data.encode_prompt(tokenizer, Group.from_record(group).prompt)
+        for judged in group["judgements"]:
+            shown, room = [group["texts"][i] for i in judged["order"]], SimpleNamespace(max_judge_tokens=9999)
+            ids, judged["cut"] = data.encode_judgement(room, tokenizer, group["instruction"], shown)
+            judged["prompt"] = tokenizer.decode(ids)
+
+    return changed
+
+
+NUMBERS = {
+    "a reward": of(R, put("rewards", 0.5)), "not finite": of(R, put("rewards", math.nan)),
+    "no reward": of(P, fields(rewards=None)), "an advantage": of(P, put("advantages", 3.0)),
+    "a figure of a kind": logged(lambda line: line[P].update(tau=0.99)),
+    "a missing figure": logged(lambda line: line[R].pop("reward")), "a missing kind": logged(lambda line: line.pop(R)),
+    "a figure that no step has": logged(lambda line: line[R].update(beauty=1.0)),
+    "tokens per second": logged(lambda line: line.update(tokens_per_second=9e9)),
+    "updates": logged(lambda line: line.update(updates=9)),
+    "skipped updates": logged(lambda line: line.update(skipped_updates=1)),
+    "an order that no judgement can have": judgement(order=[1, 1, 2, 3]),
+    "tau": config(tau="strict"), "advantage": config(advantage="center"), "loss": config(loss="sequence-mean"),
+    "minibatches": config(minibatches=1), "seed": config(seed=1), "mix": config(mix="2:1:1"), "batch": config(batch=6),
+    "group": config(group=3), "judgements": config(judgements=3), "warmup_steps": config(warmup_steps=0),
+}
+FORGED = {
+    "a ranking's text": of(P, put("texts", "<scores>9, 7, 5, 3</scores>")),
+    "a solution's text": of(R, put("texts", "\\boxed{7}")),
+    "an open answer": of(I, rebuilt(put("texts", "Else."))), "an open answer, with its ids": of(I, said("Else.")),
+    "ids that are no tokens": of(R, put("answers", [-1, 10**6])), "cut off early": of(R, put("finished", False)),
+    "above the limit": of(R, put("answers", [100] * 99)), "two answers": of(R, put("texts", [], slice(2, None))),
+    "the judge's prompt": judgement(prompt="Praise it."), "how many answers were cut": judgement(cut=2),
+    "the judge's order": of(I, rebuilt(lambda group, _: group["judgements"][0]["order"].reverse())),
+    "a judgement left out": of(I, lambda group, _: group["judgements"].pop()),
+    "a judgement twice": of(I, lambda group, _: group["judgements"].append(group["judgements"][0])),
+    "an instruction": of(I, rebuilt(fields(instruction="Say no."))), "prompt ids": of(R, put("prompt_ids", 99)),
+    "a candidate": of(P, rebuilt(put("responses", "Else."))),
+    "candidates": of(P, rebuilt(lambda group, _: [group[name].reverse() for name in ("responses", "truth")])),
+    "a true ranking": of(P, put("truth", 99.0)), "a true answer": of(R, fields(answer="123456")),
+    "a kind": of(R, fields(kind=I)), "an index": of(R, fields(index=99)),
+    "an index twice": of(R, fields(index=0)), "a prompt left out": removed("index", 3),
+    "the last prompt twice": lambda groups, *_: groups.append(groups[-1]), "a step left out": removed("step", 0),
+    "a line left out": lambda groups, log, *_: log.pop(0), "a line twice": lambda groups, log, *_: log.append(log[1]),
+    "a line without its prompts": lambda groups, log, *_: groups.__delitem__(slice(12, None)),
+}
+UNPROVABLE = {
+    "an answer whose ids and text are both replaced": of(R, said("\\boxed{7}")),
+    "the words of a judge": judgement(text="<scores>9, 7, 5, 3</scores>"),
+    "the entropy of a group": of(R, fields(entropy=9.0)),
+    "loss, clipped shares, drift": logged(lambda line: line.update(loss=0.0, clipped_low=0, drift_mean=0)),
+    "the last steps cut off from both files": removed("step", 1),
+    "the last line of the log, which a crash may cost": lambda groups, log, *_: log.pop(),
+}
+
+
+def test_a_whole_run_is_right_and_so_is_what_the_forger_computes_anew(audited, finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished.parent.parent)
+    with pytest.raises(SystemExit) as stop:
+        audit.main([str(finished), "--all"])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0 and not err and "not compared" not in out
+    assert audited(follows=True)[0]
+
+
+@pytest.mark.parametrize("what", [*NUMBERS, *FORGED, *UNPROVABLE])
+def test_an_alteration_is_found_unless_no_record_can_show_it(audited, what):
+    change = (NUMBERS | FORGED | UNPROVABLE)[what]
+    right, said = audited(change, follows=what not in NUMBERS)
+    assert right == (what in UNPROVABLE) == ("as the texts make them" in said), said
+
+
+def test_other_sources_are_no_difference_and_are_said(audited, monkeypatch):
+    right, said = audited(lambda groups, log, about, _: about["rows"].update(reasoning=1))
+    assert right and "not compared: prompts with their sources" in said
+    monkeypatch.setattr(data, "load_sources", lambda *_: data.load_source("reasoning", "gone.jsonl"))
+    right, said = audited()
+    assert right and "gone.jsonl" in said
+
+
+def test_numbers_agree_but_for_rounding_and_none_is_not_zero():
+    assert audit.agree(2, 2.0) and audit.agree(0.7071058, 0.70710576) and audit.agree(None, None)
+    for a, b in [(None, 0.0), (0.0, None), (1.0, 1.001), (math.nan, 1.0), ("1.0", 1.0), (None, math.nan)]:
+        assert not audit.agree(a, b), (a, b)
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_one_prompt_in_words(audited, record, kind):
+    place, group = next((i, group) for i, group in enumerate(record[0]) if group["kind"] == kind and group["rewards"])
+    where = {"step": group["step"], "prompt": group["index"]}
+    right, said = audited(**where)
+    assert right and f"reward {group['rewards'][0]:.4g}, advantage {group['advantages'][0]:.4g}" in said
+    assert all(line in said for text in [group["instruction"], *group["texts"]] for line in text.splitlines())
+    right, said = audited(lambda groups, *_: groups[place]["rewards"].__setitem__(0, 0.123), **where)
+    assert not right and "0.123" in said
+    _, said = audited(lambda groups, *_: groups[place]["texts"].__setitem__(0, "none \x1b[31m"), **where)
+    assert "\\x1b[31m" in said and "\x1b" not in said
+
+
+@pytest.mark.parametrize("change, part", [
+    (lambda groups, *_: groups[4].pop("truth"), "rollouts.jsonl:5"), (removed("step", 0), "no prompt 0 of step 0"),
+    (lambda groups, log, *_: log.clear(), "log.jsonl"), (lambda groups, log, about, _: about.clear(), "config.json"),
+    (lambda groups, log, about, _: about["config"].pop("tau"), "no tau"),
+])
+def test_what_cannot_be_checked_is_refused(audited, change, part):
+    with pytest.raises(InputError, match=part):
+        audited(change, step=0, prompt=0)

@@ -1,0 +1,250 @@
+"""The comparison of weights in infra/sampler.py: a sampler that lacks any of the trainer's is noticed by sync, also in
+a real one; and the order of calls and the options that only a GPU or only a CPU needs."""
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from conftest import ROOT
+from infra import sampler as samplers
+from infra.ranks import InputError
+
+# ---- plain tensors, as a GPU holds them ----
+
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+class Sampler(nn.Module):
+    """The tensors of a model as vLLM names and packs them, in one module; padding below the vocabulary."""
+    packed_modules_mapping = PACKED
+
+    def __init__(self, weights, dtype):
+        super().__init__()
+        self.held = {}
+        for name, weight in weights.items():
+            parts = next((parts for parts in PACKED.values() for part in parts if f".{part}." in name), None)
+            if parts is None:
+                self.held[name] = weight.to(dtype)
+            elif f".{parts[0]}." in name:
+                packed = next(packed for packed in PACKED if PACKED[packed] is parts)
+                rows = [weights[name.replace(parts[0], part)] for part in parts]
+                self.held[name.replace(parts[0], packed)] = torch.cat(rows).to(dtype)
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            self.held[name] = torch.cat([self.held[name], torch.zeros(64, self.held[name].shape[1], dtype=dtype)])
+
+    def named_parameters(self, remove_duplicate=True):
+        return iter(self.held.items())
+
+
+@pytest.fixture
+def weights(tiny_model):
+    return dict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).state_dict())
+
+
+def compared(weights, sampler, dtype=torch.bfloat16) -> dict[str, float]:
+    sketches = {}
+    assert dict(samplers.sketched(weights.items(), dtype, sketches)).keys() == weights.keys()
+    return samplers.differences(sketches, samplers.sampler_sketches(sampler))
+
+
+def wrong(found) -> list[str]:
+    return sorted(name for name, distance in found.items() if not distance <= samplers.LARGEST_DISTANCE)
+
+
+def test_equal_weights_differ_by_rounding_alone(weights):
+    found = compared(weights, Sampler(weights, torch.bfloat16))
+    assert len(found) == 2 * 6 + 3 and max(found.values()) < 1e-12  # in fp64
+    in_fp32 = compared(weights, Sampler(weights, torch.float32), torch.float32)
+    assert max(in_fp32.values()) <= samplers.LARGEST_DISTANCE / 4
+
+
+@pytest.mark.parametrize("name, held", [
+    ("model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.qkv_proj.weight"),
+    ("model.norm.weight", "model.norm.weight"), ("model.embed_tokens.weight", "model.embed_tokens.weight")])
+def test_a_tensor_that_is_one_step_of_adam_behind_is_noticed_in_bf16(weights, name, held):
+    """At a rate of 1e-5, of which bf16 keeps a change in one number of a hundred; a norm moves in larger steps."""
+    stale = Sampler(weights, torch.bfloat16)
+    step = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(0)).sign()
+    weights[name] = weights[name] + (1e-2 if "norm" in name else 1e-5) * step
+    assert wrong(compared(weights, stale)) == [held]
+
+
+@pytest.mark.parametrize("name, change", [
+    ("model.layers.0.mlp.down_proj.weight", lambda w: w.flip(0)),
+    ("model.layers.0.mlp.down_proj.weight", lambda w: w.roll(1, dims=1)),
+    ("model.layers.0.self_attn.qkv_proj.weight", lambda w: w.roll(1, dims=0)),
+    ("model.norm.weight", lambda w: w * math.nan)])
+def test_what_changed_places_or_is_not_a_number_is_noticed(weights, name, change):
+    sampler = Sampler(weights, torch.float32)
+    sampler.held[name] = change(sampler.held[name])
+    assert wrong(compared(weights, sampler, torch.float32)) == [name]
+
+
+def test_a_tensor_that_only_one_side_has_is_noticed(weights):
+    sampler = Sampler(weights, torch.float32)
+    sampler.held["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(64)
+    del sampler.held["model.layers.1.self_attn.o_proj.weight"]
+    assert wrong(compared(weights, sampler, torch.float32)) == [
+        "model.layers.0.self_attn.o_proj.bias", "model.layers.1.self_attn.o_proj.weight"]
+
+
+# ---- a real sampler, whose CPU form keeps packed weights ----
+
+FAULTS = """
+import json, re, sys
+import torch
+from infra import policy as policies, ranks, sampler as samplers
+
+class Faulty:
+    '''A sampler that loses something on the way.'''
+    def __init__(self, sampler, fault):
+        self.sampler, self.fault, self.applied = sampler, fault, 0
+    def __getattr__(self, name):
+        return getattr(self.sampler, name)
+    def collective_rpc(self, name, kwargs):
+        return self.sampler.collective_rpc(name, kwargs=dict(weights_iterator=self.passed(kwargs["weights_iterator"])))
+    def passed(self, weights):
+        for name, weight in weights:
+            if self.fault == "stale tensor" and name == "model.layers.1.self_attn.v_proj.weight":
+                weight = old[name]
+            if self.fault == "stale embedding" and name == "model.embed_tokens.weight":
+                weight = old[name]
+            if self.fault == "swapped layers":
+                other = dict(zip("01", "10"))
+                name = re.sub(r"layers\\.(\\d)", lambda layer: "layers." + other[layer[1]], name)
+            yield name, weight
+    def apply_model(self, function):
+        self.applied += 1
+        if self.fault == "stale head" and self.applied == 1:  # the call that packs the head anew
+            return [None]
+        return self.sampler.apply_model(function)
+
+if __name__ == "__main__":
+    ranks.start_ranks()
+    for folder in sys.argv[1:]:
+        sampler = samplers.start_sampler(folder, max_tokens=256, chat_template="")
+        policy = policies.load_policy(folder, vocabulary=512, precision="float32")
+        said = dict(first=samplers.sync(sampler, policy))
+        for fault in (None, "stale tensor", "stale embedding", "stale head", "swapped layers", None):
+            old = {name: weight.clone() for name, weight in policies.full_weights(policy)}
+            with torch.no_grad():
+                for weight in policy.parameters():  # as one step of Adam at a rate of 1e-6
+                    weight += 1e-6 * torch.randn_like(weight).sign()
+            try:
+                said[str(fault)] = samplers.sync(Faulty(sampler, fault), policy)
+            except FloatingPointError as error:
+                said[str(fault)] = str(error)
+        print("\\nsaid", json.dumps(said), flush=True)
+        del sampler, policy
+"""
+
+
+@pytest.mark.slow
+def test_sync_with_a_real_sampler_notices_each_fault(taught_model, smol_tokenizer, tmp_path):
+    """A head that is the embedding; and a Qwen2 with a head of its own, whose q, k and v have biases."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, tie_word_embeddings=False, max_position_embeddings=512))
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight)
+    for one in (model, smol_tokenizer):
+        one.save_pretrained(tmp_path / "untied")
+    (tmp_path / "faults.py").write_text(FAULTS)
+    shared = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of the group of one of other tests
+    environment = {name: value for name, value in os.environ.items() if name not in shared}
+    done = subprocess.run([sys.executable, "faults.py", taught_model, "untied"], capture_output=True, text=True,
+                          cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)})
+    results = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("said ")]
+    assert len(results) == 2, done.stderr[-4000:]
+    for result in results:
+        assert max(result["first"], result["None"]) <= samplers.LARGEST_DISTANCE / 4
+        for fault, part in (("stale tensor", "layers.1.self_attn.qkv_proj.weight"), ("stale embedding", "sync: "),
+                            ("swapped layers", "layers.")):
+            assert str(result[fault]).startswith("sync: ") and part in result[fault], (fault, result)
+    assert "lm_head.weight" in results[0]["stale head"]  # that of the tied model, which has to be packed by hand
+
+
+# ---- options and calls ----
+
+@pytest.fixture
+def made(monkeypatch):
+    """The options with which a vLLM was asked for; none is built."""
+    import vllm
+
+    options = []
+    monkeypatch.setattr(vllm, "LLM", lambda folder, **given: options.append(given) or SimpleNamespace(
+        get_tokenizer=lambda: SimpleNamespace()))
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    return options
+
+
+def test_the_options_of_a_sampler_on_a_gpu(made, monkeypatch):
+    monkeypatch.setattr(samplers, "GPU", True)
+    samplers.start_sampler("folder", max_tokens=25600, chat_template="turns", sequences=192, gpu_memory=0.6)
+    samplers.start_sampler("folder", max_tokens=25600, chat_template="turns", gpu_memory=0.3, sleeps=False)
+    options, judge = made  # of the policy, and of a frozen judge beside it
+    assert judge["enable_sleep_mode"] is False and judge["gpu_memory_utilization"] == 0.3
+    assert options["dtype"] == "bfloat16" and options["enable_sleep_mode"] and options["max_num_seqs"] == 192
+    assert options["gpu_memory_utilization"] == 0.6 and options["distributed_executor_backend"] == "external_launcher"
+    assert options["max_num_batched_tokens"] == samplers.SAMPLED_AT_ONCE and options["max_model_len"] == 25600
+    assert options["logprobs_mode"] == "processed_logprobs"
+    assert not {"enable_chunked_prefill", "kv_cache_memory_bytes", "enforce_eager", "block_size"} & set(options)
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+
+
+def test_a_cpu_reads_the_longest_prompt_in_one_part_and_its_cache_holds_four_such(made, monkeypatch, tiny_model):
+    """A prompt read in two parts crashes a seeded request there."""
+    monkeypatch.setattr(samplers, "GPU", False)
+    samplers.start_sampler(tiny_model, max_tokens=2_000_000, chat_template="turns")
+    assert made[0]["max_num_batched_tokens"] == 2_000_000 and made[0]["enable_chunked_prefill"] is False
+    token = 2 * 2 * 1 * 32 * 4  # bytes: keys and values of 2 layers, 1 head of 32, fp32
+    assert made[0]["kv_cache_memory_bytes"] >= 4 * 2_000_000 * token
+    samplers.start_sampler(tiny_model, max_tokens=256, chat_template="turns")
+    assert made[1]["kv_cache_memory_bytes"] == 2**30
+
+
+def test_a_sampler_that_could_not_take_our_weights_is_refused_before_it_is_built(monkeypatch):
+    class Runner:
+        def reload_weights(self, weights_path=None):
+            pass
+
+    stubs = {"vllm": SimpleNamespace(LLM=lambda *a, **k: pytest.fail("built")),
+             "vllm.v1.worker.gpu_model_runner": SimpleNamespace(GPUModelRunner=Runner)}
+    for name, stub in stubs.items():
+        monkeypatch.setitem(sys.modules, name, stub)
+    with pytest.raises(InputError, match="weights_iterator.*install the version"):
+        samplers.start_sampler("no/model", max_tokens=100, chat_template="")
+
+
+class Called:
+    """In place of a sampler: writes down what is asked of it."""
+
+    def __init__(self, called):
+        self.called = called
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            tags = options.get("tags") or ([options["level"]] if "level" in options else [])
+            self.called.append(" ".join([name, *[str(a) for a in arguments if not callable(a)], *map(str, tags)]))
+            return [{}]  # of apply_model: one worker, which holds no tensor
+        return call
+
+
+def test_on_a_gpu_the_sampler_sleeps_and_wakes_in_one_order(make_policy, monkeypatch):
+    called = []
+    monkeypatch.setattr(samplers, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty_cache"))
+    monkeypatch.setattr(samplers, "differences", lambda trainer, sampler: {"all": 0.0})
+    samplers.sleep(Called(called))
+    assert samplers.sync(Called(called), make_policy()) == 0
+    assert called == ["sleep 2", "empty_cache", "wake_up weights", "collective_rpc reload_weights",
+                      "wake_up kv_cache", "reset_prefix_cache", "apply_model"]
