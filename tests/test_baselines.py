@@ -69,8 +69,6 @@ def test_the_reward_model_sees_the_pairs_that_urpo_would_each_once():
         drawn = [row for row in data.draw(config, rows, step) if row.kind == "preference"]
         pairs = baselines.pairs_of_step(config, rows, step)
         assert len(pairs) == 6 and [row for pair in pairs for row in (pair, data.swapped(pair))] == drawn
-    tied = Prompt("preference", "q", ("a", "b"), (1, 1))
-    assert baselines.pairs_of_step(config, {**rows, "preference": [tied]}, 0) == []
 
 
 # ---- SFT ----
