@@ -25,7 +25,7 @@ import numpy as np
 import data
 import urpo
 from data import Prompt, better_first, swapped
-from infra.answers import final_answer
+from infra.answers import final_answer, same_answer
 from infra.chat import load_tokenizer
 from infra.policy import check_folder, check_model
 from infra.ranks import InputError
@@ -45,7 +45,7 @@ from infra.results import (
 from infra.runs import write_whole
 from infra.sampler import Sample, generate, start_sampler
 from infra.settings import PRESET
-from infra.sources import source_records
+from infra.sources import LeftOut, source_records
 from rewards import first_position_preference, kendall_tau, mean, parse_scores, verify_answer
 
 Answers = list[list[Sample]]  # those to each prompt
@@ -76,8 +76,20 @@ def fitting(config, tokenizer, rows: list[Prompt], source: str) -> list[bool]:
     return fits
 
 
-def ask(config, folder: str, tokenizer, prompts: list[Prompt], samples: int = 0) -> tuple[Answers, Answers]:
-    """(one greedy answer to every prompt, `samples` answers to each at --temperature)."""
+def load_rows(config, tokenizer, kind: str, source: str, split: str = "train") -> list[Prompt]:
+    """The first --rows rows of a source, none twice: a repeated row is no independent trial. Pairs: better first."""
+    rows, left_out = data.load_source(kind, source, split)
+    for reason, number in left_out.items():
+        print(f"{source}: {number} rows left out, since {reason}", file=sys.stderr)
+    if kind == "preference":
+        rows = known(map(better_first, rows))
+    rows = list(dict.fromkeys(rows))[: config.rows]
+    fits = fitting(config, tokenizer, rows, f"--{data.FLAGS[kind]} {source}")
+    return list(compress(rows, fits))
+
+
+def ask(config, folder: str, tokenizer, prompts: list[Prompt], samples: int = 0):
+    """(one greedy answer to every prompt, `samples` answers to each at --temperature): two Answers."""
     longest = data.longest_sequence(config)
     sampler = start_sampler(folder, max_tokens=longest, chat_template=tokenizer.chat_template)
     ids, limits, seeds = [], [], []
@@ -99,7 +111,7 @@ def finish(config, figures: dict, printed: str, **more) -> None:
     if not config.json:
         return
     settings = dict(vars(config))
-    for name in ("command", "arguments", "model", "json"):
+    for name in ("command", "arguments", "model", "json", "max_judge_tokens"):
         settings.pop(name, None)
     result = {
         "model": config.model,
@@ -129,7 +141,7 @@ def verdicts(answers: Answers) -> list[tuple]:
     return list(zip(judged[:half], judged[half:]))
 
 
-def expected_scores(better_first, worse_first) -> tuple[float, float] | None:
+def expected_scores(better_first, worse_first) -> tuple | None:
     """Mean score of (the better, the worse) response: over the samples of each order, then over both orders (ours).
 
     So a preference for a position cancels. None if an order has no readable judgement.
@@ -195,21 +207,6 @@ def longer_wins(pair: Prompt) -> float:
 
 
 # ------------------------------------------------------------------------------- heldout
-
-
-def heldout_rows(config, tokenizer) -> dict[str, list[Prompt]]:
-    """The first --rows rows of each kind, none twice: a repeated row is no independent trial. Pairs: better first."""
-    rows = {}
-    for kind, flag in data.FLAGS.items():
-        source = getattr(config, flag)
-        if source == "none":
-            continue
-        found = data.load_source(kind, source)
-        if kind == "preference":
-            found = known(map(better_first, found))
-        found = list(dict.fromkeys(found))[: config.rows]
-        rows[kind] = list(compress(found, fitting(config, tokenizer, found, f"--{flag} {source}")))
-    return rows
 
 
 def solves(row: Prompt, text: str) -> dict[str, bool]:
@@ -278,8 +275,11 @@ def heldout(config, measure=None) -> None:
         return measure and measure(row.instruction, text)
 
     folder, tokenizer = open_model(config)
-    rows = heldout_rows(config, tokenizer)
-    pairs, questions, tasks = [rows.get(kind, []) for kind in data.KINDS]
+    rows = {}
+    for kind, flag in data.FLAGS.items():
+        source = getattr(config, flag)
+        rows[kind] = [] if source == "none" else load_rows(config, tokenizer, kind, source)
+    pairs, questions, tasks = rows.values()
     prompts = [*questions, *tasks, *both_orders(pairs)]
     greedy, sampled = ask(config, folder, tokenizer, prompts, config.samples)
     figures, a = {}, len(questions)
@@ -321,7 +321,8 @@ def benchmark_figures(labels, values) -> dict[str, dict]:
     """
     parts = {section: {} for section in REWARDBENCH}
     for (section, subset), value in zip(labels, values):
-        parts.setdefault(section, {}).setdefault(subset, []).append(value)
+        subsets = parts.setdefault(section, {})
+        subsets.setdefault(subset, []).append(value)
     figures, everything = {}, []
     for section, subsets in parts.items():
         if not subsets:
@@ -339,7 +340,7 @@ def benchmark_figures(labels, values) -> dict[str, dict]:
     return figures
 
 
-def benchmark_pairs(config) -> tuple[list, list[Prompt]]:
+def benchmark_pairs(config) -> tuple[list, list]:
     """((section, subset) of each pair, the pairs, chosen response first). One that stands twice counts twice, as in the
     benchmark's own weights."""
     home = {}
@@ -348,7 +349,11 @@ def benchmark_pairs(config) -> tuple[list, list[Prompt]]:
     source, labels, pairs = config.preferences, [], []
     records, _ = source_records(source, split=config.split, flag="data")
     for number, fields in records:
-        pair = better_first(data.read_row("preference", f"{source}:{number}", fields))
+        try:
+            pair = better_first(data.read_row("preference", f"{source}:{number}", fields))
+        except LeftOut as reason:
+            print(f"{source}:{number}: left out, since {reason}", file=sys.stderr)
+            continue
         if pair:
             if isinstance(fields, bytes):
                 fields = json.loads(fields)
@@ -397,23 +402,22 @@ def rewardbench(config) -> None:
 def majority(texts, answer: str) -> float:
     """maj@k: is the commonest final answer right? Of several commonest ones each counts its share.
 
-    Two answers are the same where `verify_answer` finds them equal. A text without a final answer has no vote.
+    Equal answers vote together, however they are written. A text without a final answer has no vote.
 
     >>> majority(["it is 4", "so 5", "4.0", "no idea"], "4"), majority(["4", "5"], "4"), majority(["no idea"], "4")
     (1.0, 0.5, 0.0)
     """
     votes = {}  # final answer -> how often
-    for text in texts:
-        given = final_answer(text)
+    for given in map(final_answer, texts):
         if given:
-            same = [other for other in votes if verify_answer(text, other)]
+            same = [other for other in votes if same_answer(given, other)]
             name = same[0] if same else given
             votes[name] = votes.get(name, 0) + 1
     commonest = [name for name, count in votes.items() if count == max(votes.values())]
-    return mean(verify_answer(name, answer) for name in commonest) or 0.0
+    return mean(same_answer(name, answer) for name in commonest) or 0.0
 
 
-def question_figures(row: Prompt, greedy: list[Sample], sampled: list[Sample]) -> dict[str, float]:
+def question_figures(row: Prompt, greedy: list[Sample], sampled: list[Sample]) -> dict:
     """The measures of one question, from one greedy answer and k samples."""
     k, texts = len(sampled), [sample.text for sample in sampled]
     right = int(sum(verify_answer(text, row.answer) for text in texts))
@@ -436,15 +440,13 @@ def reasoning(config) -> None:
     folder, tokenizer = open_model(config)
     prompts, source_of = [], []
     for source in config.reasoning:
-        rows = data.load_source("reasoning", source, split=config.split)
-        rows = list(dict.fromkeys(rows))[: config.rows]  # a repeated row is no independent trial
-        fits = fitting(config, tokenizer, rows, f"--data {source}")
-        prompts += compress(rows, fits)
-        source_of += [source] * sum(fits)
+        rows = load_rows(config, tokenizer, "reasoning", source, config.split)
+        prompts += rows
+        source_of += [source] * len(rows)
     greedy, sampled = ask(config, folder, tokenizer, prompts, config.samples)
-    sets = dict.fromkeys(config.reasoning, ())
+    sets = {}
     for source, *question in zip(source_of, prompts, greedy, sampled):
-        sets[source] += (question_figures(*question),)
+        sets.setdefault(source, []).append(question_figures(*question))
     figures, parts = {}, {}
     for source, rows in sets.items():
         figures[source] = summary(rows)
@@ -470,16 +472,17 @@ def alpacaeval(config) -> None:
     rows = [Prompt("instruction", found["instruction"]) for found in records]
     fits = fitting(config, tokenizer, rows, f"--data {config.data}")
     answers, _ = ask(config, folder, tokenizer, list(compress(rows, fits)))
-    outputs, cut = [], 0
+    outputs, cut = [], []
     for found, (answer,) in zip(compress(records, fits), answers):
         outputs.append({
             "instruction": found["instruction"],
             "output": answer.text,
             "generator": config.model,
         })
-        cut += not answer.finished
+        cut.append(not answer.finished)
     write_whole(config.outputs, json.dumps(outputs, indent=1))
-    print(f"{config.outputs}: {len(outputs)} answers, {cut} cut off at --max_answer_tokens {config.max_answer_tokens}")
+    told = f"{config.outputs}: {len(outputs)} answers, {sum(cut)} cut off at --max_answer_tokens"
+    finish(config, {"alpacaeval": {"cut off": interval(cut)}}, told)
 
 
 def win_rates(config) -> None:
