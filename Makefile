@@ -51,7 +51,6 @@ demo: toy
 	@env -u OMP_NUM_THREADS $(python) -m lab.toy heldout --model $(run)/checkpoints/last/model \
 		--json $(run)/heldout-after.json > /dev/null
 	@$(python) -m lab.report $(run)
-	@$(python) eval.py compare $(run)/heldout-before.json $(run)/heldout-after.json
 
 # What a newcomer runs: all that needs no second start of ranks and sampler.
 test: .venv/ready

@@ -221,7 +221,7 @@ def show(path: Path) -> None:
     done = lines[lines.status == "done"]
     for measure in [*MEASURES, *GREEDY, "pairs"]:
         print(f"{measure}\n{compared(done, measure).to_string(float_format='%.3f', na_rep='-')}\n")
-    print(done.groupby("arm", sort=False)[["minutes", "gib"]].min().to_string(na_rep="-"))  # machines are shared
+    print(done.groupby("arm", sort=False)[["minutes", "gib"]].min().round(1).to_string(na_rep="-"))
     for line in lines[lines.status != "done"].itertuples():
         print(f"{line.arm}, seed {line.seed}: {line.status}")
     write_whole(path.with_suffix(".png"), draw(done, {arm: i for i, arm in enumerate(done.arm.unique())}))

@@ -228,10 +228,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=0, help="its position in the batch, from 0")
     args = parser.parse_args(arguments)
     try:
-        right = audit(args.run, args.step, args.prompt)
+        if not audit(args.run, args.step, args.prompt):
+            sys.exit(1)
     except InputError as error:
         stop(error)
-    sys.exit(0 if right else 1)
 
 
 if __name__ == "__main__":

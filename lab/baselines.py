@@ -110,11 +110,9 @@ def pair_measures(margin_N: Tensor) -> dict[str, Tensor]:
 
 
 def pairs_of_step(config: Baseline, sources, step: int) -> list[Prompt]:
-    """The rows of P that urpo.py draws at a step, each once: a scalar sees no order. Those without a pair go."""
+    """The rows of P that urpo.py draws at a step, each once: a scalar sees no order."""
     rows = [row for row in data.draw(config, sources, step) if row.kind == "preference"]
-    if config.both_orders:  # then a row stands twice, one after the other
-        rows = rows[::2]
-    return [row for row in rows if len(set(row.truth)) > 1]
+    return rows[::2] if config.both_orders else rows  # then a row stands twice, one after the other
 
 
 def learn_pairs(config: Baseline, model: RewardModel, optimizer, tokenizer, rows) -> dict:
@@ -141,7 +139,7 @@ def reward_model(config: Baseline) -> None:
     folder = on_rank_0(f"reading --model {config.model}", lambda: policy.check_folder(config.model))
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
     sources, _ = data.load_sources(config, tokenizer)
-    heldout = [row for row in data.load_source("preference", config.heldout) if len(set(row.truth)) > 1]
+    heldout, _ = data.load_source("preference", config.heldout)
     torch.manual_seed(config.seed)  # of the new head
     model = policy.shard_policy(RewardModel(folder, config.precision))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -196,7 +194,7 @@ def rm_gen(config: Baseline) -> None:
     def score(config, sampler, policy_tokenizer, groups, step) -> None:
         urpo.self_score(config, judge, tokenizer, groups, step)
 
-    urpo.train(config, score)
+    urpo.train(config, score, "rm_gen")
 
 
 def as_points(score_G: Tensor) -> list[float]:
@@ -225,9 +223,10 @@ def rm_score(config: Baseline) -> None:
                 points = as_points(score_rows(model, tokenizer, [row]))
                 for order in data.judgement_orders(config, group.index, step):
                     text = data.score_line([points[i] for i in order])
-                    group.judgements.append({"order": order, "cut": 0, "prompt": None, "text": text})
+                    judgement = {"order": order, "cut": 0, "prompt": None, "text": text, "finished": True}
+                    group.judgements.append(judgement)
 
-    urpo.train(config, score)
+    urpo.train(config, score, "rm_score")
 
 
 # ------------------------------------------------------------------------------- SFT
@@ -287,12 +286,13 @@ def sft(config: Baseline) -> None:
     world = dist.get_world_size()
     folder = on_rank_0(f"reading --model {config.model}", lambda: policy.check_folder(config.model))
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
-    sources, dropped = data.load_sources(config, tokenizer)
+    sources, told = data.load_sources(config, tokenizer)
     worked = demonstrations(sources)
-    log = runs.Log(asdict(config), rows=data.checksums(sources), may_change=urpo.MAY_CHANGE,
-                   about={"rows_dropped_as_too_long": dropped})
+    log = runs.Log("sft", asdict(config), rows=data.checksums(sources), may_change=urpo.MAY_CHANGE,
+                   about={"sources": told})
     model = policy.load_policy(folder, vocabulary=len(tokenizer), precision=config.precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    policy.check_packing(model)
     if log.saved:
         runs.load_checkpoint(log.saved, model, optimizer)
     for step in log.steps():

@@ -122,13 +122,13 @@ def draw_curves(names: list[str], tables: list[pandas.DataFrame], settings: dict
 
 
 def finish_panel(axis, title: str, settings: dict, known: bool) -> None:
-    """Title, warm-up line, and between title and axis one row that names the curves: there it covers nothing."""
-    axis.set_title(title, fontsize=10, pad=18)
+    """Title, warm-up line, and between title and axis the names of the curves: there they cover nothing."""
+    axis.set_title(title, fontsize=10, pad=26)
     axis.spines[["top", "right"]].set_visible(False)
     if not known:
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="gray")
         return
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=7, fontsize=8, frameon=False, borderaxespad=0.2)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=7, frameon=False, borderaxespad=0.2)
     warmup = settings.get("warmup_steps", 0)
     if 0 < warmup <= axis.dataLim.x1:
         axis.axvline(warmup - 0.5, color="black", linewidth=0.6)

@@ -1,7 +1,4 @@
-"""lab/plan.py: memory against fake tensors, time against published steps, the verdict, the command.
-
-The figures of others and what they stand for are cited in docs/gpu.md.
-"""
+"""lab/plan.py: memory against fake tensors, time against published steps (docs/gpu.md), the verdict, the command."""
 import importlib.util
 import json
 import subprocess
@@ -67,8 +64,7 @@ def test_states_within_5_and_the_peak_of_the_update_within_20_percent_of_fake_te
 
 # GPUs, mean tokens of 2,048 answers to prompts of about 150 tokens, published seconds by part and in all.
 PUBLISHED = {
-    "Llama-3.1-8B, FSDP2: NVIDIA-NeMo/RL#959": (
-        8, 777, {"update": 38, "rollout": 57, "old_logprobs": 19, "sync": 4}, 122),
+    "Llama-3.1-8B, FSDP2: NeMo RL, issue 959": (8, 777, dict(update=38, rollout=57, old_logprobs=19, sync=4), 122),
     "Llama-3.1-8B, Megatron: NeMo RL's performance summary, v0.4": (16, 910, {}, 97.7),
 }
 
@@ -128,7 +124,7 @@ def test_the_plan_needs_no_gpu_no_model_and_no_network_and_takes_any_flag(monkey
 
 
 def test_a_model_that_is_not_known_is_read_from_its_config(monkeypatch, capsys, tiny_model):
-    assert f"{tiny_model}: 0.00B" in planned(monkeypatch, capsys, f"--preset smol --model {tiny_model} --nproc 2")
+    assert tiny_model in planned(monkeypatch, capsys, f"--preset smol --model {tiny_model} --nproc 2")
 
 
 @pytest.mark.parametrize("arguments, message", [
