@@ -46,7 +46,7 @@ def teach_score_lines(model, tokenizer, folder, n=4):
     """Imitation: after any chat prompt, write n random scores."""
     rng, prompts = random.Random(0), []
     for kind, flag in data.FLAGS.items():
-        for row in data.load_source(kind, f"{folder}/{flag}.jsonl")[:8]:
+        for row in data.load_source(kind, f"{folder}/{flag}.jsonl")[0][:8]:
             prompts.append(data.encode_prompt(tokenizer, row))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
