@@ -186,6 +186,7 @@ def load_policy(folder: str, *, vocabulary: int, precision: str, temperature: fl
     Weights are read in the folder's own precision. Only the layer that is about to be sharded is whole in fp32, for
     eight ranks with a whole 7B model in fp32 would take 244 GB of the host's memory.
     """
+    from torch.distributed.fsdp import register_fsdp_forward_method
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register("row_attention", row_attention)
@@ -195,7 +196,9 @@ def load_policy(folder: str, *, vocabulary: int, precision: str, temperature: fl
     lm.train()
     if recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return shard_policy(Policy(lm, vocabulary, temperature, getattr(torch, precision), recompute))
+    policy = shard_policy(Policy(lm, vocabulary, temperature, getattr(torch, precision), recompute))
+    register_fsdp_forward_method(policy, "plain_logprobs")
+    return policy
 
 
 @torch.no_grad()
@@ -225,7 +228,7 @@ def check_packing(policy: Policy) -> None:
 
 def shard_policy(policy: Policy) -> Policy:
     """Each layer, then the rest, in fp32 over all ranks."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = dist.init_device_mesh(DEVICE, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=policy.compute, reduce_dtype=torch.float32)
@@ -236,7 +239,6 @@ def shard_policy(policy: Policy) -> Policy:
     # unsharded, and optimiser and sync would see a plain tensor in its place.
     to_fp32(policy)
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    register_fsdp_forward_method(policy, "plain_logprobs")
     return policy
 
 

@@ -128,7 +128,7 @@ def test_a_model_that_is_not_known_is_read_from_its_config(monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--gpu_gib 80 --nproc 7", "use a multiple of 14"),
+    ("--gpu_gib 80 --nproc 7", "--batch 196"),
     ("--gpu_gib 0", "--gpu_gib 0"),
     ("--nproc_per_node 8", "--nproc_per_node"),
 ])
