@@ -115,7 +115,6 @@ COMMANDS = [  # arguments, and what the message must say
     ("--tau a", ["--tau", "'a'", "'b', 'strict'"]),
     ("--resume perhaps", ["--resume", "'perhaps'", "True or False"]),
     ("--no_such_flag 1", ["--no_such_flag", "--help"]),
-    ("stray", ["stray", "--help"]),
     ("--mix 1:1", ["--mix 1:1", "P:R:I"]),
     ("--mix 0:0:1", ["--mix 0:0:1", "--warmup_steps 0"]),
     ("--mix 1:1:3", ["--batch 24", "1:1:3", "for example 25"]),
