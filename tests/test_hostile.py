@@ -327,10 +327,10 @@ def test_a_probe_earns_nothing_as_ranking_or_solution_and_the_judges_score_among
                     for group in (texts, ["a", "b", "c"]))
     assert structure(shown) == structure(plain)
     assert "> Hi there.\n" in shown and "> Hello.\n" in shown  # a long neighbour cuts nobody else
-    judged = rewarded(ASK, texts, [{"order": [2, 0, 1], "text": "<scores>8, 2, 6</scores>"}])
+    judged = rewarded(ASK, texts, [{"order": [2, 0, 1], "text": "<scores>8, 2, 6</scores>", "finished": True}])
     assert judged.rewards == [2, 6, 8]
     for repeated in (data.quoted(text), shown):  # the judge only repeats what it was shown: that is no verdict
-        group = rewarded(ASK, texts, [{"order": [0, 1, 2], "text": repeated}])
+        group = rewarded(ASK, texts, [{"order": [0, 1, 2], "text": repeated, "finished": True}])
         assert group.rewards is None and group.advantages == [0.0, 0.0, 0.0]
 
 
