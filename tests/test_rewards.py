@@ -181,7 +181,8 @@ def test_of_self_rewards_unknown_is_not_zero():
 def test_a_text_that_was_cut_off_cannot_be_read_wherever_scores_are_read():
     ranked = "<scores>9, 2</scores> The first one"
     assert parse_scores(ranked, 2) and parse_scores(ranked, 2, finished=False) is None
-    group = Group(0, Prompt("preference", "q", ("a", "b"), (1.0, 0.0)), [5], [[1], [2]], [ranked, ranked], [True, False])
+    pair = Prompt("preference", "q", ("a", "b"), (1.0, 0.0))
+    group = Group(0, pair, [5], [[1], [2]], [ranked, ranked], [True, False])
     group.rewards = group_rewards(SimpleNamespace(tau="b"), group)
     group.advantages = [1.0, -1.0]
     assert group.rewards == [1.0, -1.0]
