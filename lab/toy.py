@@ -191,7 +191,8 @@ def preference(rng: random.Random, split: str, n: int = 0) -> dict:
     """One good response and n - 1 flawed ones, so the order is known: the true score is the level.
 
     n = 0 draws 2 to 5, half of the time 2. Length must not tell the better one. So a coin says whether longer
-    responses shall be better, and they are drawn again, up to 40 times, until they agree with the coin and differ.
+    responses shall be better, and they are drawn again, up to 40 times, until they agree with the coin and are not all
+    one text.
     """
     n = n or rng.choice((2, 2, 2, 3, 4, 5))
     name, sentences, wording, check = choose_form(rng, split)
@@ -203,7 +204,7 @@ def preference(rng: random.Random, split: str, n: int = 0) -> dict:
     for _ in range(40):
         responses = [write_response(rng, level, name, sentences, check, split) for level in levels]
         agreement = kendall_tau(list(map(len, responses)), levels, "strict")
-        if len(set(responses)) == n and (agreement == 0 or (agreement > 0) == longer_shall_win):
+        if len(set(responses)) > 1 and (agreement == 0 or (agreement > 0) == longer_shall_win):
             break
     return {"prompt": wording, "responses": responses, "scores": list(map(float, levels))}
 

@@ -32,7 +32,7 @@ def test_examples_are_those_of_all_figures_reported_so_far():
         for n in (0, 2, 8):
             found += toy.records("preference", split, 300, n)
         found += toy.records("reasoning", split, 300) + toy.records("instruction", split, 300)
-    assert zlib.crc32(json.dumps(found, sort_keys=True).encode()) == 3152783660
+    assert zlib.crc32(json.dumps(found, sort_keys=True).encode()) == 273729782  # two responses of one text are drawn again: 11 of 4,096 pairs changed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +128,7 @@ def test_training_files_hold_the_examples_without_a_demonstrators_answers(folder
     assert files == {f"{part}{flag}.jsonl" for part in ("", "heldout/") for flag in data.FLAGS.values()}
     for kind, flag in data.FLAGS.items():
         path, examples = folder / f"{flag}.jsonl", toy.records(kind, "train", 4096, 2)
-        assert data.load_source(kind, str(path)) == [data.READERS[kind](example) for example in examples]
+        assert data.load_source(kind, str(path)) == ([data.READERS[kind](example) for example in examples], {})
         for name in ("worked", "flawed"):
             assert f'"{name}"' not in path.read_text()
 
@@ -136,7 +136,7 @@ def test_training_files_hold_the_examples_without_a_demonstrators_answers(folder
 def test_heldout_files_begin_with_the_rows_of_all_figures_reported_so_far(folder):
     """None twice; pairs better first; instructions with a constraint. As far as 64 rows, the old measurements."""
     for kind, flag in data.FLAGS.items():
-        prompts, expected = data.load_source(kind, str(folder / "heldout" / f"{flag}.jsonl")), {}
+        (prompts, _), expected = data.load_source(kind, str(folder / "heldout" / f"{flag}.jsonl")), {}
         for record in toy.records(kind, "heldout", 512, 2):
             prompt = data.READERS[kind](record)
             expected.setdefault((prompt.instruction, prompt.responses), data.better_first(prompt) or prompt)
