@@ -67,7 +67,6 @@ LOOP = {  # what: (old, new, what the run says; else the audit of its record fin
     "another step's batch": ("data.draw(config, sources, step)", "data.draw(config, sources, step + 1)", ""),
     "prompts in another order": ("data.shard(batch, ", "data.shard(batch[::-1], ", ""),
     "nobody judges": ("        score(config, sampler, tokenizer, groups, step)\n", "", ""),
-    "no rewards": ("        reward(config, groups)\n", "", ""),
     "another temperature": ("temperature=config.temperature)\n    for (index, prompt), ids",
                             "temperature=0.5)\n    for (index, prompt), ids", "error: drift: "),
     "no sync": ("= sync(sampler, policy)\n        clock", "= 0.0\n        clock", "error: drift: "),
