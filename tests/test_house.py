@@ -118,7 +118,7 @@ def test_fsdp_walks_past_a_row_whatever_its_length(make_policy):
 
 @pytest.mark.slow
 def test_without_lab_training_and_evaluation_still_work(tmp_path, taught_model):
-    from tiny_run import OF_RANKS, SIZES, sources
+    from tiny_run import OF_RANKS, urpo_with
 
     few = {"preferences": {"prompt": "Say hi.", "chosen": "hi", "rejected": "no"},
            "reasoning": {"question": "What is 2 + 2?", "answer": "4"}, "instructions": {"instruction": "Say hi."}}
@@ -127,11 +127,11 @@ def test_without_lab_training_and_evaluation_still_work(tmp_path, taught_model):
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns("lab", "tests", "runs", "toy", ".*", "__pycache__"))
     environment = {name: value for name, value in os.environ.items() if name not in (*OF_RANKS, "PYTHONPATH")}
-    for command in (["urpo.py", *SIZES, "--steps", "2", "--model", taught_model, *sources(taught_model)],
-                    ["eval.py", "heldout", "--model", "runs/e2e/checkpoints/last/model", *sources("."),
+    rows = [part for flag in few for part in (f"--{flag}", f"{flag}.jsonl")]
+    for command in ([*urpo_with(taught_model, checkout / "urpo.py"), "--steps", "2"],
+                    [checkout / "eval.py", "heldout", "--model", "runs/e2e/checkpoints/last/model", *rows,
                      "--json", "it.json"]):
-        done = subprocess.run([sys.executable, checkout / command[0], *command[1:]], cwd=tmp_path, env=environment,
-                              text=True, capture_output=True)
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr[-4000:]
     assert len((tmp_path / "runs" / "e2e" / "log.jsonl").read_text().splitlines()) == 2
     for part in json.loads((tmp_path / "it.json").read_text())["figures"].values():
