@@ -136,7 +136,7 @@ def verdicts(answers: Answers) -> list[tuple]:
     """The answers to `both_orders(pairs)` as (better_first, worse_first) of each pair."""
     judged = []
     for samples in answers:
-        judged.append([parse_scores(sample.text, 2) for sample in samples])
+        judged.append([parse_scores(sample.text, 2, sample.finished) for sample in samples])
     half = len(judged) // 2
     return list(zip(judged[:half], judged[half:]))
 

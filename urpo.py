@@ -352,7 +352,7 @@ def train(config: Config, score=self_score, program: str = "urpo") -> None:
     on_rank_0("reading the model", lambda: check_model(folder, vocabulary=len(tokenizer), tokens=longest))
     check_memory(folder)
     sources, told = data.load_sources(config, tokenizer)
-    log = runs.Log(program, asdict(config), rows=data.checksums(sources), may_change=MAY_CHANGE,
+    log = runs.Log(asdict(config), program=program, rows=data.checksums(sources), may_change=MAY_CHANGE,
                    about={"sources": told})
     policy = load_policy(
         folder, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)

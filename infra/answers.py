@@ -34,6 +34,7 @@ FONT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bm|mbox|
 TIDY = rules(
     ("[\u2212\u2013]", "-"), ("°", r"^\\circ"), (r"\^ ?\{\\circ\}|\\degree(?![A-Za-z])", r"^\\circ"),
     ("π", r"\\pi "), ("²", "^2"), ("³", "^3"), ("√", r"\\sqrt "), (r"\\[dt]frac", r"\\frac"),
+    (r"_\{([0-9]+)\}", r"_\1"),
     (r"\{\\(?:bf|it|rm) ?([^{}]*)\}", r"\1"), (r"\\(?:left|right|displaystyle|[lL]arge)(?![A-Za-z])", ""),
     (r"(?<=[0-9])(?:\{,\}|\\[,;:! ]|~)(?=[0-9]{3}(?![0-9]))", ","), (r"(?<!\\)\\[,;:! ]|~|(?<!\\)\\$", " "),
     (r"\\%", "%"),
@@ -196,7 +197,7 @@ def check_answer(answer: str) -> None:
     if len(text) > LONGEST_ANSWER:
         raise ValueError(f"the answer is longer than {LONGEST_ANSWER} characters: {text[:40]!r}...")
     plain = split_unit(text)[0]
-    if read_number(plain) or as_word(plain) or re.search(r"(?<![\\A-Za-z{])[A-Za-z]{3,}", plain):
+    if read_number(plain) or as_word(plain) or re.search(r"[0-9] ?_|(?<![\\A-Za-z{])[A-Za-z]{3,}", plain):
         return
     maths = as_maths(plain)
     readable = not NUMBER.fullmatch(plain) and math_verify(maths)

@@ -102,11 +102,11 @@ def check_name(name: str, resume: bool) -> None:
 class Log:
     """A run as it grows: its steps, what is written of each, and when a checkpoint is due. All ranks call all of it.
 
-    program: what trains, which a resumed run must be again. settings: every setting of the run. rows: checksums of the
+    settings: every setting of the run. program: what trains, which a resumed run must be again. rows: checksums of the
     data. may_change: settings that may differ on resume. about: what else config.json says.
     """
 
-    def __init__(self, program: str, settings: dict, *, rows: dict, may_change: list[str], about: dict):
+    def __init__(self, settings: dict, *, program: str, rows: dict, may_change: list[str], about: dict):
         self.settings, self.folder = {"program": program, **settings}, Path("runs") / settings["name"]
         self.not_finite, self.stopped = 0, False
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
@@ -261,7 +261,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def last_checkpoint(run: Path, keep: int) -> tuple[int, Path | None]:
+def last_checkpoint(run: Path, keep: int = 0) -> tuple[int, Path | None]:
     """(steps done, folder) of the newest checkpoint; (0, None) for a run that has not begun.
 
     Raises InputError where there are steps and no checkpoint: to begin again would erase them.

@@ -12,7 +12,11 @@ def judge_strides(size: int, listed: int) -> list[int]:
     >>> judge_strides(4, 2), judge_strides(4, 4)
     ([1, 2, 3], [1, 3])
     """
-    return [stride for stride in range(1, size) if listed <= size // math.gcd(size, stride)]
+    strides = []
+    for stride in range(1, size):
+        if listed <= size // math.gcd(size, stride):
+            strides.append(stride)
+    return strides
 
 
 def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) -> list[list[int]]:

@@ -46,7 +46,7 @@ ARMS = {
     "reward_model": (5, "-m lab.baselines reward_model --mix 1:1:0 --lr 3e-5"),
     "rm_score": (5, "-m lab.baselines rm_score --mix 0:1:1 --judge {reward_model}/model"),
     "sft": (5, "-m lab.baselines sft"),
-    "sft_true": (3, "-m lab.baselines sft --errors 0:0:0"),  # by a demonstrator who does not err
+    "sft_true": (3, "-m lab.baselines sft --errors 0"),  # by a demonstrator who does not err
     "mix_0_1_1": (5, "urpo.py --mix 0:1:1"),
     "mix_1_1_1": (3, "urpo.py --mix 1:1:1"),
     "mix_1_0_1": (3, "urpo.py --mix 1:0:1"),

@@ -288,7 +288,7 @@ def sft(config: Baseline) -> None:
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
     sources, told = data.load_sources(config, tokenizer)
     worked = demonstrations(sources)
-    log = runs.Log("sft", asdict(config), rows=data.checksums(sources), may_change=urpo.MAY_CHANGE,
+    log = runs.Log(asdict(config), program="sft", rows=data.checksums(sources), may_change=urpo.MAY_CHANGE,
                    about={"sources": told})
     model = policy.load_policy(folder, vocabulary=len(tokenizer), precision=config.precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)

@@ -23,20 +23,24 @@ from infra.results import check_writable, columns, known, summary, table
 from infra.runs import write_whole
 from infra.sampler import start_sampler
 from infra.settings import parse
-from rewards import kendall_tau, mean, parse_scores
-
-LITTLE = 0.1  # of the groups with a gradient; less than this teaches hardly anything (ours)
+from rewards import kendall_tau, mean, parse_scores, read_judgements
 
 
-def two(judged: list, first: int, second: int) -> list:
-    """Of each judgement the scores at two positions; None, an unread one, stays None."""
-    return [scores and [scores[first], scores[second]] for scores in judged]
+def judged(group: Group) -> list:
+    """The scores of each ranking, None where it cannot be read."""
+    n = len(group.prompt.truth)
+    return [parse_scores(text, n, finished) for text, finished in zip(group.texts, group.finished)]
+
+
+def two(verdicts: list, first: int, second: int) -> list:
+    """Of each ranking the scores at two positions; None, an unread one, stays None."""
+    return [scores and [scores[first], scores[second]] for scores in verdicts]
 
 
 def pairs_of(truth, forward: list, backward: list) -> dict[str, float | None]:
     """`pair_figures` of a row of N responses: the mean over its pairs of different scores, each in both orders.
 
-    forward, backward: the judgements of the row, and of the row with its responses reversed.
+    forward, backward: the rankings of the row, and of the row with its responses reversed.
     """
     found, last = [], len(truth) - 1
     for i, j in combinations(range(len(truth)), 2):
@@ -53,18 +57,16 @@ def preference_figures(groups: list[Group]) -> dict[str, dict]:
     """P: each row stands in both orders, one group after the other. The row is the unit: its orders are averaged."""
     rows = []
     for group, mirrored in zip(groups[::2], groups[1::2]):
-        truth = group.prompt.truth
-        forward = [parse_scores(text, len(truth)) for text in group.texts]
-        backward = [parse_scores(text, len(truth)) for text in mirrored.texts]
-        taus = []
+        truth, taus = group.prompt.truth, []
+        forward, backward = judged(group), judged(mirrored)
         for scores, reward in zip(forward + backward, group.rewards + mirrored.rewards):
             if scores:
                 taus.append(reward)
         signal = mean([group.has_signal, mirrored.has_signal])
         row = {"gradient": signal, "format": len(taus) / len(forward + backward), "tau": mean(taus)}
-        judged = pairs_of(truth, forward, backward)
+        pair = pairs_of(truth, forward, backward)
         for name in ("single order", "order consistency", "first-position preference"):
-            row[name] = judged.get(name)
+            row[name] = pair.get(name)
         rows.append(row)
     return summary(rows)
 
@@ -77,7 +79,7 @@ def answer_figures(groups: list[Group]) -> dict[str, dict]:
         if group.prompt.kind == "reasoning":
             row["solved"] = mean(group.rewards)
         else:
-            read = [parse_scores(judgement["text"], len(judgement["order"])) for judgement in group.judgements]
+            read = read_judgements(group)
             row["unparsed"] = read.count(None) / len(read)
             row["spread of self-scores"] = mean(map(pstdev, known(read)))
             row["correlation with length"] = group.rewards and kendall_tau(group.rewards, list(map(len, group.texts)))
@@ -92,7 +94,7 @@ def verdict(kind: str, figures: dict[str, dict]) -> str:
     'hardly any gradient from R: in 5% of 32 prompts the answers differ in reward'
     """
     share, count = figures["gradient"]["value"], figures["gradient"]["count"]
-    size = "no" if share == 0 else "hardly any" if share < LITTLE else "a"
+    size = "no" if share == 0 else "hardly any" if share < 0.1 else "a"  # the bound is ours
     return f"{size} gradient from {kind[0].upper()}: in {share:.0%} of {count} prompts the answers differ in reward"
 
 
@@ -139,9 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(table({config.model: {"figures": figures}}, last="n"))
-    for kind, part in figures.items():
-        print(verdict(kind, part))
+    print(table({config.model: {"figures": figures}}, "n"), *map(verdict, figures, figures.values()), sep="\n")
     if path:
         write_whole(path, json.dumps({"model": config.model, "settings": asdict(config), "figures": figures}, indent=1))
 

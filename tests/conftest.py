@@ -16,10 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from data import Group, Prompt  # noqa: E402
 from infra.policy import load_policy  # noqa: E402
 
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # machines are shared, so no test is timed
 VOCABULARY = 500  # of the 512 rows of the tiny model's head: the last 12 are padding
 
 

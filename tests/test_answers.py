@@ -4,6 +4,7 @@ import pytest
 from infra.answers import check_answer, final_answer, same_answer
 
 RIGHT = [  # (given, truth)
+    ("0.0011_{2}", "0.0011_2"),
     ("1.75", "1 3/4"), ("12.", "12"), (r"\frac{3}{4}.", r"\frac{3}{4}"), ("Yes.", "Yes"), ("sqrt(2)", r"\sqrt{2}"),
     ("√2", r"\sqrt{2}"), ("x²", "x^2"), ("2*pi", r"2\pi"), ("45°", "45"), ("€18", "18"), (r"45\degree", "45"),
     (r"\boldsymbol{12}", "12"), (r"\textit{Yes}", "Yes"), (r"{\bf 5}", "5"), ("864", r"864 \mbox{ inches}^2"),

@@ -115,7 +115,6 @@ COMMANDS = [  # arguments, and what the message must say
     ("--tau a", ["--tau", "'a'", "'b', 'strict'"]),
     ("--resume perhaps", ["--resume", "'perhaps'", "True or False"]),
     ("--no_such_flag 1", ["--no_such_flag", "--help"]),
-    ("stray", ["stray", "--help"]),
     ("--mix 1:1", ["--mix 1:1", "P:R:I"]),
     ("--mix 0:0:1", ["--mix 0:0:1", "--warmup_steps 0"]),
     ("--mix 1:1:3", ["--batch 24", "1:1:3", "for example 25"]),
@@ -128,7 +127,7 @@ COMMANDS = [  # arguments, and what the message must say
     ("--judge_list 2 --judgements 8", ["--judgements 8", "6"]),
     ("--name taken", ["runs/taken", "--resume", "--name"]),
     ("--name file", ["runs/file", "move it away"]),
-    ("--max_prompt_tokens 20", ["--preferences", "--max_prompt_tokens 20", "raise it"]),
+    ("--max_prompt_tokens 20", ["--preferences", "raise --max_prompt_tokens 20"]),
     ("--max_prompt_tokens 4000", ["--model model", "1024", "4048", "lower --max_judge_tokens"]),
     ("--reasoning reasoning.jsonl no/such.jsonl", ["--reasoning no/such.jsonl", "no such file"]),
     ("--reasoning empty.jsonl", ["empty.jsonl", "no rows", "--reasoning"]),
@@ -144,7 +143,7 @@ COMMANDS = [  # arguments, and what the message must say
     ("--model no-template", ["no-template", "--chat_template infra/plain_turns.jinja"]),
     ("--model cut-off", ["cut-off/model.safetensors", "copy it again"]),
     ("--chat_template no.jinja", ["--chat_template no.jinja", "cannot be read", "infra/plain_turns.jinja"]),
-    ("--chat_template empty.jsonl", ["--chat_template empty.jsonl", "'messages'", "infra/plain_turns.jinja"]),
+    ("--chat_template empty.jsonl", ["--chat_template empty.jsonl", "drops", "infra/plain_turns.jinja"]),
 ]
 ROWS = [  # flag, the third line of rows.jsonl after a good one and an empty one, what the message must say
     ("reasoning", '{"question": "q", ', "Expecting property name"),
@@ -166,7 +165,7 @@ ROWS = [  # flag, the third line of rows.jsonl after a good one and an empty one
     ("preferences", '{"prompt": "q", "responses": ["a", "b"], "scores": [NaN, 1]}', "field 'scores': nan"),
     ("preferences", '{"prompt": "q", "responses": ["a", 7], "scores": [1, 0]}', "field 'response 2' is int"),
     ("preferences", '{"instruction": "q", "completions": [{"response": "a"}]}', "no field 'overall_score'"),
-    ("instructions", '{"text": "q"}', "no field 'instruction or prompt or messages'"),
+    ("instructions", '{"text": "q"}', "no field 'messages or instruction or prompt'"),
     ("instructions", '{"messages": [{"role": "system", "content": "s"}]}', "field 'messages' has no turn of the user"),
     ("instructions", '{"messages": [{"role": "tool", "content": "t"}]}', "field 'messages': a turn's role is 'tool'"),
 ]
@@ -200,7 +199,7 @@ def test_every_bound_is_kept_and_named():
 
 def test_a_batch_that_does_not_split_over_the_ranks_names_one_that_does(refused):
     message = refused(RANK="0", LOCAL_RANK="0", WORLD_SIZE="5")
-    assert "--batch 24" in message and "5 ranks" in message and "for example 30" in message
+    assert "--batch 24" in message and "5 ranks" in message and "--batch 30" in message
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(refused, monkeypatch):

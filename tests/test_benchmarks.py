@@ -11,7 +11,7 @@ import pytest
 
 from eval import REWARDBENCH, benchmark_figures, main, majority
 from infra.results import pass_at_k
-from test_eval import answering, fails, write_lines  # noqa: F401  a fixture
+from test_eval import answering, fails, measuring, write_lines  # noqa: F401  two fixtures
 
 # ---- against what others publish or compute ----
 
@@ -41,8 +41,9 @@ def test_pass_at_k_is_the_published_formula_and_the_share_of_all_draws():
 
 
 @pytest.mark.parametrize("texts, value", [
-    (["4", "4", "5"], 1), (["5", "5", "4"], 0), (["4", "5"], 0.5), ([r"\boxed{\frac{1}{2}}", "0.5", "4"], 0),
-    (["", "no", "it is 4"], 1), ([r"\boxed{\frac{1}{4}}"], 0), (["", "no"], 0), ([r"\boxed{4}", "5 4.0", "6", "6"], 0.5)])
+    (["4", "4", "5"], 1), (["5", "5", "4"], 0), (["4", "5"], 0.5), ([r"\boxed{\frac{1}{4}}"], 0),
+    ([r"\boxed{\frac{1}{2}}", "0.5", "4"], 0), (["", "no", "it is 4"], 1), (["", "no"], 0),
+    ([r"\boxed{4}", "5 4.0", "6", "6"], 0.5)])
 def test_majority_vote_of_final_answers(texts, value):
     assert majority(texts, "4") == value
 
@@ -146,7 +147,7 @@ def test_win_rates_of_annotations_are_those_of_the_alpaca_eval_package(annotatio
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_is_refused_names_the_flag_and_the_remedy(tmp_path, capsys, no_model, annotations, monkeypatch):
+def test_what_is_refused_names_the_remedy(tmp_path, capsys, measuring, annotations, monkeypatch):  # noqa: F811
     good = tmp_path / "good.json"
     good.write_text(json.dumps([{"instruction": "q", "output": "good"}]))
     (tmp_path / "bad.json").write_text('[{"output": "q"}]')
@@ -169,6 +170,6 @@ def test_what_is_refused_names_the_flag_and_the_remedy(tmp_path, capsys, no_mode
             (["--outputs", "name a file"], ["alpacaeval", "--model", "m", "--data", good, "--outputs", tmp_path])]:
         err = fails(arguments, capsys)
         assert all(word in err for word in words), (words, err)
-    assert sorted(tmp_path.iterdir()) == before  # nothing was written
+    assert sorted(tmp_path.iterdir()) == before
     monkeypatch.setitem(sys.modules, "alpaca_eval.metrics", None)
     assert "pip install alpaca-eval" in fails(["alpacaeval", "--annotations", annotations], capsys)

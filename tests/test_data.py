@@ -225,7 +225,7 @@ FORMATS = [
 def test_every_record_format_is_read(tmp_path, record, row):
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps(record) + "\n\n" + json.dumps(record) + "\n")
-    assert data.load_source(row.kind, str(source)) == [row, row]
+    assert data.load_source(row.kind, str(source)) == ([row, row], {})
     assert row.kind != "reasoning" or verify_answer(f"\\boxed{{{row.answer}}}", row.answer) == 1
 
 
@@ -235,20 +235,21 @@ def test_repeated_rows_of_the_hub_are_read_once(monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or [
         {"question": f"What is {i % 17} + 1?", "answer": f"#### {i % 17 + 1}"} for i in range(170)])
-    rows = data.load_source("reasoning", "openai/gsm8k:main")
+    rows, left_out = data.load_source("reasoning", "openai/gsm8k:main")
+    assert list(left_out.values()) == [170 - 17]
     assert rows == [Prompt("reasoning", f"What is {i} + 1?", answer=str(i + 1)) for i in range(17)]
     assert asked == [(("openai/gsm8k", "main"), {"split": "train"})]
 
 
-def test_a_few_unreadable_rows_of_the_hub_are_left_out_and_said_but_not_many(monkeypatch, capsys):
-    monkeypatch.delenv("RANK", raising=False)
+def test_a_few_unreadable_rows_of_the_hub_are_left_out_and_said_but_not_many(monkeypatch):
     rows = [ultrafeedback(1.0, 2.0 + i / 1000) for i in range(98)] + [ultrafeedback(1.0)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
-    assert len(data.load_source("preference", "some/set")) == 98
-    said = capsys.readouterr().out
-    assert "1 of 99 rows" in said and "some/set:99: field 'responses'" in said
+    found, left_out = data.load_source("preference", "some/set")
+    (reason,) = left_out
+    assert (len(found), left_out[reason]) == (98, 1)
+    assert "some/set:99: field 'responses'" in reason
     rows[:] = rows[-10:]
-    with pytest.raises(InputError, match="^some/set:10: field 'responses'"):
+    with pytest.raises(InputError, match="^some/set: 1 of 10 .*some/set:10: field 'responses'"):
         data.load_source("preference", "some/set")
 
 
@@ -266,10 +267,11 @@ def test_several_sources_of_the_kinds_of_the_mix_are_read_and_what_was_dropped_i
         lines = [json.dumps({"question": row, "answer": "2"}) for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     asked = config(mix="0:1:0", preferences=["absent.jsonl"], reasoning=[f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"])
-    sources, dropped = data.load_sources(asked, smol_tokenizer)
+    sources, told = data.load_sources(asked, smol_tokenizer)
     assert [row.instruction for row in sources["reasoning"]] == ["What is 1 + 1?", "What is 2 + 2?"]
-    assert list(sources) == ["reasoning"] and dropped == {"reasoning": 1}
-    with pytest.raises(InputError, match="^--reasoning: .*--max_prompt_tokens 200.*raise it"):
+    assert list(sources) == ["reasoning"] and [found["read"] for found in told.values()] == [1, 1]
+    assert [sum(found["left out"].values()) for found in told.values()] == [1, 0]
+    with pytest.raises(InputError, match="^--reasoning: .*raise --max_prompt_tokens 200"):
         data.load_sources(config(mix="0:1:0", reasoning=[f"{tmp_path}/long.jsonl"]), smol_tokenizer)
 
 
@@ -303,7 +305,7 @@ RANKED = Group(4, Prompt("preference", "Say hi.", ("hi", "no"), (1.0, 0.0)), [5,
                texts=["<scores>9, 2</scores>", "\u2028\n\"3\""], finished=[True, False], rewards=[1.0, -1.0],
                advantages=[0.7, -0.7], entropy=1.25)
 UNJUDGED = Group(7, Prompt("instruction", "Say hi."), [5], [[7], [8]], texts=["hi", "Hi"], finished=[True, True],
-                 judgements=[{"order": [1, 0], "cut": 0, "prompt": "p", "text": "fine"}], advantages=[0.0, 0.0])
+                 judgements=[{"order": [1, 0], "cut": 0, "text": "fine", "finished": True}], advantages=[0.0, 0.0])
 
 
 @pytest.mark.parametrize("group", [RANKED, UNJUDGED], ids=["ranked", "unjudged"])

@@ -7,9 +7,8 @@ import json
 
 import pytest
 
-import data
+import conftest
 import eval as evaluation
-from conftest import Tokenizer
 from eval import expected_scores, main, pair_figures
 from infra import results
 from infra.results import interval, table, weighted_mean
@@ -17,8 +16,20 @@ from infra.sampler import Sample
 from lab import probe
 
 
+class Tokenizer(conftest.Tokenizer):
+    def apply_chat_template(self, turns, tokenize=True, **_):
+        text = " ".join(turn["content"] for turn in turns)
+        return text.split() if tokenize else text
+
+
 @pytest.fixture
-def answering(monkeypatch, no_model):
+def measuring(monkeypatch, no_model):
+    """No weights: whatever is refused is refused before a sampler is started."""
+    monkeypatch.setattr(evaluation, "load_tokenizer", lambda *_: Tokenizer())
+
+
+@pytest.fixture
+def answering(monkeypatch, measuring):
     """answering(f): a model that answers f(text of the prompt, number of the sample)."""
     def start(answer):
         def generate(sampler, prompts, *, n, max_tokens, seeds, temperature, progress=False):
@@ -154,10 +165,9 @@ def test_heldout_from_files_to_json(tmp_path, answering, files):
         ("reasoning", "2 + 3?"), ("reasoning", "2 + 2?"), ("instruction", "Say five."),
         ("instruction", "Another world."), ("preference", "Hi"), ("preference", "Hi")]
     last = found["answers"][-1]
-    assert last["responses"] == ["good", "bad"] and last["truth"] == [7, 1]
+    assert (last["responses"], last["truth"]) == (["good", "bad"], [7, 1])
     assert last["sampled"] == ["<scores>9, 2</scores>"] * 3 and last["mirrored"] == ["<scores>2, 9</scores>"] * 3
-    assert found["answers"][0]["mirrored"] == [] and found["settings"]["samples"] == 3
-    assert list(out.parent.iterdir()) == [out]  # no unfinished file is left
+    assert found["answers"][0]["mirrored"] == [] and list(out.parent.iterdir()) == [out]  # no unfinished file is left
 
 
 def test_without_a_measure_only_the_length_of_open_answers_is_known_and_an_unread_judge_is_no_zero(
@@ -171,7 +181,7 @@ def test_without_a_measure_only_the_length_of_open_answers_is_known_and_an_unrea
         assert found["referee"][name]["value"] is None and found["referee"][name]["count"] == 0
 
 
-def test_heldout_refuses_before_a_sampler_is_started(tmp_path, capsys, no_model, files):
+def test_heldout_refuses_before_a_sampler_is_started(tmp_path, capsys, measuring, files):
     ask = ["heldout", "--model", "m"]
     ties = write_lines(tmp_path / "ties.jsonl", {"prompt": "Hi", "responses": ["a", "b"], "scores": [1, 1]})
     (tmp_path / "file").write_text("")
@@ -192,14 +202,13 @@ def test_heldout_refuses_before_a_sampler_is_started(tmp_path, capsys, no_model,
 
 @pytest.mark.slow
 def test_heldout_by_the_real_sampler(tmp_path, taught_model, files, capsys):
-    """A model that writes four scores, whatever it is asked."""
     assert "config.json" in fails(["heldout", "--model", tmp_path, *files], capsys)
     limits = ["--max_prompt_tokens", "300", "--max_answer_tokens", "24", "--max_referee_tokens", "24"]
     for name in ("a", "b"):
         main(["heldout", "--model", taught_model, *files, *limits, "--samples", "2", "--json", str(tmp_path / name)])
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a", "b"))
     assert a["answers"] == b["answers"] and a["figures"] == b["figures"]  # sampling is seeded
-    assert a["figures"]["referee"]["format"]["value"] == 0  # four scores for two responses
+    assert a["figures"]["referee"]["format"]["value"] == 0  # the model writes four scores, whatever it is asked
     assert "<scores>" in a["answers"][-1]["greedy"][0] and len(a["answers"][-1]["mirrored"]) == 2
 
 
@@ -229,18 +238,8 @@ def test_probe_runs_parts_1_to_4_of_a_step(tmp_path, answering, capsys):
         assert words in fails([*arguments, *more], capsys, probe.main)
 
 
-def test_probe_takes_n_way_rows_as_all_their_pairs(tmp_path, answering):
-    levels = {"> " + text: i for i, text in enumerate("abcd")}
-
-    def good_judge(prompt, i):
-        shown = sorted(levels, key=lambda text: prompt.index(text + " "))
-        return data.score_line(1 + levels[text] + i for text in shown)
-
-    answering(good_judge)
-    row = {"responses": list("abcd"), "scores": [0, 1, 2, 3]}
-    source = write_lines(tmp_path / "P", *(row | {"prompt": f"{i}?"} for i in range(4)))
-    probe.main(["--model", "m", "--rows", "8", "--preset", "smol", "--mix", "3:0:0", "--preferences", source,
-                "--json", str(tmp_path / "out")])
-    figures = json.loads((tmp_path / "out").read_text())["figures"]
-    assert list(figures) == ["preference"] and figures["preference"]["tau"]["value"] == 1
-    assert figures["preference"]["single order"] == figures["preference"]["order consistency"] == interval([1] * 4)
+def test_a_row_of_n_responses_counts_as_all_its_pairs():
+    right = probe.pairs_of([0, 2, 1, 1], [[1, 9, 5, 6], [2, 8, 4, 3]], [[5, 6, 9, 1], None])
+    assert right["single order"] == 0.875 and right["order consistency"] == 1 and right["both orders"] == 0.5
+    likes_the_first = probe.pairs_of([0, 1, 2], [[9, 8, 7]], [[9, 8, 7]])
+    assert likes_the_first["single order"] == likes_the_first["first-position preference"] == 0.5

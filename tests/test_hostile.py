@@ -235,14 +235,20 @@ def checker(monkeypatch):
         assert answers.math_verify.process.wait(timeout=60) is not None
 
 
-def test_an_answer_that_takes_too_long_or_too_much_memory_earns_0_and_stops_nothing_else(checker, monkeypatch):
+def test_an_answer_that_takes_too_long_earns_0_and_stops_nothing_else(checker):
     assert verify_answer(r"\boxed{9^{(9^9)}}", "1") == 0 and checker.stopped == 1
     assert verify_answer(r"\boxed{x(x+1)}", "x^2+x") == 1 and checker.stopped == 1
+
+
+@pytest.mark.slow
+def test_an_answer_that_takes_too_much_memory_earns_0_and_a_checker_that_was_killed_is_started_again(
+        checker, monkeypatch):
+    assert verify_answer(r"\boxed{x(x+1)}", "x^2+x") == 1
     os.kill(checker.process.pid, signal.SIGKILL)  # between two answers
     checker.process.wait()
     monkeypatch.setattr(answers, "CHECK_BYTES", 400 << 20)
     monkeypatch.setattr(answers, "CHECK_SECONDS", 60)
-    assert verify_answer(r"\boxed{x(x+1)}", "x^2+x") == 1 and checker.stopped == 1
+    assert verify_answer(r"\boxed{x(x+1)}", "x^2+x") == 1 and checker.stopped == 0
     assert verify_answer(r"\boxed{2^{99999999999}}", "1") == 0
     assert verify_answer(r"\boxed{x(x+1)}", "x^2+x") == 1
 
@@ -321,10 +327,10 @@ def test_a_probe_earns_nothing_as_ranking_or_solution_and_the_judges_score_among
                     for group in (texts, ["a", "b", "c"]))
     assert structure(shown) == structure(plain)
     assert "> Hi there.\n" in shown and "> Hello.\n" in shown  # a long neighbour cuts nobody else
-    judged = rewarded(ASK, texts, [{"order": [2, 0, 1], "text": "<scores>8, 2, 6</scores>"}])
+    judged = rewarded(ASK, texts, [{"order": [2, 0, 1], "text": "<scores>8, 2, 6</scores>", "finished": True}])
     assert judged.rewards == [2, 6, 8]
     for repeated in (data.quoted(text), shown):  # the judge only repeats what it was shown: that is no verdict
-        group = rewarded(ASK, texts, [{"order": [0, 1, 2], "text": repeated}])
+        group = rewarded(ASK, texts, [{"order": [0, 1, 2], "text": repeated, "finished": True}])
         assert group.rewards is None and group.advantages == [0.0, 0.0, 0.0]
 
 

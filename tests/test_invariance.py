@@ -27,7 +27,7 @@ from infra.policy import full_weights, load_policy
 from infra.rows import rebalance
 from infra.sampler import Sample
 
-WORLDS, BUDGETS = (1, 2, 4), (1, 64, 4096)  # one group a row, a few, all
+WORLDS, BUDGETS = (1, 2, 4), (1, 4096)  # one group a row, all in one
 CONFIG = dict(precision="float32", group=3, grad_clip=1e9, lr_warmup=0, lr=1e-3)
 BATCHES = ("every rank has signal", "one of two has none", "nobody has any")
 
@@ -50,7 +50,7 @@ def make_batch(name: str) -> list[Group]:
         else:
             group.prompt, group.texts = Prompt("instruction", "Say hi."), ["one", "two", "three"]
             text = "<scores>9, 5, 2</scores>" if index == 6 else "all are fine"
-            group.judgements = [{"order": [2, 0, 1], "prompt": "", "text": text}]
+            group.judgements = [{"order": [2, 0, 1], "text": text, "cut": 0, "finished": True}]
         if name == BATCHES[2] or (name == BATCHES[1] and index > 3):
             group.prompt, group.texts = Prompt("reasoning", "1 + 1?", answer="2"), ["3"] * 3
         groups.append(group)

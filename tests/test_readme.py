@@ -140,7 +140,8 @@ def test_the_recipe_of_another_verifiable_reward(fork):
     own, forked = fork(REWARD)
     prompt = own.read_row("reasoning", "file:1", {"question": "Count.", "answer": "/^[ab]+$"})
     assert "box" not in own.prompt_text(prompt)
-    assert forked.group_rewards(None, SimpleNamespace(prompt=prompt, texts=["abb", "abc"])) == [1.0, 0.0]
+    group = SimpleNamespace(prompt=prompt, texts=["abb", "abc"], finished=[True, True])
+    assert forked.group_rewards(None, group) == [1.0, 0.0]
     with pytest.raises(urpo.InputError, match="answer"):
         own.read_row("reasoning", "file:1", {"question": "Count.", "answer": "/("})
 

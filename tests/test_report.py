@@ -1,13 +1,11 @@
-"""Curves, CSV, page and held-out answers of made-up runs, which urpo's own functions write. No model, no sampler."""
+"""Curves, CSV and held-out answers of made-up runs, which urpo's own functions write. No model, no sampler."""
 import csv
 import json
 import math
 import re
 from dataclasses import asdict
-from html.parser import HTMLParser
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 import data
@@ -18,7 +16,6 @@ from lab import report as module
 from lab.report import PANELS, main, read_figures
 from rewards import step_figures
 
-HOSTILE = """</pre></details><script>alert(1)</script><img src=x onerror="alert(1)">{{ 7 * 7 }} &lt; " ' <scores>9"""
 PROMPTS = {
     "preference": Prompt("preference", "Rank these.", ("one", "two", "three"), (2.0, 1.0, 0.0)),
     "reasoning": Prompt("reasoning", "What is 2 + 2?", answer="4"),
@@ -33,7 +30,8 @@ def made_up_group(index, kind, judge, answer):
         texts = [judge(3)] * 4 if kind == "preference" else ["so 4", "so 5"] * 2
     group = data.Group(index, prompt, [1, 2, 3], [[7] * len(text) for text in texts], texts, [True] * 4)
     if kind == "instruction":
-        group.judgements = [{"order": [0, 1, 2, 3], "cut": 0, "prompt": "Score < these.", "text": judge(4)}]
+        group.judgements = [{"order": [0, 1, 2, 3], "cut": 0, "prompt": "Score < these.", "text": judge(4),
+                                 "finished": True}]
     return group
 
 
@@ -56,30 +54,6 @@ def made_up_run(folder, judge=lambda n: data.score_line(range(1, n + 1)), answer
     write_lines(folder / "log.jsonl", log)
     write_lines(folder / "rollouts.jsonl", records)
     return folder
-
-
-class Page(HTMLParser):
-    """Every tag with its attributes, and the text."""
-
-    def __init__(self, folder, *arguments):
-        super().__init__()
-        main([str(folder), *map(str, arguments)])
-        self.tags, self.text = [], ""
-        self.source = (folder / "report.html").read_text(encoding="utf-8")
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, text):
-        if self.tags[-1:] and self.tags[-1][0] not in ("script", "style"):
-            self.text += text
-
-    def count(self, tag, **attributes):
-        return sum(name == tag and attributes.items() <= own.items() for name, own in self.tags)
-
-    def row(self, title):  # this run, one score for all, one fixed line
-        return re.findall(r'<td class="n">([^<\n]*)', self.source.partition(f"<tr><td>{title}")[2])[:3]
 
 
 @pytest.fixture
@@ -107,7 +81,6 @@ def test_a_gap_is_never_a_zero_in_curves_and_csv(tmp_path, monkeypatch):
     assert sum("not measured" in said for _, said in drawn.values()) == len(PANELS)  # all others, and the seconds
     rows = list(csv.DictReader((tmp_path / "c.csv").open()))
     assert [row["preference.tau"] for row in rows] == ["", "2", "", "4"] and "judge_tau" in rows[0]
-    assert not list(tmp_path.glob("*/report.html"))
 
 
 def test_hidden_gold_is_drawn_where_it_knows_the_instructions(tmp_path):
@@ -118,60 +91,6 @@ def test_hidden_gold_is_drawn_where_it_knows_the_instructions(tmp_path):
     assert read_figures(folder, [])["gold"].isna().all()
 
 
-def test_one_file_holds_picture_trajectories_and_repairs_and_asks_no_network(tmp_path, capsys):
-    folder = made_up_run(tmp_path / "run $x_1$", answer="half \ud800, nul \x00, bell \x07, $x_1$ ")
-    for name in ("log.jsonl", "rollouts.jsonl"):
-        with (folder / name).open("a") as out:
-            out.write('{"step": 6, "instr')  # as a crash may cut it
-    page, (out, err) = Page(folder), capsys.readouterr()
-    assert out.splitlines() == [str(folder / "curves.png"), str(folder / "report.html")]
-    assert all("log.jsonl:7" in said and "rollouts.jsonl:17" in said for said in (err, page.text))
-    assert [page.count("details", **{"class": "group", "data-kind": kind}) for kind in data.KINDS] == [6, 6, 4]
-    assert [own["src"][:27] for _, own in page.tags if {"src", "href"} & {*own}] == ["data:image/png;base64,iVBOR"]
-    assert "64 of 64 recorded answers (16 of 16 prompts)" in page.text and "half ?" in page.text
-
-
-def test_the_page_holds_each_number_of_the_record(no_pictures, tmp_path):
-    page = Page(folder := made_up_run(tmp_path / "run"))
-    for record in map(json.loads, (folder / "rollouts.jsonl").open()):
-        judged = [judgement[name] for judgement in record["judgements"] for name in ("prompt", "text")]
-        for text in [*record["texts"], *judged, *(f"{round(number, 3) + 0:g}" for number in record["advantages"])]:
-            assert text in page.text
-        rewards = torch.tensor(record["rewards"], dtype=torch.float64)
-        mean, std = (f"{round(value.item(), 3) + 0:g}" for value in (rewards.mean(), rewards.std()))
-        assert f"mean {mean}, std {std} (unbiased)" in page.text
-
-
-def test_judged_text_is_data_and_the_page_runs_its_own_script_alone(no_pictures, tmp_path):
-    plain = Page(made_up_run(tmp_path / "plain"))
-    hostile = Page(made_up_run(tmp_path / "hostile", judge=lambda n: HOSTILE, answer=HOSTILE))
-    for tag in ("script", "img", "details", "form"):
-        assert hostile.count(tag) == plain.count(tag)
-    assert hostile.count("details", **{"data-kind": "instruction", "data-rewards": "[]"}) == 4  # unjudged is not zero
-    assert HOSTILE in hostile.text and not any("onerror" in own for _, own in hostile.tags)
-    nonces = []
-    for page in (plain, hostile):
-        policy, = [own["content"] for tag, own in page.tags if own.get("http-equiv") == "Content-Security-Policy"]
-        nonces += [own["nonce"] for tag, own in page.tags if tag == "script"]
-        assert "default-src 'none'" in policy and f"script-src 'nonce-{nonces[-1]}'" in policy
-    assert len(set(nonces)) == 2 and len(nonces[0]) >= 32  # a text cannot know it beforehand
-
-
-def test_long_texts_and_many_groups_are_cut_and_the_page_says_so(no_pictures, tmp_path):
-    page = Page(made_up_run(tmp_path / "run", prompts=4, answer="A long answer. " * 1000), "--groups", 12)
-    assert 6 <= (shown := page.count("details", **{"class": "group"})) <= 12
-    assert all(page.count("details", **{"data-kind": kind}) for kind in data.KINDS)
-    assert f"{4 * shown} of 256 recorded answers ({shown} of 64 prompts)" in page.text
-    assert re.search(r"\b9000 characters are left out here", page.text)  # 15,000, less 6,000 shown
-
-
-def test_three_figures_stand_beside_what_constant_judges_have(no_pictures, tmp_path):
-    for scores, first_P, first_I in [((5, 5, 5, 5), "0", "0"), ((9, 2, 4, 4), "0.667", "0.75")]:
-        page = Page(made_up_run(tmp_path / str(scores), judge=lambda n: data.score_line(scores[:n])))
-        assert page.row("zero_spread of P") == page.row("distinct of P") == ["1", "1", "1"]
-        assert page.row("first_position of P")[:2] + page.row("first_position of I")[:2] == [first_P, "0", first_I, "0"]
-
-
 def test_what_was_measured_held_out_is_a_table_and_answers_side_by_side(no_pictures, tmp_path, capsys):
     folder = made_up_run(tmp_path / "run")
     for name, text, value in (("before", "it is \x1b[31m5", 0.0), ("after", "it is 4", 1.0)):
@@ -179,10 +98,10 @@ def test_what_was_measured_held_out_is_a_table_and_answers_side_by_side(no_pictu
         figures = {"reasoning": {"solved": {"value": value, "low": None, "high": None, "count": 1}}}
         result = {"figures": figures, "settings": {}, "answers": [answer]}
         (folder / f"heldout-{name}.json").write_text(json.dumps(result))
-    page = Page(folder)
-    for said in (capsys.readouterr().out, page.text):
-        assert "heldout-before" in said and "+1.00" in said and "\x1b" not in said
-        assert re.search(r"it is \\x1b\[31m5 +it is 4", said)
+    main([str(folder)])
+    said = capsys.readouterr().out
+    assert "heldout-before" in said and "+1.00" in said and "\x1b" not in said
+    assert re.search(r"it is \\x1b\[31m5 +it is 4", said)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -196,5 +115,15 @@ def test_what_is_no_run_is_refused_and_nothing_is_overwritten(no_pictures, tmp_p
     folder = made_up_run(tmp_path / "run")
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        module.report([folder] * (2 if name == "several runs" else 1), None, None, 9)
-    assert not (folder / "report.html").exists() and not (folder / "curves.png").exists()
+        module.report([folder] * (2 if name == "several runs" else 1), None, None)
+    assert not (folder / "curves.png").exists()
+
+
+def test_a_torn_last_line_is_left_out_and_said(no_pictures, tmp_path, capsys):
+    folder = made_up_run(tmp_path / "run")
+    with (folder / "log.jsonl").open("a") as out:
+        out.write('{"step": 6, "instr')  # as a crash may cut it
+    main([str(folder)])
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(folder / "curves.png")]
+    assert "log.jsonl:7" in err

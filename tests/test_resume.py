@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from dataclasses import asdict
@@ -147,8 +148,8 @@ def test_a_resume_brings_back_weights_moments_and_the_number_of_updates(new_trai
 def test_rate_and_weight_decay_of_a_resumed_run_are_its_own(new_trainer, tmp_path):
     first, second = new_trainer(), new_trainer(weight_decay=0.5)
     advance(*first)
-    save(tmp_path / "step_1", first)
-    runs.load_checkpoint(tmp_path / "step_1", *second)
+    save(tmp_path / "checkpoints" / "step_1", first)
+    runs.load_checkpoint(tmp_path / "checkpoints" / "step_1", *second)
     assert advance(*second, lr=5e-4) == pytest.approx(5e-4 * 2 / 4)
     (group,) = second[1].param_groups
     assert group["lr"] == pytest.approx(5e-4 * 2 / 4) and group["weight_decay"] == 0.5
@@ -157,8 +158,8 @@ def test_rate_and_weight_decay_of_a_resumed_run_are_its_own(new_trainer, tmp_pat
 def test_a_checkpoint_before_the_first_update_changes_nothing(new_trainer, tmp_path):
     """Torch fills an empty optimiser state by a step of its own, which Adam's bias correction would count."""
     undisturbed, saved, resumed = new_trainer(), new_trainer(), new_trainer()
-    save(tmp_path / "step_0", saved)
-    runs.load_checkpoint(tmp_path / "step_0", *resumed)
+    save(tmp_path / "checkpoints" / "step_0", saved)
+    runs.load_checkpoint(tmp_path / "checkpoints" / "step_0", *resumed)
     for trainer in (undisturbed, saved, resumed):
         advance(*trainer)
         advance(*trainer)
@@ -168,16 +169,18 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(new_trainer, tmp_p
 
 # ---- what a resumed run may change ----
 
-def resume_with(folder, monkeypatch, capsys, rows=None, **changes) -> str:
+def resume_with(folder, monkeypatch, capsys, rows=None, program="urpo", **changes) -> str:
     """What a resume says whose settings or rows differ, and that nothing is written where it is refused."""
     monkeypatch.chdir(folder)
     settings, mine = asdict(urpo.Config(name="mine")), folder / "runs" / "mine"
-    saved, about = write_checkpoint(mine, 3, settings=settings), '{"rows": {"preference": 1, "reasoning": 2}}'
+    saved = write_checkpoint(mine, 3, settings=settings | {"program": "urpo"})
+    about = '{"rows": {"preference": 1, "reasoning": 2}}'
     (mine / "config.json").write_text(about)
     (mine / "log.jsonl").write_text('{"step": 0}\n{"step": 5}\n')
     rows = rows or {"preference": 1, "reasoning": 2}
     try:
-        log = runs.Log(settings | {"resume": True} | changes, rows=rows, may_change=urpo.MAY_CHANGE, about={})
+        log = runs.Log(settings | {"resume": True} | changes, program=program, rows=rows,
+                       may_change=urpo.MAY_CHANGE, about={})
     except InputError as error:
         assert (mine / "config.json").read_text() == about and len(lines(mine / "log.jsonl")) == 2
         return str(error)
@@ -205,6 +208,35 @@ def test_a_resume_refuses_what_moves_the_stream_of_prompts_or_what_the_audit_der
 def test_a_resume_refuses_other_rows(process_group, tmp_path, monkeypatch, capsys):
     error = resume_with(tmp_path, monkeypatch, capsys, rows={"preference": 1, "reasoning": 3})
     assert "the rows of reasoning " in error and "--name" in error
+
+
+def test_a_resume_refuses_another_program(process_group, tmp_path, monkeypatch, capsys):
+    assert "--program urpo -> rm_gen" in resume_with(tmp_path, monkeypatch, capsys, program="rm_gen")
+
+
+def test_a_resume_without_a_checkpoint_erases_nothing(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(InputError, match="no checkpoint.*--name"):
+        runs.last_checkpoint(tmp_path)
+
+
+def test_a_resume_mends_what_a_kill_left_between_a_checkpoint_and_its_pointer(tmp_path):
+    for steps in (1, 2):
+        newest = write_checkpoint(tmp_path, steps)
+    pointer = tmp_path / "checkpoints" / "last"
+    pointer.unlink()
+    shutil.copytree(newest, pointer)  # a copy that followed the link
+    (tmp_path / "checkpoints" / "unfinished").mkdir()
+    assert runs.last_checkpoint(tmp_path, keep=1) == (2, newest)
+    assert names(tmp_path) == ["last", "step_2"] and pointer.is_symlink()
+
+
+def test_a_run_folder_belongs_to_one_process(tmp_path):
+    lock = runs.hold(tmp_path)
+    with pytest.raises(InputError, match="another process.*--name"):
+        runs.hold(tmp_path)
+    lock.close()
+    runs.hold(tmp_path).close()
 
 
 # ---- a disk that is full ----
@@ -240,14 +272,14 @@ def test_a_run_folder_that_cannot_be_written_is_one_plain_error(process_group, t
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("a file where a folder should be")
     with pytest.raises(InputError, match="runs/mine failed: .*Not a directory.*; make room"):
-        runs.Log(asdict(urpo.Config(name="mine")), rows={}, may_change=[], about={})
+        runs.Log(asdict(urpo.Config(name="mine")), program="urpo", rows={}, may_change=[], about={})
 
 
 # ---- signals, and faults of all kinds ----
 
 def test_a_signal_ends_the_run_after_its_step_which_is_saved(process_group, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    log = runs.Log(asdict(urpo.Config(name="mine", save_every=2)), rows={}, may_change=[], about={})
+    log = runs.Log(asdict(urpo.Config(name="mine", save_every=2)), program="urpo", rows={}, may_change=[], about={})
     saved, before = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(runs, "save_checkpoint", lambda folder, *_, settings: saved.append(folder.name))
     try:

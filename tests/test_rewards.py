@@ -17,6 +17,7 @@ from rewards import (
     group_advantages,
     group_rewards,
     kendall_tau,
+    kind_figures,
     loss_denominator,
     mean,
     parse_scores,
@@ -110,14 +111,14 @@ UNEQUAL = [
     (r"\boxed{5} so \boxed{6}", "5"), (r"5, so \boxed{5", "5"), (r"\boxed{5} so \boxed{5", "5"),  # left open
     (r"5, so \boxed{}", "5"), (r"\boxed{ }", "5"), (r"\boxed{\}}", "5"), (r"\boxed{{5}", "5"),
     (r"\boxed{(1, 2)}", "(2, 1)"), (r"\boxed{3, 4}", "3"), (r"\boxed{3 \text{ or } 4}", "3"),  # hedging does not pay
-    (r"\boxed{3\) \(4}", "3"), (r"\boxed{3$ $4}", "3"), (r"\boxed{18 dollars}", "18"), (r"\boxed{not 10}", "10"),
+    (r"\boxed{3\) \(4}", "3"), (r"\boxed{3$ $4}", "3"), (r"\boxed{not 10}", "10"),
     ("first 42, then 43", "42"), ("no number", "42"), ("", "42"), ("incorrect", "42"), ("incorrect", "correct"),
     (r"\boxed{incorrect}", "correct"), (r"\boxed{correct}", "incorrect"), (r"\boxed{12,34}", "1234"), ("x-3", "-3"),
     ("3-5", "-5"), (r"\boxed{6-7}", "7"),  # a range in running text, a difference in a box
     ("0.3333", "1/3"), ("0.1", "0.10000000000000000001"),  # exact, never nearly
     ("1/0", "0"), ("0/0", "0"), (r"\frac{3}{4}", "3/4"), ("50%", "5000%"), ("0.5%", "50"), ("1e999", "1"),
     ("1e999", "999"), ("1e999999999", "1"), (r"\boxed{1e999999999}", "1"), ("1e999999999/3", "1"),
-    (r"\boxed{9^{9^{9^9}}}", "1"), (r"\boxed{((9!)!)!}", "1"), (r"\boxed{(x+1)^{9999}}", "x"),
+    (r"\boxed{9^{9^{9^9}}}", "1"), (r"\boxed{(x+1)^{9999}}", "x"),
     (r"\boxed{" + "9" * 64000 + "}", "9"), ("9" * 64000, "9"), ("1" * 300, "1" * 300), ("1" + ",111" * 16000, "1"),
     ("-" * 64000, "1"), (r"\boxed{" * 9000, "1"), ("nan", "0"), ("inf", "0"), (r"\boxed{NaN}", "0"),
     ("\u0663", "3"), ("\\boxed{\u0663}", "3"), ("\uff13", "3"), ("\u00bd", "1/2"), ("3\u00b2", "9"),  # not ASCII
@@ -164,23 +165,37 @@ def test_an_integer_is_recognised_in_every_dress(number):
 def test_self_rewards_are_those_of_the_answers_whatever_the_order_shown(data, n, judgements):
     true_scores = data.draw(st.lists(st.integers(2, 20).map(lambda k: k / 2), min_size=n, max_size=n))
     orders = [data.draw(st.permutations(range(n))) for _ in range(judgements)]
-    texts = ["<scores>" + ", ".join(str(true_scores[i]) for i in order) + "</scores>" for order in orders]
-    assert self_rewards(texts, orders) == pytest.approx(true_scores)
-    assert self_rewards(texts + ["?"], orders + [list(range(n))]) == pytest.approx(true_scores)
+    verdicts = [[true_scores[i] for i in order] for order in orders]
+    assert self_rewards(verdicts, orders) == pytest.approx(true_scores)
+    assert self_rewards([*verdicts, None], [*orders, list(range(n))]) == pytest.approx(true_scores)
 
 
 def test_of_self_rewards_unknown_is_not_zero():
-    texts = ["<scores>9, 2</scores>", "?", "<scores>5, 7</scores>"]
-    assert self_rewards(texts, [[0, 1], [1, 2], [2, 0]]) == [8, 2, 5]
-    assert self_rewards(["<scores>9, 2</scores>", "?"], [[0, 1], [1, 2]]) is None  # nobody judged answer 2
-    assert self_rewards(["?", "<scores>11, 1</scores>"], [[0, 1], [1, 0]]) is None
+    assert self_rewards([[9, 2], None, [5, 7]], [[0, 1], [1, 2], [2, 0]]) == [8, 2, 5]
+    assert self_rewards([[9, 2], None], [[0, 1], [1, 2]]) is None  # nobody judged answer 2
+    assert self_rewards([[6, 5], None, None, None], [[1, 0], [0, 1], [0, 1], [0, 1]]) is None  # a minority would decide
+    assert self_rewards([None, None], [[0, 1], [1, 0]]) is None
     assert self_rewards([], []) is None
+
+
+def test_a_text_that_was_cut_off_cannot_be_read_wherever_scores_are_read():
+    ranked = "<scores>9, 2</scores> The first one"
+    assert parse_scores(ranked, 2) and parse_scores(ranked, 2, finished=False) is None
+    pair = Prompt("preference", "q", ("a", "b"), (1.0, 0.0))
+    group = Group(0, pair, [5], [[1], [2]], [ranked, ranked], [True, False])
+    group.rewards = group_rewards(SimpleNamespace(tau="b"), group)
+    group.advantages = [1.0, -1.0]
+    assert group.rewards == [1.0, -1.0]
+    assert [kind_figures([group])[name] for name in ("format", "tau")] == [0.5, 1.0]
+    judged = Group(0, Prompt("instruction", "q"), [5], [[1], [2]], ["a", "b"], [True, True])
+    judged.judgements = [{"order": [0, 1], "text": ranked, "cut": 0, "finished": False}]
+    assert group_rewards(SimpleNamespace(tau="b"), judged) is None
 
 
 @pytest.mark.parametrize("orders", [[], [[0, 0]], [[1, 2]], [[0, 1], [1, 3]]])
 def test_orders_that_name_no_answers_of_a_group_are_refused(orders):
     with pytest.raises(ValueError):
-        self_rewards(["?"] * max(1, len(orders)), orders)
+        self_rewards([None] * max(1, len(orders)), orders)
 
 
 # ---- all kinds ----
@@ -198,7 +213,8 @@ def test_group_rewards_takes_the_reward_of_the_prompts_kind():
     assert cut_off == pytest.approx([0.8165, -1], abs=1e-4)
     assert rewards(Prompt("reasoning", "What is 6 * 7?", answer="42"), ["\\boxed{42}", "43"]) == [1, 0]
     ask = Prompt("instruction", "Say hi.")
-    verdicts = [{"order": [1, 0], "text": "<scores>9, 3</scores>"}, {"order": [0, 1], "text": "?"}]
+    verdicts = [{"order": [1, 0], "text": "<scores>9, 3</scores>", "finished": True},
+                {"order": [0, 1], "text": "?", "finished": True}]
     assert rewards(ask, ["hi", "hello"], verdicts) == [3, 9]
     assert rewards(ask, ["hi", "hello"], verdicts[1:]) is None  # unjudged is not 0
     assert rewards(ask, ["hi", "hello"]) is None
@@ -265,9 +281,8 @@ def test_the_tokens_counted_as_clipped_are_those_whose_gradient_the_objective_st
 
 
 @pytest.mark.parametrize("call", [
-    lambda: kendall_tau([1, 2], [1]), lambda: kendall_tau([1, 2], [1, 2], "c"),
-    lambda: group_advantages(torch.tensor([1., math.nan])), lambda: group_advantages(torch.tensor([1., math.inf])),
-    lambda: group_advantages(torch.tensor([1., 0.]), "mean"), lambda: loss_denominator([1], "mean")])
+    lambda: kendall_tau([1, 2], [1]),
+    lambda: group_advantages(torch.tensor([1., math.nan])), lambda: group_advantages(torch.tensor([1., math.inf]))])
 def test_misuse_is_refused(call):
     with pytest.raises(ValueError):
         call()

@@ -22,7 +22,7 @@ def ranked(index, texts, rewards) -> Group:
 
 
 def judged(index, verdict, rewards) -> Group:
-    judgement = {"order": [1, 0], "cut": 0, "prompt": "p", "text": verdict}
+    judgement = {"order": [1, 0], "cut": 0, "prompt": "p", "text": verdict, "finished": True}
     return Group(index, Prompt("instruction", "Say hi."), [5], [[7, 8, 9], [8]], texts=["hi", "hi"], entropy=3.0,
                  finished=[True, False], judgements=[judgement], rewards=rewards, advantages=[0.7, -0.7])
 
@@ -31,7 +31,7 @@ def open_log(monkeypatch, folder, steps=9, **changes) -> runs.Log:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(runs, "catch_signals", lambda: [])  # pytest keeps its own
     settings = asdict(urpo.Config(name="mine", steps=steps)) | changes
-    return runs.Log(settings, rows={"reasoning": 5}, may_change=urpo.MAY_CHANGE, about={"dropped": 3})
+    return runs.Log(settings, program="urpo", rows={"reasoning": 5}, may_change=urpo.MAY_CHANGE, about={"dropped": 3})
 
 
 def figures(**changes) -> dict:
@@ -120,3 +120,11 @@ def test_a_trajectory_without_a_field_is_refused_by_line_and_field(tmp_path):
     assert next(groups)[0] == 0
     with pytest.raises(InputError, match="rollouts.jsonl:2: .*'answers'"):
         next(groups)
+
+
+def test_a_damaged_line_before_whole_ones_is_named_and_cuts_nothing(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 0}\nnoise\n{"step": 1}\n')
+    with pytest.raises(InputError, match="log.jsonl:2: damaged"):
+        runs.cut_lines(path, 5)
+    assert len(path.read_text().splitlines()) == 3

