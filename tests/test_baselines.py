@@ -115,7 +115,7 @@ def trained(taught_model, tmp_path_factory):
     baseline(folder, taught_model, "reward_model", "--mix", "1:1:0", "--lr", "1e-2", "--passes", "2", *heldout, ranks=2)
     baseline(folder, taught_model, "rm_score", "--mix", "0:1:1", "--judge", "runs/reward_model/model")
     baseline(folder, taught_model, "rm_gen", "--mix", "0:1:1", "--judge", taught_model)
-    baseline(folder, taught_model, "sft", "--warmup_steps", "0", "--steps", "8", ranks=2)
+    baseline(folder, taught_model, "sft", "--warmup_steps", "0", "--steps", "8", "--lr", "1e-3", ranks=2)
     return folder / "runs"
 
 

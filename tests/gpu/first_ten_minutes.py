@@ -2,8 +2,7 @@
 
     python tests/gpu/first_ten_minutes.py                        one card
     torchrun --nproc_per_node=2 tests/gpu/first_ten_minutes.py   two cards, all but the first check
-    python tests/gpu/first_ten_minutes.py --rehearse             on a CPU, as far as it has the checks, with toy/model:
-                                                                 that this script itself works
+    python tests/gpu/first_ten_minutes.py --rehearse             on a CPU with toy/model: that it works itself
 
 It prints one line a check, goes on after a check that fails, and on a GPU writes docs/gpu.json. Without one it says so
 and ends: nothing is called good that was not run.
