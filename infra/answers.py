@@ -13,7 +13,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from fractions import Fraction
 
 LONGEST_ANSWER = 200  # characters; no final answer worth paying for is longer
@@ -45,13 +44,15 @@ TIDY = rules(
 UNIT = re.compile(rf"(?<=[0-9}}%])\s*(?:{FONT}\{{\s*([A-Za-z][A-Za-z./ ]*?)\s*\}}"
                   r"|(?<=[0-9}]) ((?:[A-Za-z]{3,}|[cmk]m|kg|[ap]\.?m\.?)(?: [A-Za-z]{2,})*)|(\^\\circ))"
                   r"\s*(\^\{?[0-9]\}?)?$", re.IGNORECASE)
-SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+          "cent": Fraction(1, 100)}
 FUNCTION = r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])"
 MATHS = rules(
     (FONT + r"\{([^{}]*)\}", r" \1 "), (FUNCTION, r"\\\1 "), (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt ([0-9]+)", r"\\sqrt{\1}"), (r"\*", r"\\cdot "), (r"([0-9]+) ?\^\\circ", r"{\\frac{\1\\pi}{180}}"),
     (r"^(-?)([0-9]+) ([0-9]+)/([0-9]+)$", r"\1(\2+\\frac{\3}{\4})"),
     (r"^(-?)([0-9]+) ?(\\frac\{[0-9]+\}\{[0-9]+\})$", r"\1(\2+\3)"))
+NO_MATHS = re.compile(r"[0-9] ?_|(?<![\\A-Za-z{])[A-Za-z]{3,}")  # a number in a base, or words
 DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)(?:\\overline\{([0-9]+)\})?(?![0-9.])")
 
 
@@ -87,12 +88,11 @@ def boxed(text: str) -> list[str]:
 
 def final_answer(response: str) -> str:
     """The content of the last box, else the last number, else ""."""
-    for content in reversed(boxed(response)):
-        return content
-    answer = ""
-    for number in NUMBER.finditer(response.replace("\u2212", "-").replace("{,}", ",")):
-        answer = number.group()
-    return answer
+    found = boxed(response)
+    if not found:
+        text = response.replace("\u2212", "-").replace("{,}", ",")
+        found = [number.group() for number in NUMBER.finditer(text)]
+    return found[-1] if found else ""
 
 
 def split_unit(text: str) -> tuple[str, str, Fraction]:
@@ -107,7 +107,7 @@ def split_unit(text: str) -> tuple[str, str, Fraction]:
         return text, unit, scale
     for word in (found[1] or found[2] or "degree").lower().replace(".", "").split():
         word = word.rstrip("s").rstrip("e")
-        scale *= SCALES.get(word, SCALES.get(word + "e", 1)) if word != "cent" else Fraction(1, 100)
+        scale *= SCALES.get(word, 1)
         if word == "cent":
             unit = "dollar"
         elif word not in SCALES:
@@ -120,9 +120,8 @@ def read_number(text: str) -> tuple[Fraction, bool] | None:
     match = NUMBER.fullmatch(text)
     if match is None or len(match["exponent"] or "") > 5 or not int(match["denominator"] or 1):
         return None  # a longer exponent, as in 1e99999, would only fill the memory
-    value = Fraction(match["digits"].replace(",", "") + (match["exponent"] or ""))
-    value /= int(match["denominator"] or 1)
-    return (-value if match["sign"] == "-" else value), match["percent"] is not None
+    value = Fraction((match["sign"] or "") + match["digits"].replace(",", "") + (match["exponent"] or ""))
+    return value / int(match["denominator"] or 1), match["percent"] is not None
 
 
 def as_word(text: str) -> str | None:
@@ -161,8 +160,8 @@ def same_answer(given: str, truth: str) -> bool:
     if max(len(given), len(truth)) > LONGEST_ANSWER:
         return False
     given, truth = tidy(given), tidy(truth)
-    if not given or not truth or given == truth:
-        return bool(given and truth)
+    if not given or not truth:
+        return False
     (a, a_unit, a_scale), (b, b_unit, b_scale) = split_unit(given), split_unit(truth)
     if a_unit != b_unit and (a_unit and b_unit or {"am", "pm"} & {a_unit, b_unit}):
         return False
@@ -175,7 +174,7 @@ def same_answer(given: str, truth: str) -> bool:
     if a == b or a_word or b_word or a_scale != b_scale:
         return a_scale == b_scale and (a == b or a_word == b_word)
     a, b = as_maths(a), as_maths(b)
-    if re.search(r"[0-9] ?_|[0-9] [0-9]|(?<![\\A-Za-z{])[A-Za-z]{3,}", f"{a};{b}"):  # a base, two numbers, words
+    if NO_MATHS.search(f"{a};{b}") or re.search("[0-9] [0-9]", f"{a};{b}"):  # two numbers are not their product
         return False
     a_names, b_names = set(re.findall(r"\\?[A-Za-z]+", a)), set(re.findall(r"\\?[A-Za-z]+", b))
     if a_names != b_names and {name.lower() for name in a_names} == {name.lower() for name in b_names}:
@@ -189,25 +188,19 @@ def check_answer(answer: str) -> None:
     >>> check_answer(r"\frac{1}{2}")
     >>> check_answer("1/0")
     Traceback (most recent call last):
-    ValueError: unreadable answer '1/0': not a number, not words, nothing that math_verify can parse
+    ValueError: unreadable answer '1/0': not a number, not words, and math_verify cannot compare it in 2 s and 2 GiB
     """
     text = tidy(answer)
-    if not text:
-        raise ValueError("the answer is empty")
-    if len(text) > LONGEST_ANSWER:
-        raise ValueError(f"the answer is longer than {LONGEST_ANSWER} characters: {text[:40]!r}...")
+    if not 0 < len(text) <= LONGEST_ANSWER:
+        raise ValueError(f"the answer has {len(text)} characters, expected 1 to {LONGEST_ANSWER}: {text[:40]!r}")
     plain = split_unit(text)[0]
-    if read_number(plain) or as_word(plain) or re.search(r"[0-9] ?_|(?<![\\A-Za-z{])[A-Za-z]{3,}", plain):
+    if read_number(plain) or as_word(plain) or NO_MATHS.search(plain):
         return
     maths = as_maths(plain)
-    readable = not NUMBER.fullmatch(plain) and math_verify(maths)
-    # The second check asks how long one comparison takes: every response would cost as much.
-    if readable is None or readable and math_verify(maths, "1") is None:
-        raise ValueError(f"unreadable answer {answer!r}: math_verify needs more than {CHECK_SECONDS} s or "
-                         f"{CHECK_BYTES >> 30} GiB for it")
-    if not readable:
-        raise ValueError(f"unreadable answer {answer!r}: not a number, not words, "
-                         "nothing that math_verify can parse")
+    # The comparison shows how long one takes: every response would cost as much.
+    if NUMBER.fullmatch(plain) or not math_verify(maths) or math_verify(maths, "1") is None:
+        raise ValueError(f"unreadable answer {answer!r}: not a number, not words, and math_verify cannot "
+                         f"compare it in {CHECK_SECONDS} s and {CHECK_BYTES >> 30} GiB")
 
 
 # ------------------------------------------------------------------------------- the sandbox of symbolic maths
@@ -243,29 +236,25 @@ class MathVerify:
     """
 
     def __init__(self):
-        self.process, self.stopped, self.lock = None, 0, threading.Lock()
-
-    def start(self) -> None:
-        # -P: no module of the working folder is imported. A new session: Ctrl-C reaches the trainer alone.
-        command = [sys.executable, "-P", "-c", SANDBOX, str(CHECK_SECONDS), str(CHECK_BYTES)]
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        start_new_session=True)
-        if self.process.stdout.readline() != "ready\n":
-            raise RuntimeError("math_verify did not start; its own message stands above")
+        self.process, self.stopped = None, 0
 
     def __call__(self, *texts: str) -> bool | None:
         """Is [text] readable, or [truth, text] readable and equal? None: it was stopped, which `stopped` counts."""
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.start()
-            self.process.stdin.write(json.dumps(texts) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-            if answer:
-                return json.loads(answer)
-            self.process.wait()
-            self.stopped += 1
-            return None
+        if self.process is None or self.process.poll() is not None:
+            # -P: no module of the working folder is imported. A new session: Ctrl-C reaches the trainer alone.
+            command = [sys.executable, "-P", "-c", SANDBOX, str(CHECK_SECONDS), str(CHECK_BYTES)]
+            self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            start_new_session=True)
+            if self.process.stdout.readline() != "ready\n":
+                raise RuntimeError("math_verify did not start; its own message stands above")
+        self.process.stdin.write(json.dumps(texts) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if answer:
+            return json.loads(answer)
+        self.process.wait()
+        self.stopped += 1
+        return None
 
 
 math_verify = MathVerify()
