@@ -22,13 +22,16 @@ def load_tokenizer(folder: str, chat_template: str = ""):
     except Exception as error:  # noqa: BLE001  a damaged file raises anything; the reason is printed
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--model {folder}: no tokenizer that loads, here or on the hub as far as we can see "
-                         f"({type(error).__name__}: {reason}); check the name, or save model and tokenizer "
-                         "there") from None
+                         f"({type(error).__name__}: {reason}); check the name, or save one there") from None
     if not tokenizer.is_fast:
-        raise InputError(f"--model {folder}: its tokenizer has no tokenizer.json, and only such tokenizers tell which "
-                         "letters a token stands for; convert it, or use another model")
+        raise InputError(f"--model {folder}: its tokenizer has no tokenizer.json, so it cannot tell which letters a "
+                         "token stands for; convert it, or use another model")
     if chat_template:
-        tokenizer.chat_template = read_template(chat_template)
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"--chat_template {chat_template}: cannot be read ({error}); give a file in Jinja, for "
+                             "example infra/plain_turns.jinja") from None
     if not tokenizer.chat_template:
         raise InputError(f"--model {folder}: the tokenizer has no chat template; give --chat_template "
                          "infra/plain_turns.jinja, or use an instruct model")
@@ -36,29 +39,20 @@ def load_tokenizer(folder: str, chat_template: str = ""):
     return tokenizer
 
 
-def read_template(path: str) -> str:
-    try:
-        template = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--chat_template {path}: cannot be read ({error}); give a file in Jinja, for example "
-                         "infra/plain_turns.jinja") from None
-    return template
-
-
 def check_template(tokenizer, source: str) -> None:
     """Refuse a chat template that fails, or that does not show what it is given."""
     from jinja2 import TemplateError
 
     for text in ("", "question"):
+        fault = "drops what the user says"
         try:
             shown = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                                   add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"{source}: its chat template fails on a user's {text!r} ({error}); give a template in "
-                             "Jinja, for example infra/plain_turns.jinja") from None
-        if text not in shown:
-            raise InputError(f"{source}: its chat template drops what the user says, so every prompt would be empty; "
-                             "give another one, for example infra/plain_turns.jinja")
+            shown, fault = None, f"fails on a user's {text!r} ({error})"
+        if shown is None or text not in shown:
+            raise InputError(f"{source}: its chat template {fault}; give another one in Jinja, for example "
+                             "infra/plain_turns.jinja")
 
 
 def encode_chat(tokenizer, text: str) -> list[int]:
@@ -72,12 +66,17 @@ def stop_ids(tokenizer) -> list[int]:
 
     An instruct model has one token for both. A base model's eos is another one, and its answers would run on.
     """
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    _, shown, rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")
-    after = tokenizer.encode(rest, add_special_tokens=False)[:1] if shown else []
-    ends = {tokenizer.eos_token_id} | (control_ids(tokenizer) & set(after))
-    ends.discard(None)
-    return sorted(ends)
+    *_, after = around_turns(tokenizer)
+    first = tokenizer.encode(after, add_special_tokens=False)[:1]
+    return sorted(({tokenizer.eos_token_id} | (control_ids(tokenizer) & set(first))) - {None})
+
+
+def around_turns(tokenizer) -> tuple[str, str, str]:
+    """What the chat template sets before a user's turn, between it and an assistant's, and after that."""
+    turns = [{"role": "user", "content": "My question"}, {"role": "assistant", "content": "My answer"}]
+    before, _, rest = tokenizer.apply_chat_template(turns, tokenize=False).partition("My question")
+    between, _, after = rest.partition("My answer")
+    return before, between, after
 
 
 def answer_text(tokenizer, ids: list[int], stops: list[int]) -> str:
@@ -85,9 +84,6 @@ def answer_text(tokenizer, ids: list[int], stops: list[int]) -> str:
     if ids and ids[-1] in stops:
         ids = ids[:-1]
     return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-# ------------------------------------------------------------------------------- control strings
 
 
 @lru_cache(maxsize=4)
@@ -100,24 +96,21 @@ def control_ids(tokenizer) -> frozenset[int]:
 @lru_cache(maxsize=4)
 def turn_marks(tokenizer) -> re.Pattern:
     """What the template sets around a user's turn in brackets, as Llama 2's [/INST]: plain text to its tokenizer."""
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).partition("question")
-    marks = re.findall(r"[\[<{|]\S+[\]>}|]", before + after.partition("answer")[0])
+    before, between, _ = around_turns(tokenizer)
+    marks = re.findall(r"[\[<{|]\S+[\]>}|]", before + between)
     return re.compile("|".join(map(re.escape, marks)) or r"(?!)")  # the last one finds nothing
 
 
 def control_spans(text: str, tokenizer) -> list[tuple[int, int]]:
     """Where the tokenizer reads a special or added token, or a mark of turns stands: (start, end), in characters.
 
-    The check is on token ids, since a tokenizer may change letters first ("＜" to "<"). A letter that the tokenizer
-    does not know is no structure.
+    The check is on token ids, since a tokenizer may change letters first ("＜" to "<").
     """
-    control = control_ids(tokenizer)
+    control, spans = control_ids(tokenizer), []
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = []
     for token, (start, end) in zip(found["input_ids"], found["offset_mapping"]):
         piece = text[start:end]
-        unknown_letter = token == tokenizer.unk_token_id and tokenizer.unk_token not in piece
+        unknown_letter = token == tokenizer.unk_token_id and tokenizer.unk_token not in piece  # is no structure
         if token in control and piece.strip() and not unknown_letter:
             spans.append((start, end))
     return spans or [mark.span() for mark in turn_marks(tokenizer).finditer(text)]

@@ -30,8 +30,8 @@ def check_folder(model: str) -> str:
     """A hub id as it is, or a local folder that holds a model. Raises InputError that says what is missing."""
     if model.startswith((".", "/")) or model.endswith("/model") or os.path.exists(model):
         if not os.path.isfile(os.path.join(model, "config.json")):
-            raise InputError(f"{model}: no model here (no config.json); give a folder that save_pretrained wrote. "
-                             "`python -m lab.seed` writes the laptop's, toy/model")
+            raise InputError(f"{model}: no model here (no config.json); give a folder that save_pretrained wrote, or "
+                             "toy/model, which `python -m lab.seed` writes")
         if not any(Path(model).glob("*.safetensors")):
             raise InputError(f"{model}: no *.safetensors here, and no other format is read, since a pickle "
                              "(pytorch_model.bin) can run code; save it as safetensors where you trust it")
@@ -44,24 +44,27 @@ def model_config(folder: str):
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"--model {folder}: neither a local folder nor the hub gave a config.json that can be read "
+                         f"({str(error).splitlines()[0]}); check the name and the network") from None
+    except ValueError as error:
         raise no_language_model(folder, error) from None
 
 
-def no_language_model(folder: str, error: Exception) -> InputError:
+def no_language_model(folder: str, error: ValueError) -> InputError:
     reason = " ".join(str(error).split())[:200]
     return InputError(f"--model {folder}: its config.json names no language model that transformers knows ({reason}); "
                       "use another")
 
 
 def empty_model(folder: str, config):
-    """The model without any weights. Refuses one that trainer or sampler could not use."""
+    """The model without any weights. Refuses one that is not built as ours must be."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:  # wants its own code to be run; no language model
+    except ValueError as error:  # wants its own code to be run; no language model
         raise no_language_model(folder, error) from None
     if not hasattr(lm, "lm_head") or not hasattr(getattr(lm, "model", None), "layers"):
         raise InputError(f"--model {folder}: {type(lm).__name__} has no model.layers and lm_head; use a model built "
@@ -86,11 +89,6 @@ def check_model(folder: str, *, vocabulary: int, tokens: int) -> None:
                          f"{vocabulary}. The sampler forbids the others one by one, and takes {MOST_PADDED} at most: "
                          f"cut the embedding (model.resize_token_embeddings({vocabulary})), save it, use that")
     check_attention(folder, config, tokens)
-    longest = getattr(config, "max_position_embeddings", tokens)
-    if tokens > longest:
-        raise InputError(f"--model {folder} reads {longest} tokens, and the longest prompt with its answer may have "
-                         f"{tokens}: lower --max_judge_tokens, --max_prompt_tokens, --max_answer_tokens or "
-                         "--max_referee_tokens")
     for path in Path(folder).glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt"):  # reads the header, and compares it with the size
@@ -100,17 +98,24 @@ def check_model(folder: str, *, vocabulary: int, tokens: int) -> None:
 
 
 def check_attention(folder: str, config, tokens: int) -> None:
-    """Refuse what a packed row or our log-probs leave out: caps and scales of logits, windows that slide."""
+    """Refuse what a packed row or our log-probs leave out, caps and scales of logits, and sequences that are too long.
+
+    To a window that slides a packed row would show more than the window.
+    """
     for name in ("final_logit_softcapping", "attn_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
+        if getattr(config, name, None) not in (None, 1):
             raise InputError(f"--model {folder}: its {name} is {getattr(config, name)}, which our log-probs leave out; "
                              "use a model without it")
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if window and window < tokens and slides and getattr(config, "use_sliding_window", True):
-        raise InputError(f"--model {folder}: its attention sees {window} tokens back, and a sequence here may have "
-                         f"{tokens}, which a packed row does not know: lower --max_prompt_tokens, --max_answer_tokens "
-                         "and --max_judge_tokens, or use another model")
+    limits = ["max_position_embeddings"]
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if "sliding_attention" in layers and getattr(config, "use_sliding_window", True):
+        limits.append("sliding_window")
+    for name in limits:
+        longest = getattr(config, name, None) or tokens
+        if tokens > longest:
+            raise InputError(f"--model {folder}: its {name} is {longest}, and the longest prompt with its answer may "
+                             f"have {tokens} tokens: lower --max_judge_tokens, --max_prompt_tokens, --max_answer_tokens "
+                             "and --max_referee_tokens, or use another model")
 
 
 def check_memory(folder: str) -> None:
@@ -123,8 +128,7 @@ def check_memory(folder: str) -> None:
     gpu, host = free_gib()
     here = 1 if GPU else ranks_here()  # on a CPU all ranks share the memory
     state, sampler = 16 / dist.get_world_size(), 2 if GPU else 4
-    needed, free = here * parameters * (state + sampler) / 2**30, gpu if GPU else host
-    fault = ""
+    needed, free, fault = here * parameters * (state + sampler) / 2**30, gpu if GPU else host, ""
     if needed > free:
         fault = (f"--model {folder}: {parameters / 1e6:.0f}M parameters take {needed:.1f} GiB at least, and {free:.1f} "
                  "GiB are free: use more ranks, a smaller model, or more memory (python -m lab.plan)")
@@ -190,8 +194,7 @@ def load_policy(folder: str, *, vocabulary: int, precision: str, temperature: fl
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register("row_attention", row_attention)
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True,
-                                              trust_remote_code=False,
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False,
                                               attn_implementation="flex_attention" if GPU else "row_attention")
     lm.train()
     if recompute:

@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-OLDEST_DRIVER = {"12": "525", "13": "580"}  # that runs a CUDA of this major version, on Linux
 TIMEOUT = datetime.timedelta(minutes=30)  # after which ranks give up waiting for one that stalls
 STORE = None  # the ranks' common notes; made by start_ranks
 
@@ -28,10 +27,8 @@ class InputError(Exception):
     """A mistake in what the user gave us: printed as one line, exit status 2. It may quote any text."""
 
     def __str__(self) -> str:
-        shown = []
-        for character in self.args[0]:  # no line breaks and no terminal escapes
-            shown.append(character if character.isprintable() else repr(character)[1:-1])
-        line = "".join(shown)
+        # No line breaks and no terminal escapes.
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in self.args[0])
         return line if len(line) <= 600 else f"{line[:400]} ... {line[-200:]}"
 
 
@@ -125,10 +122,8 @@ def on_rank_0(what: str, work):
     if dist.get_rank() == 0:
         try:
             outcome = [work()]
-        except InputError as error:
-            outcome = [error]
-        except (OSError, SafetensorError) as error:
-            outcome = [write_failed(what, error)]
+        except (InputError, OSError, SafetensorError) as error:
+            outcome = [error if isinstance(error, InputError) else write_failed(what, error)]
     dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], InputError):
         raise outcome[0]
@@ -157,9 +152,8 @@ class Clock:
         if GPU:
             torch.cuda.synchronize()
         self.peak_bytes = max(self.peak_bytes, used_bytes())
-        now = time.perf_counter()
-        self.seconds[part] = now - self.last
-        self.last = now
+        before, self.last = self.last, time.perf_counter()
+        self.seconds[part] = self.last - before
 
     def figures(self) -> dict:
         """What the log says of a step: its seconds by part, its highest memory (on a CPU: so far) over all ranks."""
@@ -179,21 +173,16 @@ def free_gib() -> tuple[float | None, float]:
     """(memory that is free on this rank's GPU, or None; free in this machine)."""
     import psutil
 
-    host = psutil.virtual_memory().available / 2**30
-    if not GPU:
-        return None, host
-    free, _ = torch.cuda.mem_get_info()
-    return free / 2**30, host
+    gpu = torch.cuda.mem_get_info()[0] / 2**30 if GPU else None
+    return gpu, psutil.virtual_memory().available / 2**30
 
 
 def missing_gpu() -> str:
     """What to do when this torch was built for GPUs and sees none; "" otherwise."""
     if GPU or not torch.version.cuda:
         return ""
-    major = torch.version.cuda.split(".")[0]
-    driver = OLDEST_DRIVER.get(major, "that torch names")
-    return (f"this torch is built for CUDA {torch.version.cuda} and sees no GPU. That CUDA needs an NVIDIA driver of "
-            f"{driver} or newer (nvidia-smi shows yours). --preset smol trains on the CPU")
+    return (f"this torch is built for CUDA {torch.version.cuda} and sees no GPU. CUDA 13 needs an NVIDIA driver of 580 "
+            "or newer, CUDA 12 one of 525 (nvidia-smi shows yours). --preset smol trains on the CPU")
 
 
 def about_machine() -> dict:

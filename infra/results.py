@@ -15,15 +15,12 @@ from scipy import stats
 
 from infra.ranks import InputError
 
-# ------------------------------------------------------------------------------- figures
-
 
 def figure(value: float | None, count: int, low: float | None = None, high: float | None = None) -> dict:
     """A figure as it stands in a JSON: value, 95 % interval, number of rows (or of what is stated) behind it."""
-    found = {"value": value, "low": low, "high": high}
-    for name, number in found.items():
-        found[name] = None if number is None else round(float(number), 4)
-    found["count"] = count
+    found: dict = {"value": value, "low": low, "high": high, "count": count}
+    for name in ("value", "low", "high"):
+        found[name] = None if found[name] is None else round(float(found[name]), 4)
     return found
 
 
@@ -107,9 +104,6 @@ def summary(rows: list[dict]) -> dict[str, dict]:
     return {name: interval(values) for name, values in columns(rows).items()}
 
 
-# ------------------------------------------------------------------------------- table
-
-
 def table(results: dict[str, dict], last: str = "") -> str:
     """Results side by side, a column each: value [95 % interval]. Last column: "change" from first to last, or "n".
 
@@ -149,9 +143,6 @@ def cell_text(cell: dict) -> str:
     return text if cell["low"] is None else f"{text} [{cell['low']:.2f}, {cell['high']:.2f}]"
 
 
-# ------------------------------------------------------------------------------- files
-
-
 def check_writable(flag: str, path: str) -> None:
     """Refuse a path that nothing can be written to, before the minutes that measuring takes."""
     folder = Path(path).absolute().parent
@@ -164,10 +155,8 @@ def check_writable(flag: str, path: str) -> None:
 def read_json(path: str | Path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the name") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); write it again") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read, or is not JSON ({error}); check the name") from None
 
 
 def read_result(path: str | Path) -> dict:

@@ -58,34 +58,30 @@ def build_row(groups: list, weights: list[list[float]]) -> Row:
     >>> row.lengths
     [[2, 2, 1]]
     """
+    parts = [[group.prompt_ids, *group.answers] for group in groups]
+    tokens = sum(map(len, sum(parts, [])))
+    blocks = -(-tokens // ROW_BLOCK)
+    padding = max(SHORTEST_ROW, blocks * ROW_BLOCK) - tokens
+    if padding:  # a group of its own, which no other token sees
+        parts.append([[0] * padding])
     ids, position = [], []
     group_of, answer_of = [], []
     source, target = [], []
-    lengths = []
-    for g, group in enumerate(groups):
-        prompt_length = len(group.prompt_ids)
+    for g, group in enumerate(parts):
+        prompt_length = len(group[0])
         prompt_end = len(ids) + prompt_length - 1
-        lengths.append([])
-        for a, part in enumerate([group.prompt_ids, *group.answers]):
+        for a, part in enumerate(group):
+            first = 0
             if a > 0:  # the last token of the prompt predicts the first token of every answer
-                source.append(prompt_end)
-                source.extend(range(len(ids), len(ids) + len(part) - 1))
-                target.extend(part)
-            first = prompt_length if a > 0 else 0
-            ids.extend(part)
-            position.extend(range(first, first + len(part)))
-            group_of.extend([g] * len(part))
-            answer_of.extend([a] * len(part))
-            lengths[g].append(len(part))
-    padding = padding_of(len(ids))
-    if padding:  # a group of its own, which no other token sees
-        ids.extend([0] * padding)
-        position.extend(range(padding))
-        group_of.extend([len(groups)] * padding)
-        answer_of.extend([0] * padding)
-        lengths.append([padding])
+                first = prompt_length
+                source += [prompt_end, *range(len(ids), len(ids) + len(part) - 1)]
+                target += part
+            ids += part
+            position += range(first, first + len(part))
+            group_of += [g] * len(part)
+            answer_of += [a] * len(part)
     row = Row()
-    row.lengths = lengths
+    row.lengths = [[len(part) for part in group] for group in parts]
     row.ids_T = on_device(ids)
     row.position_T = on_device(position)
     row.group_T = on_device(group_of)
@@ -96,28 +92,22 @@ def build_row(groups: list, weights: list[list[float]]) -> Row:
     return row
 
 
-def padding_of(tokens: int) -> int:
-    """Tokens that a row lacks to a length that FlexAttention takes on a GPU; none on a CPU."""
-    blocks = -(-tokens // ROW_BLOCK)
-    return max(SHORTEST_ROW, blocks * ROW_BLOCK, tokens) - tokens
-
-
-def on_device(values: list) -> Tensor:
-    return torch.tensor(values, device=DEVICE)
-
-
 def add_loss_values(row: Row, groups: list, weights: list[list[float]]) -> None:
     """Advantage, weight and sampler's log-prob of each answer token."""
     advantage, weight, sampler = [], [], []
     for group, group_weights in zip(groups, weights):
         for answer, a, w in zip(group.answers, group.advantages, group_weights):
-            advantage.extend([a] * len(answer))
-            weight.extend([w] * len(answer))
+            advantage += [a] * len(answer)
+            weight += [w] * len(answer)
         for logprobs in group.sampler_logprobs:
-            sampler.extend(logprobs)
+            sampler += logprobs
     row.advantage_N = on_device(advantage)
     row.weight_N = on_device(weight)
     row.sampler_N = on_device(sampler)
+
+
+def on_device(values: list) -> Tensor:
+    return torch.tensor(values, device=DEVICE)
 
 
 def pack(groups: list, row_tokens: int) -> list[list]:
@@ -155,15 +145,12 @@ def build_rows(groups: list, *, row_tokens: int, weight) -> list[Row]:
 
 
 class Example:
-    """A group that no one has sampled: for a rank that has nothing to do, and for a check at the start."""
+    """A group that no one has sampled."""
 
     def __init__(self, prompt_ids: list[int], answers: list[list[int]]):
         self.prompt_ids, self.answers = prompt_ids, answers
         self.advantages = [0.0] * len(answers)
         self.sampler_logprobs = [[0.0] * len(answer) for answer in answers]
-
-
-# ------------------------------------------------------------------------------- equal work for every rank
 
 
 def rebalance(groups: list, minibatches: int) -> list:
@@ -183,9 +170,7 @@ def rebalance(groups: list, minibatches: int) -> list:
 
 
 def share_evenly(groups: list, world: int) -> list[list]:
-    """Groups to `world` ranks, equally many to each, the work about even: the longest first, each to the idlest rank.
-
-    A group without signal costs nothing.
+    """Groups to `world` ranks, equally many to each: the longest first, each to the idlest rank.
 
     >>> from types import SimpleNamespace
     >>> groups = []
@@ -196,7 +181,7 @@ def share_evenly(groups: list, world: int) -> list[list]:
     """
 
     def cost(group):
-        return group.tokens * group.has_signal
+        return group.tokens * group.has_signal  # without signal it stands in no row
 
     share = len(groups) // world
     hands, work = [[] for _ in range(world)], [0] * world
@@ -206,9 +191,6 @@ def share_evenly(groups: list, world: int) -> list[list]:
         hands[idlest].append(group)
         work[idlest] += cost(group)
     return hands
-
-
-# ------------------------------------------------------------------------------- attention within a row
 
 
 def visible(row: Row):
@@ -239,7 +221,7 @@ def row_attention(module, query_1KTD, key_1KTD, value_1KTD, attention_mask, scal
     Every prompt sees itself, and every answer its prompt and itself, each in a call of its own. One mask over the
     whole row would compute mostly what it then hides: 5.6 times as much for 8 answers of 96 tokens and a prompt of 60.
     """
-    lengths = [length for group in row.lengths for length in group]
+    lengths = sum(row.lengths, [])
     queries = query_1KTD.split(lengths, dim=2)
     keys = key_1KTD.split(lengths, dim=2)
     values = value_1KTD.split(lengths, dim=2)

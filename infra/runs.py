@@ -23,15 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, ge
 from tqdm import tqdm
 
 from infra.policy import full_weights
-from infra.ranks import (
-    InputError,
-    about_machine,
-    all_reduce,
-    catch_signals,
-    exchange,
-    on_rank_0,
-    write_failed,
-)
+from infra.ranks import InputError, about_machine, all_reduce, catch_signals, exchange, on_rank_0, write_failed
 
 # ------------------------------------------------------------------------------- files that are whole
 
@@ -59,8 +51,7 @@ def append(path: Path, records: list[dict]) -> None:
 
 
 def cut_lines(path: Path, first_step: int) -> None:
-    """Drop the lines of `first_step` and later, and a torn last one: a resumed run repeats the steps after its
-    checkpoint.
+    """Drop the lines of `first_step` and later, which a resumed run repeats, and a torn last one.
 
     In place and without a copy, so that neither a full disk nor a crash can lose the lines that stay. Raises InputError
     at a damaged line before the last, for cutting there would lose whole ones.
@@ -68,17 +59,15 @@ def cut_lines(path: Path, first_step: int) -> None:
     with open(path, "ab+") as lines:
         lines.seek(0)
         kept = cut = 0
-        damaged = None
         for number, line in enumerate(lines, 1):
             step = re.match(rb'{"step": (\d+).*}\n', line)
-            if damaged and step and int(step[1]) < first_step:
-                raise InputError(f"{path}:{damaged}: damaged, and whole lines stand behind it: mend or remove the line")
-            if not step and not cut:
-                damaged = number
-            if cut or not step or int(step[1]) >= first_step:
-                cut += 1
-            else:
+            stays = step and int(step[1]) < first_step
+            if stays and cut:
+                raise InputError(f"{path}:{number - cut}: damaged, and whole lines stand behind it: mend or remove it")
+            if stays:
                 kept += len(line)
+            else:
+                cut += 1
         lines.truncate(kept)
     if cut:
         print(f"{path}: cut {cut} lines from step {first_step} on, which the run repeats", flush=True)
@@ -118,8 +107,7 @@ class Log:
             self.lock = hold(self.folder)
             done, saved = last_checkpoint(self.folder, settings["keep"]) if settings["resume"] else (0, None)
             if saved:
-                check_resumed(saved, self.settings, may_change)
-                check_rows(read_about(self.folder).get("rows"), rows)
+                check_resumed(saved, self.settings, may_change, read_about(self.folder).get("rows", rows), rows)
             for name in ("log.jsonl", "rollouts.jsonl"):
                 cut_lines(self.folder / name, done)
             started = datetime.datetime.now().isoformat()
@@ -195,7 +183,6 @@ def trainer_state(policy, optimizer) -> dict:
 
 
 def save_checkpoint(folder: Path, policy, optimizer, tokenizer, *, settings: dict) -> None:
-    """Written beside its place, flushed to the disk, then renamed: a checkpoint is whole or not there."""
     unfinished = folder.with_name("unfinished")
     on_rank_0(f"removing {unfinished}", lambda: unfinished.exists() and shutil.rmtree(unfinished))
     try:
@@ -230,17 +217,15 @@ def tidy_checkpoints(run: Path, keep: int) -> None:
 
     Also when a run is resumed, since a kill may have come between a checkpoint and this.
     """
-    folder = run / "checkpoints"
-    pointer, unfinished, found = folder / "last", folder / "unfinished", checkpoints(run)
+    folder, found = run / "checkpoints", checkpoints(run)
+    pointer, new, unfinished = folder / "last", folder / "last.new", folder / "unfinished"
     if pointer.is_dir() and not pointer.is_symlink():  # a copy that followed the link
         shutil.rmtree(pointer)
-    new = folder / "last.new"
     new.unlink(missing_ok=True)
     new.symlink_to(found[0][1].name)
     new.replace(pointer)
     flush(folder)
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
     for _, old in found[keep:] if keep else []:
         shutil.rmtree(old.rename(unfinished))  # never half a checkpoint under its own name
 
@@ -276,10 +261,11 @@ def last_checkpoint(run: Path, keep: int = 0) -> tuple[int, Path | None]:
     return checkpoints(run)[0]
 
 
-def check_resumed(saved: Path, settings: dict, may_change: list[str]) -> None:
-    """Name every setting that differs from the checkpoint's. Refuse those that a run must keep."""
+def check_resumed(saved: Path, settings: dict, may_change: list[str], old_rows: dict, rows: dict) -> None:
+    """Name every setting that differs from the checkpoint's. Refuse those that a run must keep, and other rows."""
     before = json.loads((saved / "config.json").read_text())
-    refused = []
+    # With other rows the order of every later draw would be another one.
+    refused = [f"the rows of {kind}" for kind in rows if old_rows.get(kind) != rows[kind]]
     for name in before | settings:
         if settings.get(name) != before.get(name) and name != "resume":
             change = f"--{name} {before.get(name)} -> {settings.get(name)}"
@@ -288,17 +274,9 @@ def check_resumed(saved: Path, settings: dict, may_change: list[str]) -> None:
             else:
                 refused.append(change)
     if refused:
-        raise InputError(f"--resume: a run keeps these settings from its first step to its last, and {saved} was made "
-                         f"with others ({', '.join(refused)}): give the old ones, or start a new run with another "
-                         f"--name and --model {saved / 'model'}")
-
-
-def check_rows(before: dict | None, now: dict) -> None:
-    """Refuse to go on with other rows: the order of every later draw would be another one."""
-    changed = [kind for kind in now if before and before.get(kind) != now[kind]]
-    if changed:
-        raise InputError(f"--resume: the rows of {', '.join(changed)} are not those that the run began with; bring the "
-                         "old files back, or start a new run with another --name")
+        raise InputError(f"--resume: a run keeps its rows and these settings from its first step to its last, and "
+                         f"{saved} was made with others ({', '.join(refused)}): give the old ones, or start a new run "
+                         f"with another --name and --model {saved / 'model'}")
 
 
 # ------------------------------------------------------------------------------- reading a run back
@@ -324,7 +302,6 @@ def read_lines(path: Path, repairs: list[str]):
 
 
 def read_log(run: Path, repairs: list[str]) -> list[dict]:
-    """The steps of a run."""
     path = run / "log.jsonl"
     if not path.is_file():
         raise InputError(f"{run}: no run here (no log.jsonl); give a folder such as runs/urpo")

@@ -9,7 +9,6 @@ its noise is .02 nats a token, and a sampler one small step behind moves it by .
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
@@ -22,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from infra.chat import answer_text, stop_ids
-from infra.policy import Policy, full_weights
-from infra.ranks import GPU, InputError, all_reduce, ranks_here
+from infra.policy import Policy, full_weights, model_config
+from infra.ranks import GPU, all_reduce, ranks_here
 
 SAMPLED_AT_ONCE = 8192  # tokens of one forward pass; a GPU reads a longer prompt in parts
 BLOCK = 32  # tokens of one piece of the cache on a CPU, its smallest: the answers to a prompt share whole pieces
+
 
 def largest_drift(precision: str) -> float:
     """Nats a token between trainer and sampler that precision explains (ours): measured, .02 in bf16, 1e-5 in fp32."""
@@ -50,11 +50,7 @@ def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences
     logging.getLogger("vllm").setLevel(logging.ERROR)  # also of what it says before it reads the variable above
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own imports, no concern of a user
     from vllm import LLM
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # the CPU's is one of its kind
 
-    if "weights_iterator" not in inspect.signature(GPUModelRunner.reload_weights).parameters:
-        raise InputError("this vLLM's reload_weights takes no weights_iterator, so the trainer's weights cannot reach "
-                         "it; install the version that our requirements file names")
     options = dict(max_model_len=max_tokens, max_num_batched_tokens=SAMPLED_AT_ONCE, disable_log_stats=True,
                    load_format="safetensors", logprobs_mode="processed_logprobs", use_tqdm_on_load=False)
     if gpu_memory is not None:
@@ -79,9 +75,7 @@ def cpu_cache_bytes(folder: str, max_tokens: int) -> int:
 
     While it is full, requests wait.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = model_config(folder)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * head  # bytes: fp32 keys and values
     blocks = 4 * -(-max_tokens // BLOCK) + 1  # one is held back
@@ -206,22 +200,20 @@ def sampler_sketches(model: nn.Module) -> dict[str, tuple[list[str], Tensor]]:
     On a CPU vLLM multiplies by a packed copy and keeps no other, but for the head and the embedding: then the copy is
     asked for its product. The embedding is read by row, and so its plain tensor counts.
     """
-    held = {}
+    found = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if weight.numel():
-            held[name] = weight.detach()
-    sketches = {}
-    for name, weight in held.items():
-        parts = trainer_names(name, model.packed_modules_mapping)
-        sketches[name] = (parts, sketch(weight))
+            found[name] = sketch(weight.detach())
     for name, module in model.named_modules():
         if hasattr(module, "cpu_linear") and name != "model.embed_tokens":
             is_head = hasattr(module, "embedding_dim")
             columns = module.embedding_dim if is_head else module.input_size_per_partition
             vector = random_vector(columns, torch.float32, torch.device("cpu"))
-            product = module.cpu_linear(vector[None], module.weight, None)[0]
-            parts = trainer_names(f"{name}.weight", model.packed_modules_mapping)
-            sketches[f"{name}.weight, packed"] = (parts, product)
+            found[f"{name}.weight, packed"] = module.cpu_linear(vector[None], module.weight, None)[0]
+    sketches = {}
+    for name, own in found.items():
+        parts = trainer_names(name.removesuffix(", packed"), model.packed_modules_mapping)
+        sketches[name] = (parts, own)
     return sketches
 
 
@@ -240,17 +232,14 @@ def differences(trainer: dict[str, Tensor], sampler: dict[str, tuple[list[str], 
     """{the sampler's name of a tensor: its relative distance from the trainer's}; infinite where one has no other."""
     trainer = dict(trainer)
     trainer.setdefault("lm_head.weight", trainer["model.embed_tokens.weight"])  # then the head is the embedding
-    compared = {"lm_head.weight"}
-    found = {}
+    found, missing = {}, trainer.keys() - {"lm_head.weight"}
     for name, (parts, own) in sampler.items():
-        compared.update(parts)
+        missing -= set(parts)
         found[name] = math.inf
         if trainer.keys() >= set(parts):
             expected = torch.cat([trainer[part] for part in parts])
             if len(own) >= len(expected):  # the sampler pads the vocabulary
                 distance = (own[: len(expected)].to(expected.device) - expected).norm()
-                relative = (distance / expected.norm().clamp(min=1e-30)).item() if distance else 0.0
+                relative = (distance / expected.norm().clamp(min=1e-30)).item()
                 found[name] = relative if math.isfinite(relative) else math.inf
-    for name in trainer.keys() - compared:
-        found[name] = math.inf
-    return found
+    return found | dict.fromkeys(missing, math.inf)

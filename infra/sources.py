@@ -9,26 +9,20 @@ from tqdm import tqdm
 
 from infra.ranks import InputError
 
-# ------------------------------------------------------------------------------- files and the hub
-
 
 def source_records(source: str, *, split: str, flag: str):
     """((number, record) of every row, whether they come from the hub). A record is a dict, or a line of JSON in bytes.
 
-    source: a local .jsonl file, or a hub id. flag: the setting that names it, for messages.
+    source: a local .jsonl file, or a hub id, whose configuration follows a colon, as in openai/gsm8k:main. flag: the
+    setting that names it, for messages.
     """
     if source.endswith((".jsonl", ".json")) or os.path.exists(source):
         return file_records(source, flag), False
-    return enumerate(hub_records(source, split, flag), 1), True
-
-
-def hub_records(source: str, split: str, flag: str):
-    """Rows of a Hugging Face data set; `name:config` picks a configuration, as in openai/gsm8k:main."""
-    import datasets
+    import datasets  # slow
 
     name, _, config = source.partition(":")
     try:
-        return datasets.load_dataset(name, config or None, split=split)
+        return enumerate(datasets.load_dataset(name, config or None, split=split), 1), True
     except (OSError, ValueError, RuntimeError) as error:  # unknown id, no network, no such split or configuration
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"--{flag} {source}: neither a local file nor a data set the hub gave us ({reason}); check "
@@ -60,11 +54,8 @@ def file_records(source: str, flag: str):
 
 
 def progress(rows, what: str):
-    """The same rows, with a bar on rank 0 when it takes long."""
+    """The rows, with a bar on rank 0 when it takes long."""
     return tqdm(rows, what, delay=10, leave=False, disable=os.environ.get("RANK", "0") != "0")
-
-
-# ------------------------------------------------------------------------------- the texts of a row
 
 
 class LeftOut(ValueError):

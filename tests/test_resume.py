@@ -207,7 +207,7 @@ def test_a_resume_refuses_what_moves_the_stream_of_prompts_or_what_the_audit_der
 
 def test_a_resume_refuses_other_rows(process_group, tmp_path, monkeypatch, capsys):
     error = resume_with(tmp_path, monkeypatch, capsys, rows={"preference": 1, "reasoning": 3})
-    assert "the rows of reasoning " in error and "--name" in error
+    assert "(the rows of reasoning)" in error and "--name" in error
 
 
 def test_a_resume_refuses_another_program(process_group, tmp_path, monkeypatch, capsys):
