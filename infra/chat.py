@@ -97,7 +97,7 @@ def control_ids(tokenizer) -> frozenset[int]:
 def turn_marks(tokenizer) -> re.Pattern:
     """What the template sets around a user's turn in brackets, as Llama 2's [/INST]: plain text to its tokenizer."""
     before, between, _ = around_turns(tokenizer)
-    marks = re.findall(r"[\[<{|]\S+[\]>}|]", before + between)
+    marks = re.findall(r"[\[<{|][^\s\[<{]+[\]>}|]", before + between)
     return re.compile("|".join(map(re.escape, marks)) or r"(?!)")  # the last one finds nothing
 
 

@@ -1,9 +1,11 @@
 """infra/policy.py and infra/ranks.py: a packed row against separate sequences, precision, the gradient's clip, the
 weights by their names; and what ranks tell each other. Refused models are in test_bad_input.py."""
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import VOCABULARY, assert_same_gradients, gradients, plain_logprobs, random_groups
 from infra import policy as policies
@@ -76,6 +78,33 @@ def test_the_gradient_is_clipped_to_the_given_norm_and_its_own_norm_is_returned(
     assert policies.clip_gradient(policy, 1e-3) == pytest.approx(before, rel=1e-5) and before > 1e-3
     after = torch.cat([gradient.flatten() for gradient in gradients(policy).values()]).norm().item()
     assert after == pytest.approx(1e-3, rel=1e-3)
+
+
+# ---- models that a packed row would misread ----
+
+@pytest.mark.parametrize("config, tokens, said", [
+    ({"sliding_window": 512}, 513, "sliding_window is 512, .*513 tokens: lower --max_judge_tokens"),
+    ({"sliding_window": 512}, 512, None), ({"sliding_window": 512, "use_sliding_window": False}, 513, None),
+    ({"sliding_window": 512, "layer_types": ["full_attention"]}, 513, None),
+    ({"sliding_window": 512, "layer_types": ["full_attention", "sliding_attention"]}, 513, "sliding_window is 512"),
+    ({"max_position_embeddings": 512}, 513, "max_position_embeddings is 512"),
+    ({"final_logit_softcapping": 30.0}, 9, "its final_logit_softcapping is 30.0"),
+    ({"attn_logit_softcapping": 50.0}, 9, "its attn_logit_softcapping is 50.0"),
+    ({"logits_scaling": 8.0}, 9, "its logits_scaling is 8.0"), ({"logits_scaling": 1.0}, 9, None)])
+def test_windows_too_short_and_logits_that_are_capped_or_scaled_are_refused_by_name(config, tokens, said):
+    with pytest.raises(InputError, match=f"^--model m: .*{said}") if said else contextlib.nullcontext():
+        policies.check_attention("m", SimpleNamespace(**config), tokens)
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_model_whose_attention_does_what_a_packed_row_does_not_is_refused(make_policy, monkeypatch, differs):
+    """Here plain transformers see another scale of attention than the row's."""
+    policy, attention = make_policy(), rows.row_attention
+    if differs:
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "row_attention", lambda *inputs, scaling, **options: attention(
+            *inputs, scaling=2 * scaling, **options))
+    with pytest.raises(FloatingPointError, match="packed rows.*use another") if differs else contextlib.nullcontext():
+        policies.check_packing(policy)
 
 
 # ---- weights ----

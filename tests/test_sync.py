@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import ROOT
 from infra import sampler as samplers
-from infra.ranks import InputError
 
 # ---- plain tensors, as a GPU holds them ----
 
@@ -77,22 +76,15 @@ def test_a_tensor_that_is_one_step_of_adam_behind_is_noticed_in_bf16(weights, na
 
 
 @pytest.mark.parametrize("name, change", [
-    ("model.layers.0.mlp.down_proj.weight", lambda w: w.flip(0)),
-    ("model.layers.0.mlp.down_proj.weight", lambda w: w.roll(1, dims=1)),
-    ("model.layers.0.self_attn.qkv_proj.weight", lambda w: w.roll(1, dims=0)),
-    ("model.norm.weight", lambda w: w * math.nan)])
-def test_what_changed_places_or_is_not_a_number_is_noticed(weights, name, change):
-    sampler = Sampler(weights, torch.float32)
-    sampler.held[name] = change(sampler.held[name])
+    ("layers.0.mlp.down_proj.weight", lambda w: w.flip(0)), ("layers.0.mlp.down_proj.weight", lambda w: w.roll(1, 1)),
+    ("layers.0.self_attn.qkv_proj.weight", lambda w: w.roll(1, 0)), ("norm.weight", lambda w: w * math.nan),
+    ("layers.1.self_attn.o_proj.weight", lambda w: None), ("layers.0.self_attn.o_proj.bias", lambda _: torch.zeros(9))])
+def test_what_changed_places_is_not_a_number_or_stands_on_one_side_alone_is_noticed(weights, name, change):
+    sampler, name = Sampler(weights, torch.float32), f"model.{name}"
+    sampler.held[name] = change(sampler.held.get(name))
+    if sampler.held[name] is None:
+        del sampler.held[name]
     assert wrong(compared(weights, sampler, torch.float32)) == [name]
-
-
-def test_a_tensor_that_only_one_side_has_is_noticed(weights):
-    sampler = Sampler(weights, torch.float32)
-    sampler.held["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(64)
-    del sampler.held["model.layers.1.self_attn.o_proj.weight"]
-    assert wrong(compared(weights, sampler, torch.float32)) == [
-        "model.layers.0.self_attn.o_proj.bias", "model.layers.1.self_attn.o_proj.weight"]
 
 
 # ---- a real sampler, whose CPU form keeps packed weights ----
@@ -210,19 +202,6 @@ def test_a_cpu_reads_the_longest_prompt_in_one_part_and_its_cache_holds_four_suc
     assert made[0]["kv_cache_memory_bytes"] >= 4 * 2_000_000 * token
     samplers.start_sampler(tiny_model, max_tokens=256, chat_template="turns")
     assert made[1]["kv_cache_memory_bytes"] == 2**30
-
-
-def test_a_sampler_that_could_not_take_our_weights_is_refused_before_it_is_built(monkeypatch):
-    class Runner:
-        def reload_weights(self, weights_path=None):
-            pass
-
-    stubs = {"vllm": SimpleNamespace(LLM=lambda *a, **k: pytest.fail("built")),
-             "vllm.v1.worker.gpu_model_runner": SimpleNamespace(GPUModelRunner=Runner)}
-    for name, stub in stubs.items():
-        monkeypatch.setitem(sys.modules, name, stub)
-    with pytest.raises(InputError, match="weights_iterator.*install the version"):
-        samplers.start_sampler("no/model", max_tokens=100, chat_template="")
 
 
 class Called:

@@ -30,7 +30,7 @@ from infra import chat, policy, ranks, rows, sampler
 from infra.ranks import DEVICE, GPU
 from lab import toy
 
-RESULTS = []
+RESULTS: list[dict] = []
 PROMPTS = ["What is 17 + 25?", "Name three rivers of Europe.", "Write a sentence about owls.", "Is 91 a prime number?"]
 CONFIG = urpo.Config(group=4, max_answer_tokens=48, lr=1e-4, lr_warmup=0)  # moves log-probs, breaks nothing
 LIMIT = 0.05 if GPU else 1e-3  # nats a token, mean, between trainer and sampler
