@@ -149,24 +149,18 @@ class Clock:
         self.last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
-        if GPU:
+        used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the most that this process has had so far
+        if GPU:  # what torch's allocator keeps of a part's peak counts, and what sleeps in the sampler does not
             torch.cuda.synchronize()
-        self.peak_bytes = max(self.peak_bytes, used_bytes())
+            free, total = torch.cuda.mem_get_info()
+            used = total - free
+        self.peak_bytes = max(self.peak_bytes, used)
         before, self.last = self.last, time.perf_counter()
         self.seconds[part] = self.last - before
 
     def figures(self) -> dict:
         """What the log says of a step: its seconds by part, its highest memory (on a CPU: so far) over all ranks."""
         return {"seconds": self.seconds, "peak_memory_gib": all_reduce(self.peak_bytes) / 2**30}
-
-
-def used_bytes() -> int:
-    """A GPU: taken now, which includes what torch's allocator keeps of a part's peak and leaves out what sleeps in the
-    sampler. A CPU: the most that this process has had so far."""
-    if GPU:
-        free, total = torch.cuda.mem_get_info()
-        return total - free
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def free_gib() -> tuple[float | None, float]:

@@ -1,13 +1,6 @@
-"""What must not matter does not: the number of ranks, the size of a row, the order of a group's answers.
-
-The same file is the program of one rank: `python tests/test_invariance.py FOLDER`, with PYTHONPATH, RANK and
-WORLD_SIZE set.
-"""
+"""What must not matter does not: the number of ranks, the size of a row, the order of a group's answers."""
 import copy
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -18,11 +11,12 @@ import torch.distributed as dist
 
 import data
 import urpo
-from conftest import ROOT, VOCABULARY, free_port
+from conftest import VOCABULARY
 from data import Group, Prompt
 from infra import runs
 from infra.policy import full_weights, load_policy
 from infra.rows import rebalance
+from tiny_run import run_program
 
 WORLDS, BUDGETS = (1, 2, 4), (1, 4096)  # one group a row, all in one
 CONFIG = dict(precision="float32", group=3, grad_clip=1e9, lr_warmup=0, lr=1e-3)
@@ -126,21 +120,22 @@ def measure(folder: Path) -> None:
         torch.save(found, folder / f"world_{world}.pt")
 
 
+ONE_RANK = """
+import os, pathlib, torch, test_invariance
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+test_invariance.measure(pathlib.Path.cwd())
+os._exit(0)  # as urpo.py ends: a thread of gloo can abort a Python that is being torn down
+"""
+
+
 @pytest.fixture(scope="module")
 def measured(tiny_model, tmp_path_factory, process_group):
     """{ranks: what `measure` found}: two ranks, then four, then one in this process."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "model").symlink_to(tiny_model)
     for world in (2, 4):
-        port = free_port()
-        ranks = []
-        for rank in range(world):
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                                        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            ranks.append(subprocess.Popen([sys.executable, __file__, folder], env=environment, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        outputs = [rank.communicate()[0] for rank in ranks]
-        assert all(rank.returncode == 0 for rank in ranks), "\n".join(output[-2000:] for output in outputs)
+        run_program(folder, ONE_RANK, ranks=world)
     measure(folder)
     return {world: torch.load(folder / f"world_{world}.pt") for world in WORLDS}
 
@@ -205,10 +200,3 @@ def test_permuting_a_group_permutes_its_rewards_and_leaves_the_gradient(tiny_mod
         assert changed.rewards == (group.rewards and [group.rewards[i] for i in order])
         assert changed.advantages == pytest.approx([group.advantages[i] for i in order])
     assert recorder.gradients[0].norm() > 0 and distance(*recorder.gradients) <= 1e-6
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    measure(Path(sys.argv[1]))
-    os._exit(0)  # as urpo.py ends: a thread of gloo can abort a Python that is being torn down

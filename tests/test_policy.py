@@ -96,6 +96,11 @@ def test_windows_too_short_and_logits_that_are_capped_or_scaled_are_refused_by_n
         policies.check_attention("m", SimpleNamespace(**config), tokens)
 
 
+def test_a_hub_id_that_cannot_be_reached_is_called_so():
+    with pytest.raises(InputError, match="--model nobody/nothing: neither a local folder nor the hub .*network"):
+        policies.model_config("nobody/nothing")
+
+
 @pytest.mark.parametrize("differs", [False, True])
 def test_a_model_whose_attention_does_what_a_packed_row_does_not_is_refused(make_policy, monkeypatch, differs):
     """Here plain transformers see another scale of attention than the row's."""

@@ -263,13 +263,6 @@ def test_a_checkpoint_that_does_not_fit_is_one_plain_error_and_the_one_before_it
     assert runs.last_checkpoint(tmp_path)[0] == 2 and "unfinished" not in names(tmp_path)
 
 
-def test_a_run_folder_that_cannot_be_written_is_one_plain_error(process_group, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").write_text("a file where a folder should be")
-    with pytest.raises(InputError, match="runs/mine failed: .*Not a directory.*; make room"):
-        runs.Log(asdict(urpo.Config(name="mine")), program="urpo", rows={}, may_change=[], about={})
-
-
 # ---- signals, and faults of all kinds ----
 
 def test_a_signal_ends_the_run_after_its_step_which_is_saved(process_group, tmp_path, monkeypatch, capsys):

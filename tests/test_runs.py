@@ -72,13 +72,16 @@ def test_three_steps_in_a_row_without_a_finite_update_stop_the_run(process_group
 
 
 def test_a_resumed_log_repeats_no_step_drops_a_torn_line_and_says_so(tmp_path, capsys):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
-    runs.cut_lines(path, 2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
-    assert f"{path}: cut 2 lines from step 2 on" in capsys.readouterr().out
-    runs.cut_lines(path, 2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n' and capsys.readouterr().out == ""
+    path, kept = tmp_path / "log.jsonl", '{"step": 0}\n{"step": 1}\n'
+    for rest, said in (('{"step": 2}\n{"step": 3, "lo', f"{path}: cut 2 lines from step 2 on"), ("", "")):
+        path.write_text(kept + rest)
+        runs.cut_lines(path, 2)
+        out = capsys.readouterr().out
+        assert path.read_text() == kept and said in out and bool(out) == bool(said)
+    path.write_text(f"{kept}noise\n{kept}")
+    with pytest.raises(InputError, match="log.jsonl:3: damaged"):
+        runs.cut_lines(path, 5)
+    assert len(path.read_text().splitlines()) == 5
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -120,11 +123,3 @@ def test_a_trajectory_without_a_field_is_refused_by_line_and_field(tmp_path):
     assert next(groups)[0] == 0
     with pytest.raises(InputError, match="rollouts.jsonl:2: .*'answers'"):
         next(groups)
-
-
-def test_a_damaged_line_before_whole_ones_is_named_and_cuts_nothing(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 0}\nnoise\n{"step": 1}\n')
-    with pytest.raises(InputError, match="log.jsonl:2: damaged"):
-        runs.cut_lines(path, 5)
-    assert len(path.read_text().splitlines()) == 3

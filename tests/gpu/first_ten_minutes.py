@@ -30,7 +30,7 @@ from infra import chat, policy, ranks, rows, sampler
 from infra.ranks import DEVICE, GPU
 from lab import toy
 
-RESULTS: list[dict] = []
+RESULTS = []
 PROMPTS = ["What is 17 + 25?", "Name three rivers of Europe.", "Write a sentence about owls.", "Is 91 a prime number?"]
 CONFIG = urpo.Config(group=4, max_answer_tokens=48, lr=1e-4, lr_warmup=0)  # moves log-probs, breaks nothing
 LIMIT = 0.05 if GPU else 1e-3  # nats a token, mean, between trainer and sampler
@@ -100,8 +100,7 @@ class Bench:
         if GPU and number == 3:  # the first cycle makes the moments
             assert self.awake[3][0] > self.awake[2][0] - 0.5, f"memory is lost from cycle to cycle: {self.awake}"
         assert stale > 3 * LIMIT, f"a gradient of {norm:.3g} moved log-probs by {stale:.3f} only"
-        shown = {name: [gib and round(gib, 1) for gib in both] for name, both in free.items()}
-        what = f"GiB free on GPU and host {shown}; stale {stale:.2f} nats a token, then"
+        what = f"GiB free on GPU and host {free}; stale {stale:.2f} nats a token, then"
         return near(self.distance(self.groups(number)), LIMIT, what)
 
     def padded_ids(self) -> str:
