@@ -20,9 +20,7 @@ def test_the_subsets_weights_and_section_scores_of_rewardbench_are_those_of_its_
     official = json.loads((Path(__file__).parent / "rewardbench_official.json").read_text())
     assert {section: list(part) for section, part in REWARDBENCH.items()} == official["mapping"]
     assert {subset: weight for part in REWARDBENCH.values() for subset, weight in part.items()} == official["weights"]
-    section_of = {subset: section for section, part in official["mapping"].items() for subset in part}
-    figures = benchmark_figures([(section_of[subset], subset) for subset, _ in official["pairs"]],
-                                [result for _, result in official["pairs"]])
+    figures = benchmark_figures(*zip(*official["pairs"]))
     for section, score in official["sections"].items():
         assert figures[section]["section"]["value"] == pytest.approx(score, abs=5e-5)  # figures have four digits
         for subset in official["mapping"][section]:

@@ -41,16 +41,14 @@ def test_a_judgement_fits_for_every_instruction_that_the_load_check_kept(smol_to
         assert len(ids) <= 120 + spare and smol_tokenizer.decode(ids).count("[cut]") == cut
 
 
-def test_long_answers_are_cut_to_one_length_in_one_go_and_short_ones_stay_whole(smol_tokenizer, monkeypatch):
+def test_long_answers_are_cut_to_one_length_and_short_ones_stay_whole(smol_tokenizer):
     """Eight long answers of different lengths and a short one: none of the long ones is judged by less of its text."""
-    encoded, encode = [], data.encode_chat
-    monkeypatch.setattr(data, "encode_chat", lambda *arguments: encoded.append(1) or encode(*arguments))
     rng = random.Random(0)
     words = "owl tree river stone because running, 17 a bright - light\n".split(" ")
     answers = [" ".join(rng.choices(words, k=k)) for k in (300, 350, 400, 450, 500, 600, 900, 2000)] + ["short"]
     ids, cut = data.encode_judgement(config(max_judge_tokens=1200), smol_tokenizer, "Say hi.", answers)
     text = smol_tokenizer.decode(ids)
-    assert cut == text.count("[cut]") == 8 and 1170 <= len(ids) <= 1200 and len(encoded) <= 4
+    assert cut == text.count("[cut]") == 8 and 1190 <= len(ids) <= 1200
     lengths = []
     for block in text.split("\nResponse ")[1:]:
         shown = [line for line in block.splitlines() if line.startswith("> ")]
@@ -58,9 +56,6 @@ def test_long_answers_are_cut_to_one_length_in_one_go_and_short_ones_stay_whole(
     assert max(lengths[:8]) - min(lengths[:8]) <= 4 and "> short\n" in text
     ids, cut = data.encode_judgement(config(max_judge_tokens=20_000), smol_tokenizer, "Say hi.", answers)
     assert cut == 0 and "[cut]" not in smol_tokenizer.decode(ids)
-
-
-def test_an_impossible_judgement_names_the_remedy(smol_tokenizer):
     with pytest.raises(InputError, match="--max_judge_tokens is 50: raise it"):
         data.encode_judgement(config(max_judge_tokens=50), smol_tokenizer, "Say hi.", ["a", "b"])
 

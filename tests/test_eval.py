@@ -9,7 +9,7 @@ import pytest
 
 import conftest
 import eval as evaluation
-from eval import expected_scores, main, pair_figures
+from eval import main, pair_figures
 from infra import results
 from infra.results import interval, table, weighted_mean
 from infra.sampler import Sample
@@ -92,11 +92,11 @@ def test_one_pair(judge, format, both, single, as_0, expected, consistent, first
     assert list(pair_figures(*judge).values()) == [value and pytest.approx(value) for value in wanted]
 
 
-def test_a_preference_for_a_position_cancels_in_expected_scores():
-    assert expected_scores([[6, 3]], [[5, 4]]) == (5.0, 4.0)  # true scores 5 and 4, one point for standing first
-    assert expected_scores([[6, 3]] * 10, [[5, 4]]) == (5.0, 4.0)  # each order weighs the same: else the bias came back
-    # Equal means are a tie in spite of rounding.
-    assert pair_figures([[8.1, 8.1], [7.9, 8.1], [8.3, 8.1]], [[8.1, 8.1]] * 3)["expected score"] == 0.5
+@pytest.mark.parametrize("judge, credit", [
+    (([[6, 3]], [[5, 4]]), 1), (([[5, 4]] * 10, [[6, 3]]), 0),  # two points for standing first cancel in both orders
+    (([[8.1, 8.1], [7.9, 8.1], [8.3, 8.1]], [[8.1, 8.1]] * 3), 0.5)])  # equal means are a tie in spite of rounding
+def test_a_preference_for_a_position_cancels_in_expected_scores(judge, credit):
+    assert pair_figures(*judge)["expected score"] == credit
 
 
 def test_intervals():
