@@ -82,7 +82,7 @@ def swapped(prompt: Prompt) -> Prompt:
     return reordered(prompt, range(len(prompt.responses))[::-1])
 
 
-# ------------------------------------------------------------------------------- the referee's template
+# ------------------------------------------------------------------------------- the referee: template and judgements
 
 # The one statement of the template (our choice; the paper's own is not known to us). Structure stands only at the start
 # of a line, and every line of judged text starts with "> ". So a candidate cannot forge "Response 3:".
@@ -164,9 +164,6 @@ def encode_judgement(config, tokenizer, instruction: str, answers) -> tuple[list
         raise InputError(f"a referee prompt over {len(answers)} answers needs {len(encode(0))} tokens and "
                          f"--max_judge_tokens is {limit}: raise it, or lower --group")
     return encode(length), sum(length < len(end) - 1 for end in ends)
-
-
-# ------------------------------------------------------------------------------- which answers a judgement sees
 
 
 def judgement_orders(config, index: int, step: int) -> list[list[int]]:
@@ -338,13 +335,10 @@ class Group:
 
     @classmethod
     def from_record(cls, record: dict) -> Group:
-        """The group of a line that `to_record` wrote. Raises InputError where a field is missing."""
-        try:
-            responses, truth = tuple(record["responses"]), tuple(record["truth"])
-            prompt = Prompt(record["kind"], record["instruction"], responses, truth, record["answer"])
-            return cls(record["index"], prompt, **{name: record[name] for name in RECORDED})
-        except KeyError as error:
-            raise InputError(f"no field {error}; not a line that urpo.py wrote") from None
+        """The group of a line that `to_record` wrote."""
+        responses, truth = tuple(record["responses"]), tuple(record["truth"])
+        prompt = Prompt(record["kind"], record["instruction"], responses, truth, record["answer"])
+        return cls(record["index"], prompt, **{name: record[name] for name in RECORDED})
 
 
 RECORDED = ("prompt_ids", "answers", "texts", "finished", "judgements", "rewards", "advantages", "entropy")
@@ -355,8 +349,8 @@ def read_groups(path, repairs: list[str]):
     for number, record in read_lines(path, repairs):
         try:
             yield record["step"], Group.from_record(record)
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from None
+        except KeyError as error:
+            raise InputError(f"{path}:{number}: no field {error}; not a line that urpo.py wrote") from None
 
 
 # ------------------------------------------------------------------------------- formats

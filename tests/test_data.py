@@ -304,11 +304,12 @@ UNJUDGED = Group(7, Prompt("instruction", "Say hi."), [5], [[7], [8]], texts=["h
 
 
 @pytest.mark.parametrize("group", [RANKED, UNJUDGED], ids=["ranked", "unjudged"])
-def test_a_group_comes_back_from_its_record_as_it_was(group):
+def test_a_group_comes_back_from_its_record_as_it_was(tmp_path, group):
     record = json.loads(json.dumps(group.to_record(step=3)))
     assert Group.from_record(record) == group
     assert list(record)[:2] == ["step", "index"], "runs.cut_lines reads the step at the start of the line"
     assert (record["step"], record["rewards"]) == (3, group.rewards), "unjudged is null, not 0"
     for name in record.keys() - {"step"}:  # which read_lines looks for
-        with pytest.raises(InputError, match=f"'{name}'"):
-            Group.from_record({field: value for field, value in record.items() if field != name})
+        (tmp_path / "it").write_text(json.dumps({field: value for field, value in record.items() if field != name}))
+        with pytest.raises(InputError, match=f"it:1: no field '{name}'"):
+            list(data.read_groups(tmp_path / "it", []))

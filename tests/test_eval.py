@@ -2,7 +2,6 @@
 
 A made-up `generate` stands for the sampler, but for one slow test with the real one.
 """
-import doctest
 import json
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 import conftest
 import eval as evaluation
 from eval import main, pair_figures
-from infra import results
 from infra.results import interval, table, weighted_mean
 from infra.sampler import Sample
 from lab import probe
@@ -60,12 +58,6 @@ def fails(arguments, capsys, run=main) -> str:
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in err, err
     return err.strip().splitlines()[-1]
-
-
-@pytest.mark.parametrize("module", [evaluation, results, probe])
-def test_worked_examples_in_docstrings(module):
-    failed, attempted = doctest.testmod(module)
-    assert failed == 0 and attempted
 
 
 # ---- one pair: (better shown first, worse shown first), scores in the order shown ----
