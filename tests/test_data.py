@@ -188,7 +188,6 @@ FORMATS = [
     ({"prompt": "q", "responses": ["a", "b", "c"], "scores": [2, 0.5, 2]},
      Prompt("preference", "q", ("a", "b", "c"), (2.0, 0.5, 2.0))),
     ({"prompt": "q", "chosen": "good", "rejected": "bad"}, pair("q")),
-    ({"prompt": "q", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}, pair("q")),
     ({"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}, pair("q")),
     ({"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"}, pair("q")),
     ({"chosen": f"\n\nHuman: {TALK}\n\nAssistant: good", "rejected": f"\n\nHuman: {TALK}\n\nAssistant: bad"},
@@ -206,10 +205,7 @@ FORMATS = [
     ({"problem": "q", "solution": r"The sum is $\boxed{4}$."}, Prompt("reasoning", "q", answer="4")),
     ({"prompt": [user(DAPO)], "reward_model": {"ground_truth": "34", "style": "rule"}},
      Prompt("reasoning", "Find $x$.", answer="34")),
-    ({"prompt": [user("I own 3."), assistant("Nice."), user("How many?")], "answer": "3"},
-     Prompt("reasoning", "I own 3.\n\nAssistant: Nice.\n\nHuman: How many?", answer="3")),
     ({"instruction": "q", "source": "x"}, Prompt("instruction", "q")),
-    ({"prompt": "q"}, Prompt("instruction", "q")),
     ({"prompt": [user("q")]}, Prompt("instruction", "q")),
     ({"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("r"), assistant("b")]},
      Prompt("instruction", f"System: s\n\nHuman: {TALK}")),
@@ -268,6 +264,14 @@ def test_several_sources_of_the_kinds_of_the_mix_are_read_and_what_was_dropped_i
     assert [sum(found["left out"].values()) for found in told.values()] == [1, 0]
     with pytest.raises(InputError, match="^--reasoning: .*raise --max_prompt_tokens 200"):
         data.load_sources(config(mix="0:1:0", reasoning=[f"{tmp_path}/long.jsonl"]), smol_tokenizer)
+
+
+def test_a_run_that_never_leaves_its_warm_up_says_so(tmp_path, smol_tokenizer, capsys):
+    (tmp_path / "I.jsonl").write_text('{"instruction": "Say hi."}')
+    for steps in (3, 4):
+        asked = config(mix="0:0:1", instructions=[f"{tmp_path}/I.jsonl"], steps=steps, warmup_steps=3)
+        data.load_sources(asked, smol_tokenizer)
+        assert ("none is ever drawn: --steps 3 end within" in capsys.readouterr().out) == (steps == 3)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])

@@ -183,10 +183,8 @@ def test_heldout_refuses_before_a_sampler_is_started(tmp_path, capsys, measuring
             (["--reasoning", "no such file"], [*ask, "--reasoning", tmp_path / "absent.jsonl"]),
             (["nothing to measure", "--preferences", "lab.toy"], ask),
             (["--rows", "above 0"], [*ask, *files, "--rows", 0]),
-            (["--grop"], [*ask, *files, "--grop", 8]),
             (["--temperature", "--samples 1"], [*ask, *files, "--temperature", 0]),
             (["--temperature"], [*ask, *files, "--temperature", -1, "--samples", 1]),
-            (["--json", "name a file"], [*ask, *files, "--json", tmp_path]),
             (["--json", "name a file"], [*ask, *files, "--json", tmp_path / "file" / "a.json"])]:
         err = fails(arguments, capsys)
         assert all(word in err for word in words), (words, err)
@@ -225,8 +223,7 @@ def test_probe_runs_parts_1_to_4_of_a_step(tmp_path, answering, capsys):
                           "first-position preference": 0.5}
     assert figures["preference"]["gradient"]["count"] == 4  # the row is the unit: its two orders are no two trials
     assert figures["instruction"]["spread of self-scores"]["value"] == pytest.approx(5 ** 0.5, abs=1e-4)
-    for words, more in [("--grop", ["--grop", 8]), ("--mix x", ["--mix", "x"]), ("--rows 3", ["--rows", 3]),
-                        ("--json", ["--json", tmp_path])]:
+    for words, more in [("--mix x", ["--mix", "x"]), ("--rows 3", ["--rows", 3]), ("--json", ["--json", tmp_path])]:
         assert words in fails([*arguments, *more], capsys, probe.main)
 
 

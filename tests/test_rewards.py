@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data import Group, Prompt
@@ -131,15 +131,6 @@ def test_what_does_not_equal_the_answer_earns_0(response, answer):
 def test_an_unreadable_answer_is_refused(answer):
     with pytest.raises(ValueError):
         check_answer(answer)
-
-
-@settings(deadline=None)
-@given(st.integers(-10**12, 10**12))
-def test_an_integer_is_recognised_in_every_dress(number):
-    for text in (f"{number}", f"it is {number:,}.", f"\\boxed{{{number:,}}}", f"${number}.00$",
-                 f"\\boxed{{{2 * number}/2}}"):
-        assert verify_answer(text, str(number)) == 1.0
-    assert verify_answer(f"\\boxed{{{number + 1}}}", str(number)) == 0.0
 
 
 # ---- I: self-scores ----
