@@ -78,7 +78,6 @@ def shuffle_candidates(prompt: Prompt, rng: random.Random) -> Prompt:
 
 
 def swapped(prompt: Prompt) -> Prompt:
-    """The same candidates the other way round."""
     return reordered(prompt, range(len(prompt.responses))[::-1])
 
 
@@ -130,7 +129,6 @@ def quoted(text: str) -> str:
 
 
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of any prompt, ready for the model to go on."""
     return encode_chat(tokenizer, prompt_text(prompt))
 
 
