@@ -5,9 +5,6 @@ URPO (arXiv 2507.17515) recasts all alignment data as prompts of ONE loop [paper
     P  preference    instruction + N responses whose true order is known   the model ranks them
     R  reasoning     question + final answer                               the model solves it
     I  instruction   instruction alone                                     the model answers, then judges
-
-From top to bottom: Prompt; the referee's template; which answers a judgement sees; the mixed batch, a pure function
-of (seed, step); Group, a prompt with its answers; the formats of public data sets; files and the hub.
 """
 
 from __future__ import annotations
@@ -18,9 +15,11 @@ import os
 import random
 import re
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import compress
 
 import torch.distributed as dist
 
@@ -31,12 +30,9 @@ from infra.runs import read_lines
 from infra.sources import LeftOut, first_field, progress, question_of, source_records, text_of
 from infra.tournament import judge_orders, judge_strides
 
-KINDS = ("preference", "reasoning", "instruction")  # the order of --mix P:R:I
-FLAGS = {  # the setting that names the sources of a kind
-    "preference": "preferences",
-    "reasoning": "reasoning",
-    "instruction": "instructions",
-}
+# Each kind of prompt, in the order of --mix P:R:I, and the setting that names its sources.
+FLAGS = {"preference": "preferences", "reasoning": "reasoning", "instruction": "instructions"}
+KINDS = tuple(FLAGS)
 
 
 # ------------------------------------------------------------------------------- Prompt
@@ -70,7 +66,7 @@ def reordered(prompt: Prompt, order) -> Prompt:
 
 
 def shuffle_candidates(prompt: Prompt, rng: random.Random) -> Prompt:
-    """Candidates in a random order, the same for all G answers to the row, so that no position can win .
+    """Candidates in a random order, the same for all G answers to the row, so that no position can win.
 
     >>> row = Prompt("preference", "Say hi.", ("hi", "no", "hm"), (2.0, 0.0, 1.0))
     >>> shuffled = shuffle_candidates(row, random.Random(0))
@@ -82,11 +78,10 @@ def shuffle_candidates(prompt: Prompt, rng: random.Random) -> Prompt:
 
 
 def swapped(prompt: Prompt) -> Prompt:
-    """The same candidates the other way round."""
     return reordered(prompt, range(len(prompt.responses))[::-1])
 
 
-# ------------------------------------------------------------------------------- the referee's template
+# ------------------------------------------------------------------------------- the referee: template and judgements
 
 # The one statement of the template (our choice; the paper's own is not known to us). Structure stands only at the start
 # of a line, and every line of judged text starts with "> ". So a candidate cannot forge "Response 3:".
@@ -134,16 +129,15 @@ def quoted(text: str) -> str:
 
 
 def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of any prompt, ready for the model to go on."""
     return encode_chat(tokenizer, prompt_text(prompt))
 
 
 def encode_judgement(config, tokenizer, instruction: str, answers) -> tuple[list[int], int]:
     """(the referee's prompt over answers that the model itself wrote, how many of them had to be cut).
 
-    A prompt above --max_judge_tokens is cut once: long answers to one length, the largest that fits. A shorter answer
+    In a prompt above --max_judge_tokens long answers are cut to one length, the largest that fits. A shorter answer
     stays whole, and a cut one says so. Rows of a data set are never cut: they are dropped at load. Raises InputError
-    when even empty answers would not fit, which is checked for every instruction at load.
+    when even the shortest form would not fit, which is checked for every instruction at load.
     """
     limit = config.max_judge_tokens
     ids = encode_chat(tokenizer, referee_text(instruction, answers))
@@ -153,39 +147,21 @@ def encode_judgement(config, tokenizer, instruction: str, answers) -> tuple[list
     for answer in answers:
         quotes.append(break_control_strings(quoted(answer), tokenizer))
         found = tokenizer(quotes[-1], add_special_tokens=False, return_offsets_mapping=True)
-        ends.append([end for _, end in found["offset_mapping"]])
-    bare = encode_chat(tokenizer, referee_text(instruction, ["[cut]"] * len(answers)))
-    length = equal_length([len(tokens) for tokens in ends], limit - len(bare))
-    while length >= 0:
+        ends.append([0] + [end for _, end in found["offset_mapping"]])
+
+    def encode(length: int) -> list[int]:
         shown = list(answers)
-        for i, tokens in enumerate(ends):
-            if len(tokens) > length:
-                kept = quotes[i][: ([0] + tokens)[length]]
-                lines = [line[2:] for line in kept.split("\n")]  # without the quotation marks
+        for i, end in enumerate(ends):
+            if length < len(end) - 1:
+                lines = [line[2:] for line in quotes[i][: end[length]].split("\n")]  # without the quotation marks
                 shown[i] = ("\n".join(lines).rstrip() + " [cut]").lstrip()
-        ids = encode_chat(tokenizer, referee_text(instruction, shown))
-        if len(ids) <= limit:
-            return ids, sum(len(tokens) > length for tokens in ends)
-        length -= 1 + (len(ids) - limit) // len(answers)  # tokens of joined texts may be a few more: seldom
-    raise InputError(f"a referee prompt over {len(answers)} answers needs {len(bare)} tokens and "
-                     f"--max_judge_tokens is {limit}: raise it, or lower --group")
+        return encode_chat(tokenizer, referee_text(instruction, shown))
 
-
-def equal_length(lengths: list[int], room: int) -> int:
-    """The length to which the longer ones are cut so that all together take at most `room`.
-
-    >>> equal_length([10, 2, 9], 14), equal_length([10, 2, 9], 30)
-    (6, 10)
-    """
-    for i, length in enumerate(sorted(lengths)):
-        share = room // (len(lengths) - i)
-        if length > share:
-            return max(0, share)
-        room -= length
-    return max(lengths)
-
-
-# ------------------------------------------------------------------------------- which answers a judgement sees
+    length = bisect_right(range(max(map(len, ends))), limit, key=lambda length: len(encode(length))) - 1
+    if length < 0:
+        raise InputError(f"a referee prompt over {len(answers)} answers needs {len(encode(0))} tokens and "
+                         f"--max_judge_tokens is {limit}: raise it, or lower --group")
+    return encode(length), sum(length < len(end) - 1 for end in ends)
 
 
 def judgement_orders(config, index: int, step: int) -> list[list[int]]:
@@ -263,21 +239,18 @@ def interleave(rows: dict[str, list[Prompt]]) -> list[Prompt]:
 def draw(config, sources: dict[str, list[Prompt]], step: int) -> list[Prompt]:
     """Part 1, the batch of step `step` (counted from 0): kinds interleaved, candidates shuffled.
 
-    A pure function of its arguments. So it is the same on every rank and after every resume, whatever the global
-    random state is. Each kind walks through its own data, epoch after epoch. With --both_orders each P row stands
-    twice, the second time with its candidates reversed, and counts as two prompts (our choice).
+    A pure function of its arguments. So it is the same on every rank and after every resume. Each kind walks through
+    its own data, epoch after epoch. With --both_orders each P row stands twice, the second time with its candidates
+    reversed, and counts as two prompts (our choice).
     """
     counts = mix_counts(config, warmup=step < config.warmup_steps)
     warm_steps = min(step, config.warmup_steps)
     rows: dict[str, list[Prompt]] = {}
     for kind, count in counts.items():
-        if not count:
-            continue
-        drawn = 0  # prompts of this kind in all steps before this one
+        # How many prompts of this kind were drawn in all steps before this one.
+        drawn = (step - warm_steps) * mix_counts(config, warmup=False)[kind]
         if warm_steps:
             drawn += warm_steps * mix_counts(config, warmup=True)[kind]
-        if step > warm_steps:
-            drawn += (step - warm_steps) * mix_counts(config, warmup=False)[kind]
         copies = 2 if config.both_orders and kind == "preference" else 1
         rows[kind] = []
         for i in range(drawn, drawn + count):
@@ -300,11 +273,9 @@ def shard(batch: list, minibatches: int, rank: int, world: int) -> list[tuple[in
     """
     size = len(batch) // minibatches
     share = size // world
-    rows = []
-    for minibatch in range(minibatches):
-        first = minibatch * size + rank * share
-        for index in range(first, first + share):
-            rows.append((index, batch[index]))
+    indexed, rows = list(enumerate(batch)), []
+    for first in range(rank * share, len(batch), size):
+        rows += indexed[first : first + share]
     return rows
 
 
@@ -357,20 +328,15 @@ class Group:
 
     def to_record(self, step: int) -> dict:
         """One line of rollouts.jsonl: everything from which the rewards of the group can be derived again."""
-        record = {"step": step, "index": self.index, **asdict(self.prompt)}
-        for name in RECORDED:
-            record[name] = getattr(self, name)
-        return record
+        recorded = {name: getattr(self, name) for name in RECORDED}
+        return {"step": step, "index": self.index, **asdict(self.prompt), **recorded}
 
     @classmethod
     def from_record(cls, record: dict) -> Group:
-        """The group of a line that `to_record` wrote. Raises InputError where a field is missing."""
-        try:
-            responses, truth = tuple(record["responses"]), tuple(record["truth"])
-            prompt = Prompt(record["kind"], record["instruction"], responses, truth, record["answer"])
-            return cls(record["index"], prompt, **{name: record[name] for name in RECORDED})
-        except KeyError as error:
-            raise InputError(f"no field {error}; not a line that urpo.py wrote") from None
+        """The group of a line that `to_record` wrote."""
+        responses, truth = tuple(record["responses"]), tuple(record["truth"])
+        prompt = Prompt(record["kind"], record["instruction"], responses, truth, record["answer"])
+        return cls(record["index"], prompt, **{name: record[name] for name in RECORDED})
 
 
 RECORDED = ("prompt_ids", "answers", "texts", "finished", "judgements", "rewards", "advantages", "entropy")
@@ -381,8 +347,8 @@ def read_groups(path, repairs: list[str]):
     for number, record in read_lines(path, repairs):
         try:
             yield record["step"], Group.from_record(record)
-        except InputError as error:
-            raise InputError(f"{path}:{number}: {error}") from None
+        except KeyError as error:
+            raise InputError(f"{path}:{number}: no field {error}; not a line that urpo.py wrote") from None
 
 
 # ------------------------------------------------------------------------------- formats
@@ -414,8 +380,6 @@ def read_preference(record: dict) -> Prompt:
         question = question_of(record, "instruction", "prompt")
         responses, truth = [], []
         for completion in record["completions"]:
-            if not isinstance(completion, dict):
-                raise ValueError("field 'completions': expected objects with 'response' and a score")
             responses.append(completion["response"])
             # The mean of four ratings. The set's overall_score is wrong in places: it turns the worst, 1, into 10.
             score = completion.get("fine-grained_score")
@@ -517,17 +481,15 @@ def load_source(kind: str, source: str, split: str = "train") -> tuple[list[Prom
     for number, record in progress(records, f"reading {source}"):
         try:
             prompt = read_row(kind, f"{source}:{number}", record)
+            if from_hub and prompt in prompts:
+                raise LeftOut("it stood there before")
+            prompts[prompt if from_hub else number] = prompt
         except LeftOut as reason:
             left_out[str(reason)] += 1
-            continue
         except InputError as error:
             if not from_hub:
                 raise
             unreadable.append(error)
-            continue
-        if from_hub and prompt in prompts:
-            left_out["it stood there before"] += 1
-        prompts[prompt if from_hub else number] = prompt
     if unreadable:
         left_out[f"it cannot be read, the first: {unreadable[0]}"] = len(unreadable)
     if len(unreadable) > MOST_UNREADABLE * number:
@@ -546,13 +508,8 @@ def fits(config, tokenizer, prompt: Prompt) -> bool:
     """
     if len(encode_prompt(tokenizer, prompt)) > config.max_prompt_tokens:
         return False
-    if prompt.kind == "preference":
-        return True
-    try:
-        encode_judgement(config, tokenizer, prompt.instruction, ["word " * 12] * (config.judge_list or config.group))
-    except InputError:
-        return False
-    return True
+    shortest = referee_text(prompt.instruction, ["[cut]"] * (config.judge_list or config.group))
+    return prompt.kind == "preference" or len(encode_chat(tokenizer, shortest)) <= config.max_judge_tokens
 
 
 def each_row_fits(config, tokenizer, rows: list[Prompt]) -> list[bool]:
@@ -560,11 +517,9 @@ def each_row_fits(config, tokenizer, rows: list[Prompt]) -> list[bool]:
 
     Raises InputError on every rank where not all have read the same rows: the batch of a step must be one.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = [fits(config, tokenizer, row) for row in progress(rows[rank::world], "measuring prompts")]
-    parts = exchange((checksum(rows), own))
-    found = [False] * len(rows)
+    parts, found = exchange((checksum(rows), own)), [False] * len(rows)
     for other, (rows_read, part) in enumerate(parts):
         if rows_read != parts[0][0]:
             raise InputError("the ranks have read different rows: give every node the same files and versions")
@@ -573,27 +528,28 @@ def each_row_fits(config, tokenizer, rows: list[Prompt]) -> list[bool]:
 
 
 def load_sources(config, tokenizer) -> tuple[dict[str, list[Prompt]], dict[str, dict]]:
-    """({kind: rows of all its sources}, {source: how many rows were read, and why others were left out}).
-
-    Of each kind that the mix draws.
-    """
+    """Of each kind that the mix draws: ({kind: rows of all its sources}, {source: how many were read and left out})."""
     sources, told = {}, {}
     for kind, count in mix_counts(config, warmup=False).items():
-        for name in getattr(config, FLAGS[kind]) if count else []:
+        if not count:
+            continue
+        sources[kind] = []
+        for name in getattr(config, FLAGS[kind]):
             rows, left_out = load_source(kind, name)
-            kept = []
-            for row, good in zip(rows, each_row_fits(config, tokenizer, rows)):
-                if good:
-                    kept.append(row)
+            kept = list(compress(rows, each_row_fits(config, tokenizer, rows)))
             if len(kept) < len(rows):
                 left_out["it is longer than --max_prompt_tokens, or leaves no room for its judgement in "
                          "--max_judge_tokens"] = len(rows) - len(kept)
             told[name] = {"read": len(kept), "left out": dict(left_out)}
             if os.environ.get("RANK", "0") == "0":
-                reasons = [f"{number} left out, since {reason}" for reason, number in left_out.items()]
-                print("; ".join([f"{name}: {len(kept)} rows of {kind}", *reasons]), flush=True)
-            sources.setdefault(kind, []).extend(kept)
-        if count and not sources.get(kind):
+                said = [f"{name}: {len(kept)} rows of {kind}"]
+                said += [f"{number} left out, since {reason}" for reason, number in left_out.items()]
+                if kind == "instruction" and config.steps <= config.warmup_steps:
+                    said.append(f"none is ever drawn: --steps {config.steps} end within --warmup_steps "
+                                f"{config.warmup_steps}")
+                print("; ".join(said), flush=True)
+            sources[kind] += kept
+        if not sources[kind]:
             raise InputError(f"--{FLAGS[kind]}: no row is left of {told}: raise --max_prompt_tokens "
                              f"{config.max_prompt_tokens} or --max_judge_tokens {config.max_judge_tokens}")
     return sources, told

@@ -18,9 +18,9 @@ import json
 import shlex
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from itertools import compress
-
-import numpy as np
+from statistics import multimode
 
 import data
 import urpo
@@ -47,8 +47,6 @@ from infra.sampler import Sample, generate, start_sampler
 from infra.settings import PRESET
 from infra.sources import LeftOut, source_records
 from rewards import first_position_preference, kendall_tau, mean, parse_scores, verify_answer
-
-Answers = list[list[Sample]]  # those to each prompt
 
 # ------------------------------------------------------------------------------- asking a model
 
@@ -88,21 +86,36 @@ def load_rows(config, tokenizer, kind: str, source: str, split: str = "train") -
     return list(compress(rows, fits))
 
 
-def ask(config, folder: str, tokenizer, prompts: list[Prompt], samples: int = 0):
-    """(one greedy answer to every prompt, `samples` answers to each at --temperature): two Answers."""
+@dataclass
+class Asked:
+    """A row with its answers: one greedy, some sampled; and those to a pair with its responses swapped."""
+
+    row: Prompt
+    greedy: list[Sample]
+    sampled: list[Sample]
+    mirrored_greedy: list[Sample] = ()
+    mirrored: list[Sample] = ()
+
+
+def ask(config, folder: str, tokenizer, rows: list[Prompt], samples: int = 0) -> list[Asked]:
+    """One greedy answer to every row, `samples` answers to each at --temperature; pairs are asked in both orders."""
     longest = data.longest_sequence(config)
     sampler = start_sampler(folder, max_tokens=longest, chat_template=tokenizer.chat_template)
     ids, limits, seeds = [], [], []
-    for i, prompt in enumerate(prompts):
-        judged = prompt.kind == "preference"
+    pairs = [row for row in rows if row.kind == "preference"]
+    for i, prompt in enumerate([*rows, *map(swapped, pairs)]):
         ids.append(data.encode_prompt(tokenizer, prompt))
-        limits.append(config.max_referee_tokens if judged else config.max_answer_tokens)
+        limits.append(config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens)
         seeds.append(data.request_seed(config.seed, 0, i, "heldout"))
     options = dict(max_tokens=limits, seeds=seeds, progress=True)
-    greedy, sampled = generate(sampler, ids, n=1, temperature=0.0, **options), []
+    greedy, sampled = generate(sampler, ids, n=1, temperature=0.0, **options), [[]] * len(ids)
     if samples:
         sampled = generate(sampler, ids, n=samples, temperature=config.temperature, **options)
-    return greedy, sampled
+    found = [Asked(*own) for own in zip(rows, greedy, sampled)]
+    judged = [asked for asked in found if asked.row.kind == "preference"]
+    for asked, one, many in zip(judged, greedy[len(rows) :], sampled[len(rows) :]):
+        asked.mirrored_greedy, asked.mirrored = one, many
+    return found
 
 
 def finish(config, figures: dict, printed: str, **more) -> None:
@@ -110,9 +123,8 @@ def finish(config, figures: dict, printed: str, **more) -> None:
     print(printed)
     if not config.json:
         return
-    settings = dict(vars(config))
-    for name in ("command", "arguments", "model", "json", "max_judge_tokens"):
-        settings.pop(name, None)
+    unsaid = ("command", "arguments", "measure", "model", "json", "max_judge_tokens")
+    settings = {name: value for name, value in vars(config).items() if name not in unsaid}
     result = {
         "model": config.model,
         "command": shlex.join(["python", "eval.py", *config.arguments]),
@@ -128,34 +140,8 @@ def finish(config, figures: dict, printed: str, **more) -> None:
 # those with the worse one shown first. A judgement is [score of the first shown, score of the second], or None.
 
 
-def both_orders(pairs: list[Prompt]) -> list[Prompt]:
-    return [*pairs, *map(swapped, pairs)]
-
-
-def verdicts(answers: Answers) -> list[tuple]:
-    """The answers to `both_orders(pairs)` as (better_first, worse_first) of each pair."""
-    judged = []
-    for samples in answers:
-        judged.append([parse_scores(sample.text, 2, sample.finished) for sample in samples])
-    half = len(judged) // 2
-    return list(zip(judged[:half], judged[half:]))
-
-
-def expected_scores(better_first, worse_first) -> tuple | None:
-    """Mean score of (the better, the worse) response: over the samples of each order, then over both orders (ours).
-
-    So a preference for a position cancels. None if an order has no readable judgement.
-
-    >>> expected_scores([[9, 3], None], [[2, 8], [4, 6]])
-    (8.0, 3.0)
-    """
-    if not known(better_first) or not known(worse_first):
-        return None
-    better, worse = np.mean(known(better_first), axis=0)
-    worse_again, better_again = np.mean(known(worse_first), axis=0)
-    better = float(better + better_again) / 2
-    worse = float(worse + worse_again) / 2
-    return round(better, 9), round(worse, 9)  # equal means stay equal
+def verdicts(samples: list[Sample]) -> list:
+    return [parse_scores(sample.text, 2, sample.finished) for sample in samples]
 
 
 def credit(margin: float | None) -> float:
@@ -170,7 +156,8 @@ def pair_figures(better_first, worse_first) -> dict:
     both orders                 sample s is right in BOTH orders; a tie or an unread judgement is not right
     single order                right in the order shown; a tie or an unread judgement counts 0.5, as in RewardBench
     ties as 0                   the same, but a tie or an unread judgement counts 0
-    expected score              the expected scores have the right order; a tie, or an order never read, counts 0.5
+    expected score              mean scores over the samples of an order, then over both orders, so that a preference
+                                for a position cancels, have the right order; a tie, or an order never read, counts 0.5
     order consistency           the same winner in both orders, among samples read in both; a tie has no winner
     first-position preference   rewards.first_position_preference: -0.5 to 0.5; a judge blind to order has 0
 
@@ -187,14 +174,15 @@ def pair_figures(better_first, worse_first) -> dict:
         if a is not None and b is not None:
             right_twice += a > 0 and b > 0
             same_winner.append(a * b > 0)
-    expected = expected_scores(better_first, worse_first)
+    of_orders = mean(known(forward)), mean(known(backward))
+    expected = None if None in of_orders else round(sum(of_orders), 9)  # equal means stay equal
     return {
         "format": len(read) / len(margins),
         "unparsed": 1 - len(read) / len(margins),
         "both orders": right_twice / len(forward),
         "single order": mean(map(credit, margins)),
         "ties as 0": mean((margin or 0) > 0 for margin in margins),
-        "expected score": credit(expected and expected[0] - expected[1]),
+        "expected score": credit(expected),
         "order consistency": mean(same_winner),
         "first-position preference": first_position_preference(read),
     }
@@ -209,92 +197,74 @@ def longer_wins(pair: Prompt) -> float:
 # ------------------------------------------------------------------------------- heldout
 
 
-def solves(row: Prompt, text: str) -> dict[str, bool]:
-    return {"solved": verify_answer(text, row.answer) == 1}
+def measures(config, row: Prompt, shown: list[Sample], mirrored: list[Sample]) -> dict:
+    """Of some answers to a row: how a pair was judged, else the share of answers with each property that is known."""
+    if row.kind == "preference":
+        return pair_figures(verdicts(shown), verdicts(mirrored))
+    if row.kind == "reasoning":
+        return {"solved": mean(verify_answer(sample.text, row.answer) for sample in shown)}
+    marks = known(config.measure and config.measure(row.instruction, sample.text) for sample in shown)
+    return {name: mean(values) for name, values in columns(marks).items()}
 
 
-def answer_figures(rows: list[Prompt], greedy: Answers, sampled: Answers, mark) -> dict:
-    """Share of answers with each property that mark(row, text) names, of sampled and of greedy ones.
-
-    A row that it does not know, so that it returns None, is left out.
-    """
-    figures = {}
-    for ending, answers in (("", sampled), (", greedy", greedy)):
-        shares = []
-        for row, samples in zip(rows, answers):
-            marks = [mark(row, sample.text) for sample in samples]
-            if None not in marks:
-                shares.append({name + ending: mean(values) for name, values in columns(marks).items()})
-        figures |= summary(shares)
-    figures["tokens an answer"] = interval(mean(len(sample.ids) for sample in samples) for samples in sampled)
+def row_figures(config, asked: Asked) -> dict:
+    """The measures of the sampled answers to a row and of the greedy one."""
+    figures = measures(config, asked.row, asked.sampled, asked.mirrored)
+    for name, value in measures(config, asked.row, asked.greedy, asked.mirrored_greedy).items():
+        figures[f"{name}, greedy"] = value
+    if asked.row.kind == "preference":
+        figures["longer wins"] = longer_wins(asked.row)
+    else:
+        figures["tokens an answer"] = mean(len(sample.ids) for sample in asked.sampled)
     return figures
 
 
-def referee_figures(pairs: list[Prompt], greedy: Answers, sampled: Answers) -> dict:
-    """The figures of a judge on all pairs, from its answers to `both_orders(pairs)`.
-
-    "commonest line" is the share of the most frequent pair of scores: a judge that does not read has 1.
-    """
-    rows, lines = [], Counter()
-    for orders in verdicts(sampled):
-        rows.append(pair_figures(*orders))
-        for order in orders:
-            lines.update(map(tuple, known(order)))
-    figures = summary(rows)
-    greedy_rows = [pair_figures(*orders) for orders in verdicts(greedy)]
-    figures["both orders, greedy"] = summary(greedy_rows)["both orders"]
-    commonest = max(lines.values()) / lines.total() if lines else None
-    figures["commonest line"] = figure(commonest, lines.total())
-    figures["longer wins"] = interval(map(longer_wins, pairs))
-    return figures
+def commonest_line(pairs: list[Asked]) -> dict:
+    """The share of the most frequent pair of scores: a judge that does not read has 1."""
+    lines = Counter()
+    for asked in pairs:
+        lines.update(map(tuple, known(verdicts([*asked.sampled, *asked.mirrored]))))
+    return figure(max(lines.values()) / lines.total() if lines else None, lines.total())
 
 
-def record(row: Prompt, greedy, sampled, mirrored_greedy=(), mirrored=()) -> dict:
-    """One row in the JSON: what was asked, and the texts of all answers; of a pair, also those of the other order."""
+def record(asked: Asked) -> dict:
+    """One row in the JSON: what was asked, and the texts of all answers."""
+    row = asked.row
     found = {
         "kind": row.kind,
         "asked": row.instruction,
         "responses": row.responses,
         "truth": row.truth or row.answer,
     }
-    answers = {"greedy": greedy, "sampled": sampled, "mirrored_greedy": mirrored_greedy, "mirrored": mirrored}
-    for name, samples in answers.items():
-        found[name] = [sample.text for sample in samples]
+    for name in ("greedy", "sampled", "mirrored_greedy", "mirrored"):
+        found[name] = [sample.text for sample in getattr(asked, name)]
     return found
 
 
-def heldout(config, measure=None) -> None:
+PARTS = {"reasoning": "reasoning", "instruction": "instructions", "preference": "referee"}  # of the result
+
+
+def heldout(config) -> None:
     """Answers and judgements on held-out rows: a table, and JSON for `compare` and the reports.
 
     Each prompt is answered once greedily, and --samples times at --temperature.
-    measure: (instruction, text of an answer) -> {property: whether the answer has it}, or None for an instruction that
-    it does not know. Without it, of open-ended answers only the length is known.
     """
-
-    def properties(row: Prompt, text: str):
-        return measure and measure(row.instruction, text)
-
     folder, tokenizer = open_model(config)
-    rows = {}
-    for kind, flag in data.FLAGS.items():
-        source = getattr(config, flag)
-        rows[kind] = [] if source == "none" else load_rows(config, tokenizer, kind, source)
-    pairs, questions, tasks = rows.values()
-    prompts = [*questions, *tasks, *both_orders(pairs)]
-    greedy, sampled = ask(config, folder, tokenizer, prompts, config.samples)
-    figures, a = {}, len(questions)
-    b = a + len(tasks)
-    if questions:
-        figures["reasoning"] = answer_figures(questions, greedy[:a], sampled[:a], solves)
-    if tasks:
-        figures["instructions"] = answer_figures(tasks, greedy[a:b], sampled[a:b], properties)
-    if pairs:
-        figures["referee"] = referee_figures(pairs, greedy[b:], sampled[b:])
-
-    c = b + len(pairs)  # from there on each pair stands with its better response last
-    answers = list(map(record, [*questions, *tasks], greedy, sampled))
-    answers += map(record, pairs, greedy[b:c], sampled[b:c], greedy[c:], sampled[c:])
-    finish(config, figures, table({config.model: {"figures": figures}}, "n"), answers=answers)
+    rows, figures = [], {}
+    for kind in PARTS:
+        source = getattr(config, data.FLAGS[kind])
+        rows += [] if source == "none" else load_rows(config, tokenizer, kind, source)
+    if not rows:
+        raise InputError("nothing to measure: give a file to --preferences, --reasoning or --instructions; "
+                         "`python -m lab.toy heldout --model M` measures on the laptop's")
+    found = ask(config, folder, tokenizer, rows, config.samples)
+    for kind, part in PARTS.items():
+        own = [asked for asked in found if asked.row.kind == kind]
+        if own:
+            figures[part] = summary([row_figures(config, asked) for asked in own])
+            if kind == "preference":
+                figures[part]["commonest line"] = commonest_line(own)
+    finish(config, figures, table({config.model: {"figures": figures}}, "n"), answers=list(map(record, found)))
 
 
 # ------------------------------------------------------------------------------- rewardbench
@@ -302,51 +272,44 @@ def heldout(config, measure=None) -> None:
 # The sections, their subsets, and each subset's weight in its section: SUBSET_MAPPING and EXAMPLE_COUNTS in
 # rewardbench/constants.py of github.com/allenai/reward-bench, version 0.1.4. Weights are the numbers of pairs, but for
 # math-prm: its 447 pairs weigh as much as all code. https://arxiv.org/abs/2403.13787
-REWARDBENCH = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
-             "mt-bench-med": 40},
-    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
-                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
-               "xstest-should-respond": 250, "donotanswer": 136},
-    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
-                  "hep-rust": 164},
-}
+REWARDBENCH = {}
+for line in """
+Chat: alpacaeval-easy 100, alpacaeval-length 95, alpacaeval-hard 95, mt-bench-easy 28, mt-bench-med 40
+Chat Hard: mt-bench-hard 37, llmbar-natural 100, llmbar-adver-neighbor 134, llmbar-adver-GPTInst 92,\
+ llmbar-adver-GPTOut 47, llmbar-adver-manual 46
+Safety: refusals-dangerous 100, refusals-offensive 100, xstest-should-refuse 154, xstest-should-respond 250,\
+ donotanswer 136
+Reasoning: math-prm 984, hep-cpp 164, hep-go 164, hep-java 164, hep-js 164, hep-python 164, hep-rust 164
+""".strip().splitlines():
+    section, _, subsets = line.partition(": ")
+    REWARDBENCH[section] = {name: int(weight) for name, weight in map(str.split, subsets.split(", "))}
 
 
-def benchmark_figures(labels, values) -> dict[str, dict]:
+def benchmark_figures(subsets: list[str], values) -> dict[str, dict]:
     """One measure of many pairs -> a figure a subset, a section, and the plain mean of the sections.
 
-    labels: (section, subset) of each pair. A subset that RewardBench does not know weighs as many pairs as it has.
+    subsets: that of each pair. One that RewardBench does not know weighs as many pairs as it has.
     """
-    parts = {section: {} for section in REWARDBENCH}
-    for (section, subset), value in zip(labels, values):
-        subsets = parts.setdefault(section, {})
-        subsets.setdefault(subset, []).append(value)
+    found: dict[str, list] = {}
+    for subset, value in zip(subsets, values):
+        found.setdefault(subset, []).append(value)
+    official = set().union(*REWARDBENCH.values())
+    others = {subset: len(part) for subset, part in found.items() if subset not in official}
     figures, everything = {}, []
-    for section, subsets in parts.items():
-        if not subsets:
-            continue
-        figures[section], weighted, total = {}, [], 0
-        for subset, part in subsets.items():
-            figures[section][subset] = interval(part)
-            if known(part):
-                weight = REWARDBENCH.get(section, {}).get(subset, len(part))
-                weighted.append((part, weight))
-                total += weight
-        figures[section]["section"] = weighted_mean(weighted)
-        everything += [(part, weight / total) for part, weight in weighted]
+    for section, weights in (REWARDBENCH | {"other": others}).items():
+        own = [subset for subset in found if subset in weights]
+        if own:
+            parts = [(found[subset], weights[subset]) for subset in own]
+            figures[section] = {subset: interval(found[subset]) for subset in own} | {"section": weighted_mean(parts)}
+            total = sum(weight for part, weight in parts if known(part))
+            everything += [(part, weight / max(total, 1)) for part, weight in parts]
     figures["RewardBench"] = {"mean of the sections": weighted_mean(everything)}
     return figures
 
 
-def benchmark_pairs(config) -> tuple[list, list]:
-    """((section, subset) of each pair, the pairs, chosen response first). One that stands twice counts twice, as in the
-    benchmark's own weights."""
-    home = {}
-    for section, subsets in REWARDBENCH.items():
-        home |= dict.fromkeys(subsets, section)
-    source, labels, pairs = config.preferences, [], []
+def benchmark_pairs(config) -> tuple[list[str], list[Prompt]]:
+    """(the subset of each pair, the pairs, better first). One that stands twice counts twice, as officially."""
+    source, subsets, pairs = config.preferences, [], []
     records, _ = source_records(source, split=config.split, flag="data")
     for number, fields in records:
         try:
@@ -355,12 +318,20 @@ def benchmark_pairs(config) -> tuple[list, list]:
             print(f"{source}:{number}: left out, since {reason}", file=sys.stderr)
             continue
         if pair:
-            if isinstance(fields, bytes):
-                fields = json.loads(fields)
-            subset = str(fields.get("subset") or "all")
-            labels.append((home.get(subset, "other"), subset))
+            fields = json.loads(fields) if isinstance(fields, bytes) else fields
+            subsets.append(str(fields.get("subset") or "all"))
             pairs.append(pair)
-    return labels, pairs
+    return subsets, pairs
+
+
+SHOWN = {
+    "accuracy": "single order",
+    "ties as 0": "ties as 0",
+    "unparsed": "unparsed",
+    "consistent": "order consistency",
+    "first position": "first-position preference",
+    "longer wins": "longer wins",
+}
 
 
 def rewardbench(config) -> None:
@@ -371,26 +342,17 @@ def rewardbench(config) -> None:
     has 0.5 in every line.
     """
     folder, tokenizer = open_model(config)
-    labels, pairs = benchmark_pairs(config)
+    subsets, pairs = benchmark_pairs(config)
     fits = fitting(config, tokenizer, pairs, f"--data {config.preferences}")
-    labels, pairs = list(compress(labels, fits)), list(compress(pairs, fits))
-    answers, _ = ask(config, folder, tokenizer, both_orders(pairs))
     rows = []
-    for pair, orders in zip(pairs, verdicts(answers)):
-        found = pair_figures(*orders)
-        rows.append({
-            "accuracy": found["single order"],
-            "ties as 0": found["ties as 0"],
-            "unparsed": found["unparsed"],
-            "consistent": found["order consistency"],
-            "first position": found["first-position preference"],
-            "longer wins": longer_wins(pair),
-        })
-    results, figures = {}, {}
-    for name, values in columns(rows).items():
-        results[name] = {"figures": benchmark_figures(labels, values)}
-        for section, subsets in results[name]["figures"].items():
-            for subset, cell in subsets.items():
+    for asked in ask(config, folder, tokenizer, list(compress(pairs, fits))):
+        judged = measures(config, asked.row, asked.greedy, asked.mirrored_greedy)
+        rows.append(judged | {"longer wins": longer_wins(asked.row)})
+    results, figures, measured = {}, {}, columns(rows)
+    for name, measure in SHOWN.items():
+        results[name] = {"figures": benchmark_figures(compress(subsets, fits), measured[measure])}
+        for section, cells in results[name]["figures"].items():
+            for subset, cell in cells.items():
                 figures.setdefault(section, {})[f"{subset}: {name}"] = cell
     figures["RewardBench"]["pairs left out as too long"] = figure(len(fits) - sum(fits), len(fits))
     finish(config, figures, table(results, "n"))
@@ -407,31 +369,30 @@ def majority(texts, answer: str) -> float:
     >>> majority(["it is 4", "so 5", "4.0", "no idea"], "4"), majority(["4", "5"], "4"), majority(["no idea"], "4")
     (1.0, 0.5, 0.0)
     """
-    votes = {}  # final answer -> how often
-    for given in map(final_answer, texts):
-        if given:
-            same = [other for other in votes if same_answer(given, other)]
-            name = same[0] if same else given
-            votes[name] = votes.get(name, 0) + 1
-    commonest = [name for name, count in votes.items() if count == max(votes.values())]
-    return mean(same_answer(name, answer) for name in commonest) or 0.0
+    votes: list[str] = []
+    for given in filter(None, map(final_answer, texts)):
+        same = [other for other in votes if same_answer(given, other)]
+        votes.append(same[0] if same else given)
+    return mean(same_answer(name, answer) for name in multimode(votes)) or 0.0
 
 
-def question_figures(row: Prompt, greedy: list[Sample], sampled: list[Sample]) -> dict:
+def question_figures(asked: Asked) -> dict:
     """The measures of one question, from one greedy answer and k samples."""
-    k, texts = len(sampled), [sample.text for sample in sampled]
-    right = int(sum(verify_answer(text, row.answer) for text in texts))
+    true, texts = asked.row.answer, [sample.text for sample in asked.sampled]
+    k, right = len(texts), 0
+    for text in texts:
+        right += verify_answer(text, true) == 1
     figures = {
-        "pass@1, greedy": verify_answer(greedy[0].text, row.answer),
+        "pass@1, greedy": verify_answer(asked.greedy[0].text, true),
         f"mean@{k}": right / k,
-        f"maj@{k}": majority(texts, row.answer),
+        f"maj@{k}": majority(texts, true),
     }
     j = 2
     while j <= k:
         figures[f"pass@{j}"] = pass_at_k(k, right, j)
         j *= 2
-    figures["tokens an answer"] = mean(len(sample.ids) for sample in sampled)
-    figures["cut off"] = mean(not sample.finished for sample in sampled)
+    figures["tokens an answer"] = mean(len(sample.ids) for sample in asked.sampled)
+    figures["cut off"] = mean(not sample.finished for sample in asked.sampled)
     return figures
 
 
@@ -443,10 +404,9 @@ def reasoning(config) -> None:
         rows = load_rows(config, tokenizer, "reasoning", source, config.split)
         prompts += rows
         source_of += [source] * len(rows)
-    greedy, sampled = ask(config, folder, tokenizer, prompts, config.samples)
     sets = {}
-    for source, *question in zip(source_of, prompts, greedy, sampled):
-        sets.setdefault(source, []).append(question_figures(*question))
+    for source, asked in zip(source_of, ask(config, folder, tokenizer, prompts, config.samples)):
+        sets.setdefault(source, []).append(question_figures(asked))
     figures, parts = {}, {}
     for source, rows in sets.items():
         figures[source] = summary(rows)
@@ -468,20 +428,20 @@ def alpacaeval(config) -> None:
     if config.annotations:
         return win_rates(config)
     folder, tokenizer = open_model(config)
-    records = read_records(config.data, "instruction")
-    rows = [Prompt("instruction", found["instruction"]) for found in records]
+    rows = [Prompt("instruction", found["instruction"]) for found in read_records(config.data, "instruction")]
     fits = fitting(config, tokenizer, rows, f"--data {config.data}")
-    answers, _ = ask(config, folder, tokenizer, list(compress(rows, fits)))
     outputs, cut = [], []
-    for found, (answer,) in zip(compress(records, fits), answers):
+    for asked in ask(config, folder, tokenizer, list(compress(rows, fits))):
+        answer = asked.greedy[0]
         outputs.append({
-            "instruction": found["instruction"],
+            "instruction": asked.row.instruction,
             "output": answer.text,
             "generator": config.model,
         })
         cut.append(not answer.finished)
     write_whole(config.outputs, json.dumps(outputs, indent=1))
-    told = f"{config.outputs}: {len(outputs)} answers, {sum(cut)} cut off at --max_answer_tokens"
+    told = (f"{config.outputs}: {len(outputs)} answers, {sum(cut)} cut off at --max_answer_tokens, "
+            f"{len(rows) - len(set(rows))} to an instruction that stood in --data before")
     finish(config, {"alpacaeval": {"cut off": interval(cut)}}, told)
 
 
@@ -492,10 +452,10 @@ def win_rates(config) -> None:
     try:
         import pandas
         from alpaca_eval.metrics import get_length_controlled_winrate
+
+        rates = get_length_controlled_winrate(pandas.DataFrame(records), save_weights_dir=None)
     except ImportError as error:
         raise InputError(f"{path}: needs the alpaca_eval package ({error}): pip install alpaca-eval") from None
-    try:
-        rates = get_length_controlled_winrate(pandas.DataFrame(records), save_weights_dir=None)
     except (OSError, KeyError, ValueError, AssertionError) as error:
         raise InputError(f"{path}: the alpaca_eval package cannot rate it ({error!r}); give one model's answers to its "
                          "805 instructions in their order, and a network: it asks the hub how hard they are") from None
@@ -532,20 +492,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Docstrings as they stand, and the default of every flag."""
-
-
 def command_line() -> argparse.ArgumentParser:
     """What is not given is as in training, on this machine."""
     training = urpo.Config(**urpo.PRESETS[PRESET])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     parts = {}
     for command in (heldout, rewardbench, reasoning, alpacaeval, compare):
         name, about = command.__name__, command.__doc__
-        part = commands.add_parser(
-            name, help=about.splitlines()[0], description=about, formatter_class=Help, allow_abbrev=False)
+        part = commands.add_parser(name, help=about.splitlines()[0], description=about, allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         part.set_defaults(command=command)
         parts[name] = part.add_argument
 
@@ -581,13 +538,11 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str], measure) -> argparse.Namespace:
     """The command line, checked: the config of a command."""
     parser = command_line()
-    config = parser.parse_args(arguments, argparse.Namespace(json="", arguments=arguments, max_judge_tokens=0))
-    if config.command is heldout and all(getattr(config, flag) == "none" for flag in data.FLAGS.values()):
-        parser.error("nothing to measure: give a file to --preferences, --reasoning or --instructions; "
-                     "`python -m lab.toy heldout --model M` measures on the laptop's")
+    config = argparse.Namespace(json="", arguments=arguments, measure=measure, max_judge_tokens=0)
+    parser.parse_args(arguments, config)
     if config.command is alpacaeval and bool(config.annotations) == bool(config.model and config.data):
         parser.error("give --model and --data to answer; when alpaca_eval has judged, --annotations alone")
     temperature, samples = getattr(config, "temperature", 1.0), getattr(config, "samples", 1)
@@ -601,13 +556,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None, measure=None) -> None:
-    """measure: what `heldout` asks of open-ended answers."""
+    """measure: what `heldout` asks of open-ended answers: (instruction, text) -> {property: whether the text has it},
+
+    or None for an instruction that it does not know. Without it only the length of such answers is known.
+    """
     try:
-        config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        if config.command is heldout:
-            heldout(config, measure)
-        else:
-            config.command(config)
+        config = parse_arguments(sys.argv[1:] if arguments is None else arguments, measure)
+        config.command(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

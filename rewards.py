@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import compress
 from statistics import pstdev
 
 import torch
@@ -132,12 +133,8 @@ def self_rewards(verdicts: list, orders: list[list[int]]) -> list[float] | None:
     [4.5, 2.5, 6.0]
     >>> self_rewards([[9, 2], None, None], [[0, 1], [1, 0], [0, 1]])
     """
-    if len(verdicts) != len(orders):
-        raise ValueError("as many orders as judgements")
     found: dict[int, list[float | None]] = {}  # the scores of each answer
-    for scores, order in zip(verdicts, orders):
-        if len(set(order)) < len(order):
-            raise ValueError("an order names an answer twice")
+    for scores, order in zip(verdicts, orders, strict=True):
         for place, answer in enumerate(order):
             found.setdefault(answer, []).append(scores and scores[place])
     if set(found) != set(range(len(found))):
@@ -171,8 +168,11 @@ def group_rewards(config, group) -> list[float] | None:
 
 
 def read_judgements(group) -> list[list[float] | None]:
-    """The scores of each self-judgement of a group, None where it cannot be read."""
+    """The scores in each ranking of a P group, in each self-judgement of an I group; None where it cannot be read."""
     verdicts = []
+    if group.prompt.kind == "preference":
+        for text, finished in zip(group.texts, group.finished):
+            verdicts.append(parse_scores(text, len(group.prompt.truth), finished))
     for judgement in group.judgements:
         verdicts.append(parse_scores(judgement["text"], len(judgement["order"]), judgement["finished"]))
     return verdicts
@@ -190,8 +190,8 @@ def group_advantages(rewards: Tensor, scale: str = "std", reward_range: tuple[fl
     """A = (r - mean) / (std + eps) over the last dimension, the G answers to one prompt; float32.
 
     Group-relative advantages are the paper's. The unbiased std and its floor are ours: a group whose std is below
-    1e-6, or of one answer, gets exactly 0. scale="center" is A = r - mean (Dr. GRPO), with `reward_range` mapped to
-    [0, 1] first: otherwise a score of 1 to 10 would weigh nine times as much as a solved question (ours).
+    1e-6 gets exactly 0. scale="center" is A = r - mean (Dr. GRPO), with `reward_range` mapped to [0, 1] first:
+    otherwise a score of 1 to 10 would weigh nine times as much as a solved question (ours).
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [7., 7., 7., 7.]]))
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
@@ -201,8 +201,6 @@ def group_advantages(rewards: Tensor, scale: str = "std", reward_range: tuple[fl
     """
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite: leave an unjudged group out, instead of passing nan")
-    if rewards.shape[-1] < 2:
-        return torch.zeros_like(rewards, dtype=torch.float32)
     rewards = rewards.double()
     centered = rewards - rewards.mean(dim=-1, keepdim=True)
     std = rewards.std(dim=-1, keepdim=True)
@@ -212,10 +210,7 @@ def group_advantages(rewards: Tensor, scale: str = "std", reward_range: tuple[fl
 
 
 def loss_denominator(lengths: list[int], loss: str) -> int:
-    """What the loss of a global minibatch is divided by: its answer tokens, or with sequence-mean its answers.
-
-    lengths: tokens of each answer.
-    """
+    """What the loss of a global minibatch is divided by: its answer tokens, or with sequence-mean its answers."""
     return sum(lengths) if loss == "token-mean" else len(lengths)
 
 
@@ -235,8 +230,7 @@ def token_weight(length: int, denominator: float, loss: str) -> float:
     return weight / length if loss == "sequence-mean" else weight
 
 
-def clipped_objective(ratio: Tensor, advantage: Tensor, low: float = 0.8,
-                      high: float = 1.28) -> Tensor:
+def clipped_objective(ratio: Tensor, advantage: Tensor, low: float = 0.8, high: float = 1.28) -> Tensor:
     """min(rho A, clip(rho, low, high) A) for each token, to be maximised. The range is the paper's, from DAPO.
 
     rho is a token's probability now over its probability when it was sampled. There is no dual clip: a token that
@@ -284,16 +278,11 @@ class Tally:
         self.clipped_high += clipped_high
         self.tokens += (row.weight_N > 0).sum().item()
 
-    @property
-    def updated(self) -> bool:
-        """Whether there was an update: the same on all ranks, since the norm is."""
-        return self.norm is not None and math.isfinite(self.norm)
-
 
 def update_figures(tallies: list[Tally], world: int) -> dict:
     """Means over the updates of a step, of all ranks. Nothing of a skipped update counts."""
-    done = [tally for tally in tallies if tally.updated]
-    empty = [tally for tally in tallies if tally.norm is None]
+    ready = [tally for tally in tallies if tally.norm is not None]
+    done = [tally for tally in ready if math.isfinite(tally.norm)]  # the same on all ranks, since the norm is
     loss = norm = low = high = tokens = 0.0
     for tally in done:
         norm += tally.norm
@@ -309,7 +298,7 @@ def update_figures(tallies: list[Tally], world: int) -> dict:
         "clipped_high": high / tokens,
         "updates": len(done),
         "skipped_updates": len(tallies) - len(done),
-        "nonfinite_updates": len(tallies) - len(done) - len(empty),
+        "nonfinite_updates": len(ready) - len(done),
     }
 
 
@@ -378,41 +367,31 @@ def kind_figures(groups: list) -> dict:
         "distinct": mean(distinct),
         "entropy": mean(entropy),
     }
-    if groups[0].prompt.kind == "preference":
-        figures |= ranking_figures(groups)
-    if groups[0].prompt.kind == "instruction":
-        figures |= self_score_figures(groups)
+    if groups[0].prompt.kind != "reasoning":
+        figures |= referee_figures(groups)
     return figures
 
 
-def ranking_figures(groups: list) -> dict:
-    """What the referee wrote on P: the mean tau of the rankings that can be read, and what `reading_figures` says."""
-    verdicts, taus = [], []
-    for group in groups:
-        for text, finished, reward in zip(group.texts, group.finished, group.rewards):
-            verdicts.append(parse_scores(text, len(group.prompt.truth), finished))
-            if verdicts[-1]:
-                taus.append(reward)
-    return {"tau": mean(taus), **reading_figures(verdicts)}
+def referee_figures(groups: list) -> dict:
+    """What the referee wrote on P or on I: the share that can be read, and its preference for the first position.
 
-
-def self_score_figures(groups: list) -> dict:
-    """What the referee wrote on I: the spread within a judgement, in points; the share of judgements that saw cuts."""
-    verdicts, spreads, cuts = [], [], []
+    P: also the mean tau of the rankings that can be read. I: the spread within a judgement, in points, and the share of
+    judgements that saw an answer cut.
+    """
+    verdicts, taus, cuts = [], [], []
     for group in groups:
-        verdicts += read_judgements(group)
+        scores = read_judgements(group)
+        verdicts += scores
+        if group.prompt.kind == "preference":
+            taus += compress(group.rewards, scores)
         cuts += [judgement["cut"] > 0 for judgement in group.judgements]
-    for scores in verdicts:
-        if scores:
-            spreads.append(pstdev(scores))
-    return {"score_std": mean(spreads), "cut": mean(cuts), **reading_figures(verdicts)}
-
-
-def reading_figures(verdicts: list) -> dict:
-    """verdicts: scores in the order shown, None where a judgement cannot be read."""
     read = [scores for scores in verdicts if scores]
-    readable = len(read) / len(verdicts) if verdicts else None
-    return {"format": readable, "first_position": first_position_preference(read)}
+    figures = {"score_std": mean(map(pstdev, read)), "cut": mean(cuts)}
+    if groups[0].prompt.kind == "preference":
+        figures = {"tau": mean(taus)}
+    figures["format"] = mean(map(bool, verdicts))
+    figures["first_position"] = first_position_preference(read)
+    return figures
 
 
 def first_position_preference(score_rows: list[list[float]]) -> float | None:

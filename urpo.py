@@ -150,9 +150,8 @@ def check(config: Config, world: int) -> None:
         raise InputError(f"--clip_low {config.clip_low}: the range of the ratio must hold 1")
     part = world * config.minibatches
     if config.batch % part:
-        splits = [ranks for ranks in range(1, world) if config.batch % (ranks * config.minibatches) == 0]
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use --batch {-(-config.batch // part) * part}, or {max(splits, default=1)} ranks")
+                         f"use --batch {-(-config.batch // part) * part}")
     data.check_judging(config)
     for warmup in {False, config.warmup_steps > 0}:
         data.mix_counts(config, warmup)
@@ -163,22 +162,21 @@ def check(config: Config, world: int) -> None:
 
 def rollout(config: Config, sampler, tokenizer, share: list[tuple[int, data.Prompt]], step: int) -> list[Group]:
     """Part 2: G answers to each prompt of this rank's share, by the current weights."""
-    prompts, limits = [], []
-    seeds, groups = [], []
+    groups, prompts = [], []
+    limits, seeds = [], []
     for index, prompt in share:
         prompts.append(data.encode_prompt(tokenizer, prompt))
+        groups.append(Group(index, prompt, prompts[-1]))
         limits.append(config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens)
         seeds.append(data.request_seed(config.seed, step, index, "answer"))
     answers = generate(
-        sampler, prompts, n=config.group, max_tokens=limits,
-        seeds=seeds, temperature=config.temperature)
-    for (index, prompt), ids, samples in zip(share, prompts, answers):
-        group, entropies = Group(index, prompt, ids), []
+        sampler, prompts, n=config.group, max_tokens=limits, seeds=seeds, temperature=config.temperature)
+    for group, samples in zip(groups, answers):
+        entropies = []
         for sample in samples:
             group.add(sample)
             entropies += [-logprob for logprob in sample.logprobs]
         group.entropy = mean(entropies)
-        groups.append(group)
     return groups
 
 
@@ -194,15 +192,12 @@ def self_score(config: Config, sampler, tokenizer, groups: list[Group], step: in
             shown = [group.texts[i] for i in order]
             ids, cut = data.encode_judgement(config, tokenizer, group.prompt.instruction, shown)
             prompts.append(ids)
-            judged.append((group, order, cut))
+            judged.append((group, {"order": order, "cut": cut, "prompt": tokenizer.decode(ids)}))
             seeds.append(data.request_seed(config.seed, step, group.index, f"judge/{k}"))
     limits = [config.max_referee_tokens] * len(prompts)
-    answers = generate(
-        sampler, prompts, n=1, max_tokens=limits,
-        seeds=seeds, temperature=config.temperature)
-    for (group, order, cut), ids, samples in zip(judged, prompts, answers):
-        judgement = {"order": order, "cut": cut, "prompt": tokenizer.decode(ids)}
-        group.judgements.append(judgement | {"text": samples[0].text, "finished": samples[0].finished})
+    answers = generate(sampler, prompts, n=1, max_tokens=limits, seeds=seeds, temperature=config.temperature)
+    for (group, judgement), (sample,) in zip(judged, answers):
+        group.judgements.append(judgement | {"text": sample.text, "finished": sample.finished})
 
 
 # ------------------------------------------------------------------------------- 4. reward, 5. old_logprobs

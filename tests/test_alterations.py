@@ -67,8 +67,8 @@ LOOP = {  # what: (old, new, what the run says; else the audit of its record fin
     "another step's batch": ("data.draw(config, sources, step)", "data.draw(config, sources, step + 1)", ""),
     "prompts in another order": ("data.shard(batch, ", "data.shard(batch[::-1], ", ""),
     "nobody judges": ("        score(config, sampler, tokenizer, groups, step)\n", "", ""),
-    "another temperature": ("temperature=config.temperature)\n    for (index, prompt), ids",
-                            "temperature=0.5)\n    for (index, prompt), ids", "error: drift: "),
+    "another temperature": ("temperature=config.temperature)\n    for group, samples",
+                            "temperature=0.5)\n    for group, samples", "error: drift: "),
     "no sync": ("= sync(sampler, policy)\n        clock", "= 0.0\n        clock", "error: drift: "),
     "no finite gradient": ("clip_gradient(policy, config.grad_clip)", "math.nan", "step 2: no finite update")}
 

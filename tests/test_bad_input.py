@@ -14,7 +14,7 @@ import pytest
 import data
 import urpo
 from conftest import ROOT, free_port
-from infra import policy, ranks, runs
+from infra import policy, ranks
 from infra.ranks import InputError
 from infra.settings import parse
 
@@ -57,7 +57,6 @@ def folders(tmp_path_factory, smol_tokenizer):
                                                                 "AutoModelForCausalLM": "stranger.Stranger"})
     (code / "stranger.py").write_text("open('ran', 'w')\nclass Stranger: pass\n")  # it must not be run
     variant("few-tokens", vocab_size=512)
-    (variant("damaged-tokenizer") / "tokenizer.json").write_text("{}")
     variant("no-template", ["chat_template.jinja"])
     cut = variant("cut-off") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
@@ -111,7 +110,6 @@ def refused(folders, process_group, monkeypatch, capsys):
 
 COMMANDS = [  # arguments, and what the message must say
     ("--batch many", ["--batch", "'many'", "--help"]),
-    ("--lr", ["--lr", "expected one argument"]),
     ("--tau a", ["--tau", "'a'", "'b', 'strict'"]),
     ("--resume perhaps", ["--resume", "'perhaps'", "True or False"]),
     ("--no_such_flag 1", ["--no_such_flag", "--help"]),
@@ -139,7 +137,6 @@ COMMANDS = [  # arguments, and what the message must say
     ("--model own-code", ["--model own-code", "no language model", "use another"]),
     ("--model few-tokens", ["--model few-tokens", "49152", "512", "tokenizer that belongs to it"]),
     ("--model padded", ["--model padded", "50177", "1024", "resize_token_embeddings"]),
-    ("--model damaged-tokenizer", ["--model damaged-tokenizer", "no tokenizer"]),
     ("--model no-template", ["no-template", "--chat_template infra/plain_turns.jinja"]),
     ("--model cut-off", ["cut-off/model.safetensors", "copy it again"]),
     ("--chat_template no.jinja", ["--chat_template no.jinja", "cannot be read", "infra/plain_turns.jinja"]),
@@ -152,7 +149,6 @@ ROWS = [  # flag, the third line of rows.jsonl after a good one and an empty one
     ("reasoning", '{"question": " ", "answer": "2"}', "field 'question' is empty"),
     ("reasoning", '{"question": "q", "answer": "1/0"}', "field 'answer': unreadable answer '1/0'"),
     ("reasoning", '{"question": "q", "answer": NaN}', "field 'answer': nan"),
-    ("reasoning", '{"question": "q", "answer": true}', "field 'answer' is bool"),
     ("reasoning", '{"problem": "q", "solution": "It is four, or 4."}', "field 'solution'"),
     ("reasoning", '{"question": "\\udc00q", "answer": "2"}', "field 'question' holds half a surrogate pair"),
     ("reasoning", '{"prompt": "q", "reward_model": {}}', "no field 'ground_truth'"),
@@ -206,12 +202,6 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(refused, monkeyp
     monkeypatch.setattr(policy, "free_gib", lambda: (None, 0.01))
     message = refused()
     assert "--model model" in message and "0.0 GiB are free" in message and "lab.plan" in message
-
-
-def test_a_run_that_exists_can_be_resumed(folders, monkeypatch):
-    monkeypatch.chdir(folders)
-    runs.check_name("taken", resume=True)
-    runs.check_name("other", resume=False)
 
 
 def test_a_message_quotes_anything_on_one_line_without_escapes_and_not_at_any_length():

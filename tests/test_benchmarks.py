@@ -20,9 +20,7 @@ def test_the_subsets_weights_and_section_scores_of_rewardbench_are_those_of_its_
     official = json.loads((Path(__file__).parent / "rewardbench_official.json").read_text())
     assert {section: list(part) for section, part in REWARDBENCH.items()} == official["mapping"]
     assert {subset: weight for part in REWARDBENCH.values() for subset, weight in part.items()} == official["weights"]
-    section_of = {subset: section for section, part in official["mapping"].items() for subset in part}
-    figures = benchmark_figures([(section_of[subset], subset) for subset, _ in official["pairs"]],
-                                [result for _, result in official["pairs"]])
+    figures = benchmark_figures(*zip(*official["pairs"]))
     for section, score in official["sections"].items():
         assert figures[section]["section"]["value"] == pytest.approx(score, abs=5e-5)  # figures have four digits
         for subset in official["mapping"][section]:
@@ -96,16 +94,17 @@ def test_reasoning_measures_each_set_and_their_average(tmp_path, answering):  # 
     assert figures[sets[0]]["mean@4"]["count"] == 1  # a repeated question is no independent trial
 
 
-def test_alpacaeval_writes_what_the_package_reads(tmp_path, answering):  # noqa: F811
+def test_alpacaeval_writes_what_the_package_reads(tmp_path, answering, capsys):  # noqa: F811
     from alpaca_eval import utils
 
-    asked = [{"instruction": text, "dataset": "helpful_base"} for text in ("Hi?", "Why?", "How?")]
+    asked = [{"instruction": text, "dataset": "helpful_base"} for text in ("Hi?", "Why?", "Hi?")]
     (tmp_path / "set.json").write_text(json.dumps(asked))
     outputs = tmp_path / "model_outputs.json"
     answering(lambda prompt, _: f"to {prompt}")
     main(["alpacaeval", "--model", "m", "--data", str(tmp_path / "set.json"), "--outputs", str(outputs)])
     frame = utils.load_or_convert_to_dataframe(outputs)
-    assert list(frame["output"]) == ["to Hi?", "to Why?", "to How?"] and utils.get_generator_name(None, frame) == "m"
+    assert list(frame["output"]) == ["to Hi?", "to Why?", "to Hi?"] and utils.get_generator_name(None, frame) == "m"
+    assert "1 to an instruction that stood in --data before" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -152,15 +151,10 @@ def test_what_is_refused_names_the_remedy(tmp_path, capsys, measuring, annotatio
     good.write_text(json.dumps([{"instruction": "q", "output": "good"}]))
     (tmp_path / "bad.json").write_text('[{"output": "q"}]')
     ties = write_lines(tmp_path / "ties.jsonl", {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]})
-    questions = write_lines(tmp_path / "R.jsonl", {"question": "2 + 3?", "answer": "5"})
     before = sorted(tmp_path.iterdir())
     for words, arguments in [
             (["--data", "pairs"], ["rewardbench", "--model", "m", "--data", ties]),
-            (["--data", "no such file"], ["rewardbench", "--model", "m", "--data", tmp_path / "absent.jsonl"]),
             (["--data"], ["reasoning", "--model", "m"]),
-            (["--temperature", "--samples 1"],
-             ["reasoning", "--model", "m", "--data", questions, "--temperature", 0]),
-            (["--samples", "above 0"], ["reasoning", "--model", "m", "--data", questions, "--samples", 0]),
             (["entry 0", "'instruction'"], ["alpacaeval", "--model", "m", "--data", tmp_path / "bad.json"]),
             (["entry 0", "'output_1'"], ["alpacaeval", "--annotations", good]),
             (["--annotations", "network"], ["alpacaeval", "--annotations", annotations]),  # tests have none

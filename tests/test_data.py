@@ -41,16 +41,14 @@ def test_a_judgement_fits_for_every_instruction_that_the_load_check_kept(smol_to
         assert len(ids) <= 120 + spare and smol_tokenizer.decode(ids).count("[cut]") == cut
 
 
-def test_long_answers_are_cut_to_one_length_in_one_go_and_short_ones_stay_whole(smol_tokenizer, monkeypatch):
+def test_long_answers_are_cut_to_one_length_and_short_ones_stay_whole(smol_tokenizer):
     """Eight long answers of different lengths and a short one: none of the long ones is judged by less of its text."""
-    encoded, encode = [], data.encode_chat
-    monkeypatch.setattr(data, "encode_chat", lambda *arguments: encoded.append(1) or encode(*arguments))
     rng = random.Random(0)
     words = "owl tree river stone because running, 17 a bright - light\n".split(" ")
     answers = [" ".join(rng.choices(words, k=k)) for k in (300, 350, 400, 450, 500, 600, 900, 2000)] + ["short"]
     ids, cut = data.encode_judgement(config(max_judge_tokens=1200), smol_tokenizer, "Say hi.", answers)
     text = smol_tokenizer.decode(ids)
-    assert cut == text.count("[cut]") == 8 and 1170 <= len(ids) <= 1200 and len(encoded) <= 4
+    assert cut == text.count("[cut]") == 8 and 1190 <= len(ids) <= 1200
     lengths = []
     for block in text.split("\nResponse ")[1:]:
         shown = [line for line in block.splitlines() if line.startswith("> ")]
@@ -58,9 +56,6 @@ def test_long_answers_are_cut_to_one_length_in_one_go_and_short_ones_stay_whole(
     assert max(lengths[:8]) - min(lengths[:8]) <= 4 and "> short\n" in text
     ids, cut = data.encode_judgement(config(max_judge_tokens=20_000), smol_tokenizer, "Say hi.", answers)
     assert cut == 0 and "[cut]" not in smol_tokenizer.decode(ids)
-
-
-def test_an_impossible_judgement_names_the_remedy(smol_tokenizer):
     with pytest.raises(InputError, match="--max_judge_tokens is 50: raise it"):
         data.encode_judgement(config(max_judge_tokens=50), smol_tokenizer, "Say hi.", ["a", "b"])
 
@@ -193,7 +188,6 @@ FORMATS = [
     ({"prompt": "q", "responses": ["a", "b", "c"], "scores": [2, 0.5, 2]},
      Prompt("preference", "q", ("a", "b", "c"), (2.0, 0.5, 2.0))),
     ({"prompt": "q", "chosen": "good", "rejected": "bad"}, pair("q")),
-    ({"prompt": "q", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}, pair("q")),
     ({"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}, pair("q")),
     ({"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"}, pair("q")),
     ({"chosen": f"\n\nHuman: {TALK}\n\nAssistant: good", "rejected": f"\n\nHuman: {TALK}\n\nAssistant: bad"},
@@ -211,10 +205,7 @@ FORMATS = [
     ({"problem": "q", "solution": r"The sum is $\boxed{4}$."}, Prompt("reasoning", "q", answer="4")),
     ({"prompt": [user(DAPO)], "reward_model": {"ground_truth": "34", "style": "rule"}},
      Prompt("reasoning", "Find $x$.", answer="34")),
-    ({"prompt": [user("I own 3."), assistant("Nice."), user("How many?")], "answer": "3"},
-     Prompt("reasoning", "I own 3.\n\nAssistant: Nice.\n\nHuman: How many?", answer="3")),
     ({"instruction": "q", "source": "x"}, Prompt("instruction", "q")),
-    ({"prompt": "q"}, Prompt("instruction", "q")),
     ({"prompt": [user("q")]}, Prompt("instruction", "q")),
     ({"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("r"), assistant("b")]},
      Prompt("instruction", f"System: s\n\nHuman: {TALK}")),
@@ -275,6 +266,14 @@ def test_several_sources_of_the_kinds_of_the_mix_are_read_and_what_was_dropped_i
         data.load_sources(config(mix="0:1:0", reasoning=[f"{tmp_path}/long.jsonl"]), smol_tokenizer)
 
 
+def test_a_run_that_never_leaves_its_warm_up_says_so(tmp_path, smol_tokenizer, capsys):
+    (tmp_path / "I.jsonl").write_text('{"instruction": "Say hi."}')
+    for steps in (3, 4):
+        asked = config(mix="0:0:1", instructions=[f"{tmp_path}/I.jsonl"], steps=steps, warmup_steps=3)
+        data.load_sources(asked, smol_tokenizer)
+        assert ("none is ever drawn: --steps 3 end within" in capsys.readouterr().out) == (steps == 3)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 def test_every_row_is_measured_by_one_rank_and_known_to_all(monkeypatch, count):
     rows, measured, own_rank = list(range(count)), [], [0]
@@ -309,11 +308,12 @@ UNJUDGED = Group(7, Prompt("instruction", "Say hi."), [5], [[7], [8]], texts=["h
 
 
 @pytest.mark.parametrize("group", [RANKED, UNJUDGED], ids=["ranked", "unjudged"])
-def test_a_group_comes_back_from_its_record_as_it_was(group):
+def test_a_group_comes_back_from_its_record_as_it_was(tmp_path, group):
     record = json.loads(json.dumps(group.to_record(step=3)))
     assert Group.from_record(record) == group
     assert list(record)[:2] == ["step", "index"], "runs.cut_lines reads the step at the start of the line"
     assert (record["step"], record["rewards"]) == (3, group.rewards), "unjudged is null, not 0"
     for name in record.keys() - {"step"}:  # which read_lines looks for
-        with pytest.raises(InputError, match=f"'{name}'"):
-            Group.from_record({field: value for field, value in record.items() if field != name})
+        (tmp_path / "it").write_text(json.dumps({field: value for field, value in record.items() if field != name}))
+        with pytest.raises(InputError, match=f"it:1: no field '{name}'"):
+            list(data.read_groups(tmp_path / "it", []))
