@@ -26,7 +26,7 @@ def record(finished):
     """(lines of rollouts.jsonl, of log.jsonl, config.json) of a real run's first steps; tokenizer, rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished.parent.parent)  # where it ran
-        _, tokenizer, sources = audit.witnesses(finished, with_sources=True)
+        _, (tokenizer, _), sources = audit.witnesses(finished, with_sources=True)
     files = []
     for name in ("rollouts.jsonl", "log.jsonl"):
         lines = [json.loads(line) for line in (finished / name).read_text().splitlines()]

