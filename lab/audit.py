@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections import Counter
 from dataclasses import replace
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -26,7 +25,7 @@ from data import Group
 from infra import chat
 from infra.ranks import InputError, stop
 from infra.runs import read_about, read_log
-from rewards import parse_scores, step_figures
+from rewards import parse_scores, read_judgements, step_figures
 
 
 def audit(run: Path, step: int | None = None, prompt: int | None = None) -> bool:
@@ -131,7 +130,7 @@ def record_differences(config, step: int, group: Group, tokenizer, judge) -> lis
     for i, (ids, text, finished) in enumerate(zip(group.answers, group.texts, group.finished), 1):
         if len(ids) > limit or not finished and len(ids) < limit:
             wrong.append(f"{where}, answer {i}: {len(ids)} tokens of at most {limit}, finished: {finished}")
-        known = all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids)
+        known = all(token in range(len(tokenizer)) for token in ids)
         if not known or chat.answer_text(tokenizer, ids, stops) != text:
             wrong.append(f"{where}, answer {i}: the text is not what the token ids say")
     orders = data.judgement_orders(config, group.index, step) if kind == "instruction" else []
@@ -150,13 +149,10 @@ def record_differences(config, step: int, group: Group, tokenizer, judge) -> lis
 
 def step_differences(config, line: dict, groups: list[Group], sources: dict | None) -> list[str]:
     """Where a line of the log does not follow from the groups of its step, or these are not the step's batch."""
-    step, wrong, whole = line["step"], [], range(config.batch)
-    indices = Counter(group.index for group in groups)
-    odd = {index for index in whole if indices[index] != 1} | indices.keys() - set(whole)
-    if odd:
-        return [f"step {step}: prompts {sorted(odd, key=str)} are missing, doubled or too many in rollouts.jsonl; "
-                f"--batch is {config.batch}"]
-    groups = sorted(groups, key=lambda group: group.index)
+    step, wrong, groups = line["step"], [], sorted(groups, key=lambda group: group.index)
+    indices = [group.index for group in groups]
+    if indices != list(range(config.batch)):
+        return [f"step {step}: rollouts.jsonl holds prompts {indices}, and --batch is {config.batch}"]
     counts = data.mix_counts(config, step < config.warmup_steps)
     kinds = data.interleave({kind: [kind] * count for kind, count in counts.items() if count})
     if [group.prompt.kind for group in groups] != kinds:
@@ -206,13 +202,13 @@ def in_words(config, step: int, group: Group) -> str:
         text += f"answer {i + 1}, {len(group.answers[i])} tokens, finished: {group.finished[i]}; reward {earned}, "
         text += f"advantage {group.advantages[i]:.4g}\n{indented(answer)}"
         if prompt.kind == "preference":
-            text += f"scores: {parse_scores(answer, len(prompt.truth)) or 'unreadable, which earns -1'}\n"
-    for judgement in group.judgements:
+            scores = parse_scores(answer, len(prompt.truth), group.finished[i])
+            text += f"scores: {scores or 'unreadable, which earns -1'}\n"
+    for judgement, scores in zip(group.judgements, read_judgements(group)):
         order = [answer + 1 for answer in judgement["order"]]
         text += f"judge prompt over answers {order}, in this order\n{indented(judgement['prompt'] or 'none')}"
-        text += f"judge text\n{indented(judgement['text'])}"
-        text += f"scores: {parse_scores(judgement['text'], len(order)) or 'unreadable'}\n"
-    if rewards:
+        text += f"judge text\n{indented(judgement['text'])}scores: {scores or 'unreadable'}\n"
+    if rewards and len(rewards) > 1:
         text += f"mean {mean(rewards):.4g}, unbiased std {stdev(rewards):.4g}; --advantage {config.advantage}\n"
     return text
 

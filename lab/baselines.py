@@ -118,7 +118,8 @@ def reward_model(config: Baseline) -> None:
     """Train a scalar on the pairs that a run of urpo.py with the same flags draws for P."""
     if config.resume:
         raise InputError("reward_model: it is trained in one go: leave --resume out, and give another --name")
-    run, world = Path("runs") / config.name, dist.get_world_size()
+    run = Path("runs") / config.name
+    world = dist.get_world_size()
     folder = on_rank_0(f"reading --model {config.model}", lambda: policy.check_folder(config.model))
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
     sources, _ = data.load_sources(config, tokenizer)
@@ -147,7 +148,11 @@ def reward_model(config: Baseline) -> None:
         parts = [margins(score_rows(model, tokenizer, [row]), [row]) for row in heldout]
     right_N = pair_measures(torch.cat(parts))["accuracy"]
     figures = {"referee": {"expected score": interval(right_N.tolist())}}
-    result = {"model": f"{run}/model", "settings": {"preferences": config.heldout}, "figures": figures}
+    result = {
+        "model": f"{run}/model",
+        "settings": {"preferences": config.heldout},
+        "figures": figures,
+    }
 
     def save():
         model.lm.save_pretrained(run / "model", state_dict=weights)
@@ -197,9 +202,10 @@ def as_points(score_G: Tensor) -> list[float]:
     >>> as_points(torch.tensor([6.0, 5.0, 4.0])), as_points(torch.tensor([6.0, 5.0, -20.0]))
     ([6.5, 5.5, 4.5], [7.882352828979492, 7.617647171020508, 1.0])
     """
-    middle, reach = (LOWEST_SCORE + HIGHEST_SCORE) / 2, (HIGHEST_SCORE - LOWEST_SCORE) / 2
+    middle = (LOWEST_SCORE + HIGHEST_SCORE) / 2
     distance_G = score_G - score_G.mean()
-    return (middle + distance_G * (reach / distance_G.abs().max()).clamp(max=1)).tolist()
+    unit = ((HIGHEST_SCORE - middle) / distance_G.abs().max()).clamp(max=1)
+    return (middle + unit * distance_G).tolist()
 
 
 def rm_score(config: Baseline) -> None:

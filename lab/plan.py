@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import pandas
@@ -45,33 +46,21 @@ SHAPES = {  # of the bases that the README names
 }
 
 
-@dataclass
-class Shape:
-    """The sizes of a model: numbers of parameters, and widths."""
-
-    parameters: int
-    layer: int  # parameters of one layer
-    layers: int
-    root: int  # parameters outside the layers
-    hidden: int
-    inner: int  # width of the MLP
-    key_values: int  # numbers that one token keeps for attention, all layers together
-    vocabulary: int
-
-
-def planned_shape(model: str) -> Shape:
-    """The sizes of a model that need not be there."""
+def planned_shape(model: str) -> SimpleNamespace:
+    """The sizes of a model that need not be there: numbers of parameters, and widths."""
     from transformers import AutoConfig
 
     known = SHAPES.get(model)
     config = AutoConfig.for_model(**dict(zip(FIELDS, known))) if known else model_config(model)
     lm, layers = empty_model(model, config), config.num_hidden_layers
     layer = sum(weight.numel() for weight in lm.model.layers[0].parameters())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(
-        lm.num_parameters(), layer, layers, root=lm.num_parameters() - layers * layer, hidden=config.hidden_size,
-        inner=config.intermediate_size, key_values=2 * layers * config.num_key_value_heads * head_dim,
-        vocabulary=config.vocab_size)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return SimpleNamespace(
+        parameters=lm.num_parameters(), layers=layers,
+        layer=layer,  # parameters of one layer
+        root=lm.num_parameters() - layers * layer,  # those outside the layers: embedding, head, last norm
+        hidden=config.hidden_size, inner=config.intermediate_size, vocabulary=config.vocab_size,
+        key_values=2 * layers * config.num_key_value_heads * head)  # that one token keeps, all layers together
 
 
 # ------------------------------------------------------------------------------- memory of a rank
@@ -88,7 +77,7 @@ def longest_row(config) -> int:
     return max(config.row_tokens, config.max_prompt_tokens + config.group * answers)
 
 
-def update_peak(shape: Shape, config, world: int) -> float:
+def update_peak(shape, config, world: int) -> float:
     """GiB: the most that an update takes at one time, beside weights, gradients and moments."""
     tokens = longest_row(config)
     size = 2 if config.precision == "bfloat16" else 4  # bytes of a number in compute
@@ -102,7 +91,7 @@ def update_peak(shape: Shape, config, world: int) -> float:
     return max(root + inputs + logits, root + inputs + layer + working, root_gradient, block_mask) / 2**30
 
 
-def gpu_memory(shape: Shape, config, world: int) -> dict[str, dict[str, float]]:
+def gpu_memory(shape, config, world: int) -> dict[str, dict[str, float]]:
     """{what: {part: GiB}} of one rank from the second step on."""
     state, weights = 4 * shape.parameters / world / 2**30, 2 * shape.parameters / 2**30
     largest = 6 * shape.vocabulary * shape.hidden / 2**30  # one whole tensor, in fp32 and in bf16
@@ -119,7 +108,7 @@ def gpu_memory(shape: Shape, config, world: int) -> dict[str, dict[str, float]]:
     return rows | {"together": {part: sum(row.get(part, 0.0) for row in rows.values()) for part in PARTS}}
 
 
-def cache_tokens(shape: Shape, config, world: int) -> float:
+def cache_tokens(shape, config, world: int) -> float:
     """Tokens whose keys and values the sampler's cache holds. Negative: not even the work beside it has room."""
     sequences = config.batch // world * config.group
     work = 4 * SAMPLED_AT_ONCE * (2 * shape.inner + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
@@ -139,7 +128,7 @@ ANSWER_SHARE = 0.4  # of its limit is the mean length of an answer; measured run
 PROMPT_SHARE = {"preference": 0.4, "reasoning": 0.05, "instruction": 0.05}  # of --max_prompt_tokens
 
 
-def decode_seconds(shape: Shape, answers: float, mean_tokens: float, longest: float, context: float) -> float:
+def decode_seconds(shape, answers: float, mean_tokens: float, longest: float, context: float) -> float:
     """Seconds in which one GPU samples `answers` answers at a time, until the longest of them ends.
 
     A decode step reads all weights once, and the keys and values of every answer that still runs.
@@ -150,8 +139,7 @@ def decode_seconds(shape: Shape, answers: float, mean_tokens: float, longest: fl
     return mean_tokens * full + (longest - mean_tokens) * last
 
 
-def step_seconds(shape: Shape, world: int, kinds: list[tuple[int, int, float, float, int]], judged: tuple[int, float],
-                 minibatches: int) -> dict[str, float]:
+def step_seconds(shape, world: int, kinds: list[tuple], judged: tuple, minibatches: int) -> dict[str, float]:
     """Seconds of the parts that cost anything, on so many H100, when all groups have a signal.
 
     kinds: (prompts, G, prompt tokens, mean answer tokens, limit of an answer) of each kind of a batch.
@@ -175,7 +163,7 @@ def step_seconds(shape: Shape, world: int, kinds: list[tuple[int, int, float, fl
             "sync": SYNC_SECONDS + 4 * shape.parameters / GATHER}
 
 
-def planned_seconds(shape: Shape, config, world: int) -> dict[str, float]:
+def planned_seconds(shape, config, world: int) -> dict[str, float]:
     """`step_seconds` of these settings, after warm-up."""
     counts, kinds = data.mix_counts(config, warmup=False), []
     for kind, prompts in counts.items():
@@ -192,10 +180,10 @@ def planned_seconds(shape: Shape, config, world: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------- the plan
 
 
-def does_not_fit(shape: Shape, config, world: int) -> str:
+def does_not_fit(shape, config, world: int) -> str:
     """"" or what is too large for a GPU: a part of the step, or the sampler's longest sequence."""
     together = gpu_memory(shape, config, world)["together"]
-    worst = max(PARTS, key=lambda part: together[part])
+    worst = max(together, key=together.get)
     if together[worst] > config.gpu_gib:
         return f"part {worst} needs {together[worst]:.1f} GiB of a GPU with {config.gpu_gib:.1f} GiB"
     held = max(0.0, cache_tokens(shape, config, world))
@@ -207,7 +195,6 @@ def does_not_fit(shape: Shape, config, world: int) -> str:
 
 
 def show(plan: Plan) -> str:
-    """The plan as text."""
     world, shape = plan.nproc * plan.nodes, planned_shape(plan.model)
     urpo.check(plan, world)
     memory = pandas.DataFrame.from_dict(gpu_memory(shape, plan, world), orient="index", columns=PARTS)

@@ -53,17 +53,15 @@ def pairs_of(truth, forward: list, backward: list) -> dict[str, float | None]:
     return {name: mean(known(values)) for name, values in columns(found).items()}
 
 
-def judged(group: Group) -> list:
-    """The scores of each ranking, None where it cannot be read."""
-    n = len(group.prompt.truth)
-    return [parse_scores(text, n, finished) for text, finished in zip(group.texts, group.finished)]
-
-
 def preference_figures(groups: list[Group]) -> dict[str, dict]:
     """P: each row stands in both orders, one group after the other. The row is the unit: its orders are averaged."""
     rows = []
     for orders in zip(groups[::2], groups[1::2]):
-        found = pairs_of(orders[0].prompt.truth, *map(judged, orders)) | kind_figures(list(orders))
+        truth, verdicts = orders[0].prompt.truth, []
+        for group in orders:
+            answers = zip(group.texts, group.finished)
+            verdicts.append([parse_scores(text, len(truth), finished) for text, finished in answers])
+        found = pairs_of(truth, *verdicts) | kind_figures(list(orders))
         row = {"gradient": mean(group.has_signal for group in orders)}
         for name in ("format", "tau", "single order", "order consistency", "first-position preference"):
             row[name] = found[name]
@@ -115,24 +113,18 @@ def measure(config) -> dict[str, dict]:
     return figures
 
 
-def read_config(arguments: list[str]) -> Probe:
-    """The settings of the one step."""
-    config = parse(Probe, urpo.PRESETS, arguments, __doc__)
-    if config.rows % 2:
-        raise InputError(f"--rows {config.rows}: give an even number")
-    config.both_orders, config.warmup_steps, config.minibatches, config.batch = True, 0, 1, 0
-    data.mix_counts(config, warmup=False)  # refuses what is no mix
-    shares = [min(1, int(share)) for share in config.mix.split(":")]
-    config.mix, config.batch = ":".join(map(str, shares)), config.rows * sum(shares)
-    urpo.check(config, world=1)
-    if config.json:
-        check_writable("json", config.json)
-    return config
-
-
 def main(arguments: list[str] | None = None) -> None:
     try:
-        config = read_config(sys.argv[1:] if arguments is None else arguments)
+        config = parse(Probe, urpo.PRESETS, sys.argv[1:] if arguments is None else arguments, __doc__)
+        if config.rows % 2:
+            raise InputError(f"--rows {config.rows}: give an even number")
+        config.both_orders, config.warmup_steps, config.minibatches, config.batch = True, 0, 1, 0
+        data.mix_counts(config, warmup=False)  # refuses what is no mix
+        shares = [min(1, int(share)) for share in config.mix.split(":")]
+        config.mix, config.batch = ":".join(map(str, shares)), config.rows * sum(shares)
+        urpo.check(config, world=1)
+        if config.json:
+            check_writable("json", config.json)
         figures = measure(config)
     except InputError as error:
         stop(error)

@@ -68,7 +68,8 @@ def read_figures(run: Path, repairs: list[str]) -> pandas.DataFrame:
     columns = " ".join(PANELS.values()).split()
     columns += [column for column in log if column.startswith("seconds.")]
     if (run / "rollouts.jsonl").is_file():
-        log = log.join(pandas.DataFrame(toy.gold_of_run(run)).set_index("step"))
+        gold = pandas.DataFrame(toy.gold_of_run(run), columns=["step", "gold", "all_four", "judge_tau"])
+        log = log.join(gold.set_index("step"))
     return log.reindex(columns=columns).astype(float)
 
 

@@ -15,29 +15,6 @@ from infra.ranks import InputError
 from lab import seed, toy
 
 
-@pytest.fixture(scope="session")
-def student(tmp_path_factory, smol_tokenizer):
-    """A folder with a tiny random Llama that knows SmolLM2's tokens. From 3 layers on peft names modules by suffix."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("world") / "raw"
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(smol_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, bos_token_id=1,
-        eos_token_id=2)).save_pretrained(folder)
-    smol_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def world(student, tmp_path, monkeypatch):
-    """toy/ with the student as its raw model."""
-    monkeypatch.setattr(toy, "FOLDER", tmp_path / "toy")
-    shutil.copytree(student, tmp_path / "toy" / "raw")
-    return tmp_path / "toy"
-
-
 def assert_merged(folder, raw, adapter, strength):
     """The definition: W + strength * alpha / r * B A in every linear layer, and nothing else moved."""
     about = json.loads((adapter / "adapter_config.json").read_text())
@@ -53,15 +30,17 @@ def assert_merged(folder, raw, adapter, strength):
         assert found[name].dtype == torch.float32 and torch.allclose(found[name], weight, rtol=1e-4, atol=1e-6), name
 
 
-def test_a_model_is_whole_or_not_there(world, monkeypatch):
+def test_a_model_is_whole_or_not_there(tiny_model, smol_tokenizer, tmp_path, monkeypatch):
     def broken(self, folder):
         raise OSError("disk full")
 
-    model, tokenizer = seed.load_raw()
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", broken)
+    monkeypatch.setattr(toy, "FOLDER", tmp_path)
+    shutil.copytree(tiny_model, tmp_path / "raw")
+    smol_tokenizer.save_pretrained(tmp_path / "raw")
+    monkeypatch.setattr(type(smol_tokenizer), "save_pretrained", broken)
     with pytest.raises(OSError, match="disk full"):
-        seed.write_model(world / "model", 0.0)
-    assert [path.name for path in world.iterdir()] == ["raw"]
+        seed.write_model(tmp_path / "model", 0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
