@@ -2,7 +2,7 @@
 
     python -m lab.arms                                     all arms: many hours; what has a line is not run again
     python -m lab.arms --only rm_gen sft --seeds 1         some of them, with URPO and the judges that they need
-    python -m lab.arms --show                              no run: tables and pictures of the CSV
+    python -m lab.arms --show                              no run: the tables of the CSV
 
 All arms draw the same prompts and answer the same held-out examples. Any other flag goes to every run, so one CSV is
 for one set of flags. A run that died has a line too: delete it, and the run is tried again. A difference from URPO has
@@ -12,8 +12,6 @@ Welch's t interval. Its seeds are not paired: two arms share the order of prompt
 from __future__ import annotations
 
 import argparse
-import fcntl
-import io
 import json
 import math
 import os
@@ -27,24 +25,23 @@ import time
 from pathlib import Path
 
 import pandas
-from matplotlib.figure import Figure
 from scipy import stats
 
 import urpo
 from infra.ranks import InputError, stop
-from infra.runs import write_whole
+from infra.runs import hold
 from infra.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "urpo"  # the arm that others are compared with
-# Arm -> (seeds, command). {arm} is the folder of another arm's run with the same seed, which stands before it.
+# Arm -> (seeds, command). It may need another arm's run with the same {seed}, its judge, which stands before it.
 ARMS = {
     "start": (1, "-m lab.toy heldout --model toy/model"),  # before any training
     "urpo": (5, "urpo.py"),
     "mix_1_1_0": (5, "urpo.py --mix 1:1:0"),  # also the judge of rm_gen: trained by tau on P, and on R
-    "rm_gen": (5, "-m lab.baselines rm_gen --mix 0:1:1 --judge {mix_1_1_0}/checkpoints/last/model"),
+    "rm_gen": (5, "-m lab.baselines rm_gen --mix 0:1:1 --judge runs/arms-mix_1_1_0-{seed}/checkpoints/last/model"),
     "reward_model": (5, "-m lab.baselines reward_model --mix 1:1:0 --lr 3e-5"),
-    "rm_score": (5, "-m lab.baselines rm_score --mix 0:1:1 --judge {reward_model}/model"),
+    "rm_score": (5, "-m lab.baselines rm_score --mix 0:1:1 --judge runs/arms-reward_model-{seed}/model"),
     "sft": (5, "-m lab.baselines sft"),
     "sft_true": (3, "-m lab.baselines sft --errors 0"),  # by a demonstrator who does not err
     "mix_0_1_1": (5, "urpo.py --mix 0:1:1"),
@@ -70,42 +67,35 @@ for name in ("urpo", "rm_gen"):  # is it the judge's learning that wears its sco
 for name in ("urpo", "rm_gen", "rm_score", "sft", "mix_0_1_1"):  # a third of the rate, and three times as much
     ARMS[f"{name}_slow"] = (1, f"{ARMS[name][1]} --lr 3e-6")
     ARMS[f"{name}_fast"] = (1, f"{ARMS[name][1]} --lr 3e-5")
-SHARE = {"mix_0_1_1": 0, "p_2_of_24": 2, "p_4_of_24": 4, "urpo": 6, "p_8_of_24": 8, "mix_1_0_1": 12}  # P of 24 prompts
-MEASURES = {  # column of the CSV -> (part, figure) of heldout-after.json, of sampled answers
+FIGURES = {  # column of the CSV -> (part, figure) of heldout-after.json, of sampled answers and of greedy ones
     "referee": ("referee", "both orders"),
     "reasoning": ("reasoning", "solved"),
     "gold": ("instructions", "on topic, whole, in order"),
     "all_four": ("instructions", "all four"),
+    "referee_greedy": ("referee", "both orders, greedy"),
+    "reasoning_greedy": ("reasoning", "solved, greedy"),
+    "gold_greedy": ("instructions", "on topic, whole, in order, greedy"),
+    "all_four_greedy": ("instructions", "all four, greedy"),
+    "pairs": ("referee", "expected score"),  # by the mean of eight scores, or a reward model's one
 }
-GREEDY = [f"{measure}_greedy" for measure in MEASURES]
-FIELDS = ["arm", "seed", "status", "minutes", "gib", *MEASURES, *GREEDY, "pairs", "command", "commit"]
-
-
-def needs(arm: str) -> list[str]:
-    """The arms whose runs an arm needs: its judge."""
-    return re.findall(r"{(\w+)}", ARMS[arm][1])
-
-
-def home_of(arm: str, seed: int) -> Path:
-    return Path("runs") / f"arms-{arm}-{seed}"
+COLUMNS = ["arm", "seed", "status", "minutes", "gib", *FIGURES, "command", "commit"]
 
 
 def command_of(arm: str, seed: int, passed: list[str]) -> list[str]:
     """What is typed after `python` to train an arm, or to measure a model as it is."""
-    command = ARMS[arm][1].format(**{need: home_of(need, seed) for need in needs(arm)})
+    command, name = ARMS[arm][1].format(seed=seed), f"arms-{arm}-{seed}"
     if "lab.toy" in command:
-        return [*command.split(), "--json", str(home_of(arm, seed) / "heldout-after.json")]
+        return [*command.split(), "--json", f"runs/{name}/heldout-after.json"]
     program, dashes, own = command.partition(" --")
-    ours = f"--preset smol --name {home_of(arm, seed).name} --seed {seed} --save_every 0"
-    return [*program.split(), *passed, *ours.split(), *(dashes + own).split()]  # what defines an arm stands last
+    ours = f"--preset smol --name {name} --seed {seed} --save_every 0 {dashes}{own}"
+    return [*program.split(), *passed, *ours.split()]  # what defines an arm stands last
 
 
 def wanted(only: list[str], seeds: int | None) -> list[tuple[str, int]]:
     """(arm, seed) in the order to run them: seed by seed, so that all arms are compared early."""
-    asked = {*(only or ARMS), BASE}
+    asked, found = {*(only or ARMS), BASE}, []
     for arm in list(asked):
-        asked.update(needs(arm))
-    found = []
+        asked.update(re.findall(r"runs/arms-(\w+)-{seed}", ARMS[arm][1]))
     for arm, (count, _) in ARMS.items():
         if arm in asked:
             found += [(arm, seed) for seed in range(min(count, seeds or count))]
@@ -130,65 +120,50 @@ def call(command: list[str], ranks: int, log: Path) -> int:
 
 def run_arm(arm: str, seed: int, passed: list[str], ranks: int) -> dict:
     """Train, measure, and give the line of the CSV. A run that dies becomes a line too, with its last words."""
-    home, log = ROOT / home_of(arm, seed), ROOT / f"{home_of(arm, seed)}.log"
+    home, log = ROOT / "runs" / f"arms-{arm}-{seed}", ROOT / "runs" / f"arms-{arm}-{seed}.log"
     result, command = home / "heldout-after.json", command_of(arm, seed, passed)
     shutil.rmtree(home, ignore_errors=True)
-    write_whole(log, "")
+    log.unlink(missing_ok=True)
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     started = time.perf_counter()
     status = call(command, 1 if "lab.toy" in command else ranks, log)
-    minutes = (time.perf_counter() - started) / 60
-    if "stopped by a signal" in log.read_text():  # a run that saved what it had ends with 0, and is no whole run
-        status = status or signal.SIGTERM.value
-    if not status and not result.exists():
+    line = {"arm": arm, "seed": seed, "status": "done", "minutes": round((time.perf_counter() - started) / 60, 2),
+            "command": shlex.join(["python", *command]), "commit": git.stdout.strip()}
+    if not status and not result.exists():  # a model as it is, and a reward model, have been measured
         model = str(home / "checkpoints" / "last" / "model")
         status = call(["-m", "lab.toy", "heldout", "--model", model, "--json", str(result)], 1, log)
     for trainer in home.glob("checkpoints/*/trainer"):  # the model stays: it may judge another arm
         shutil.rmtree(trainer)
-    line = {
-        "arm": arm, "seed": seed, "status": "done", "minutes": round(minutes, 2),
-        "command": shlex.join(["python", *command]),
-        "commit": git.stdout.strip(),
-    }
     if status:
         return line | {"status": f"died ({status}): {' '.join(log.read_text().split()[-40:])}"}
-    return line | measured(home)
-
-
-def measured(home: Path) -> dict:
-    """The figures of a run. "pairs": pairs in order by the mean of eight scores, or by a reward model's scalar."""
-    figures = json.loads((home / "heldout-after.json").read_text())["figures"]
-    referee, log, found = figures["referee"], home / "log.jsonl", {}
-    for measure, (part, name) in MEASURES.items():
-        for column, figure in ((measure, name), (f"{measure}_greedy", f"{name}, greedy")):
-            found[column] = figures.get(part, {}).get(figure, {}).get("value")
-    found["pairs"] = (referee.get("expected score") or referee["accuracy"])["value"]
-    steps = pandas.read_json(log, lines=True) if log.exists() else {}
-    if "peak_memory_gib" in steps:  # not in the log of a reward model
-        found["gib"] = round(steps["peak_memory_gib"].max(), 2)
-    return found
+    if (home / "log.jsonl").exists():
+        line["gib"] = round(pandas.read_json(home / "log.jsonl", lines=True)["peak_memory_gib"].max(), 2)
+    figures = json.loads(result.read_text())["figures"]
+    for column, (part, name) in FIGURES.items():
+        line[column] = figures.get(part, {}).get(name, {}).get("value")
+    return line
 
 
 def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], ranks: int) -> None:
-    """All jobs that have no line yet, one after the other; the CSV grows by whole lines."""
-    lines = pandas.read_csv(path) if path.exists() else pandas.DataFrame(columns=FIELDS)
+    """All jobs that have no line in the CSV yet, one after the other."""
+    lines = pandas.read_csv(path) if path.exists() else pandas.DataFrame(columns=COLUMNS)
     done = set(zip(lines.arm, lines.seed))
     for arm, seed in jobs:
         if (arm, seed) not in done:
             line = run_arm(arm, seed, passed, ranks)
-            before = path.read_text() if path.exists() else ",".join(FIELDS) + "\n"
-            write_whole(path, before + pandas.DataFrame([line], columns=FIELDS).to_csv(header=False, index=False))
+            table = pandas.DataFrame([line], columns=COLUMNS)
+            table.to_csv(path, mode="a", header=not path.exists(), index=False)
             print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
 
 
-def compared(done: pandas.DataFrame, measure: str) -> pandas.DataFrame:
+def compared(done: pandas.DataFrame, column: str) -> pandas.DataFrame:
     """An arm a row: seeds, mean, spread, and the difference from URPO with its 95 % interval by Welch's t.
 
     done: measured lines of the CSV. NaN is not known: an interval takes two seeds on both sides, and some spread.
     """
-    rows, measured = {}, done.dropna(subset=[measure])
-    base = measured.loc[measured.arm == BASE, measure]
-    for arm, values in measured.groupby("arm", sort=False)[measure]:
+    rows, known = {}, done.dropna(subset=[column])
+    base = known.loc[known.arm == BASE, column]
+    for arm, values in known.groupby("arm", sort=False)[column]:
         gap, low, high = values.mean() - base.mean(), math.nan, math.nan
         if arm != BASE and min(len(values), len(base)) > 1 and values.std() + base.std() > 0:
             low, high = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
@@ -196,36 +171,15 @@ def compared(done: pandas.DataFrame, measure: str) -> pandas.DataFrame:
     return pandas.DataFrame.from_dict(rows, orient="index", columns="seeds mean spread difference low high".split())
 
 
-def draw(done: pandas.DataFrame, places: dict[str, float], along: str = "") -> bytes:
-    """A PNG, a panel a measure. Small dots are seeds; a large one is an arm's mean with the interval of its difference
-    from URPO: where that misses the line, which is URPO's mean, the arm differs. along: what the places mean."""
-    drawing, buffer = Figure(figsize=(12, 12), layout="constrained"), io.BytesIO()
-    for axis, measure in zip(drawing.subplots(len(MEASURES), 1, sharex=True), MEASURES):
-        found, x = compared(done, measure).reindex(list(places)), list(places.values())
-        base = found["mean"] - found.difference
-        axis.plot(done.arm.map(places), done[measure], ".", color="tab:gray", markersize=4)
-        axis.vlines(x, base + found.low, base + found.high, color="tab:blue")
-        axis.plot(x, found["mean"], "o-" if along else "o", color="tab:blue", linewidth=0.8)
-        axis.plot(x, base.fillna(base.mean()), color="black", linewidth=0.6)
-        axis.set_title(f"{measure}: {MEASURES[measure][1]}", fontsize=9)
-    axis.set_xlabel(along)
-    if not along:
-        axis.set_xticks(x, list(places), rotation=90, fontsize=8)
-    drawing.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
-
-
 def show(path: Path) -> None:
-    """Print the tables of a CSV and what died, and write its two pictures beside it."""
+    """Print the tables of a CSV, and what died."""
     lines = pandas.read_csv(path)
     done = lines[lines.status == "done"]
-    for measure in [*MEASURES, *GREEDY, "pairs"]:
-        print(f"{measure}\n{compared(done, measure).to_string(float_format='%.3f', na_rep='-')}\n")
+    for column in FIGURES:
+        print(f"{column}\n{compared(done, column).to_string(float_format='%.3f', na_rep='-')}\n")
     print(done.groupby("arm", sort=False)[["minutes", "gib"]].min().round(1).to_string(na_rep="-"))
     for line in lines[lines.status != "done"].itertuples():
         print(f"{line.arm}, seed {line.seed}: {line.status}")
-    write_whole(path.with_suffix(".png"), draw(done, {arm: i for i, arm in enumerate(done.arm.unique())}))
-    write_whole(path.with_name(f"{path.stem}-share.png"), draw(done, SHARE, "P of 24 prompts"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -242,12 +196,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not args.show:
             urpo.check(parse(urpo.Config, urpo.PRESETS, ["--preset", "smol", *passed], ""), world=args.ranks)
             (ROOT / "runs").mkdir(exist_ok=True)
-            with open(ROOT / "runs" / "arms.lock", "w") as lock:  # two of us would remove each other's folders
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with hold(ROOT / "runs"):  # two of us would remove each other's folders
                 run_all(wanted(args.only, args.seeds), args.csv, passed, args.ranks)
         show(args.csv)
-    except BlockingIOError:
-        stop(InputError("another lab.arms runs in this folder: wait for it, or stop it"))
     except InputError as error:
         stop(error)
     except KeyboardInterrupt:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections import Counter
 from dataclasses import replace
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -26,7 +25,7 @@ from data import Group
 from infra import chat
 from infra.ranks import InputError, stop
 from infra.runs import read_about, read_log
-from rewards import parse_scores, step_figures
+from rewards import parse_scores, read_judgements, step_figures
 
 
 def audit(run: Path, step: int | None = None, prompt: int | None = None) -> bool:
@@ -35,27 +34,26 @@ def audit(run: Path, step: int | None = None, prompt: int | None = None) -> bool
     False if there is a difference. Raises InputError where nothing can be derived.
     """
     path, repairs, wrong = run / "rollouts.jsonl", [], []
-    lines = read_log(run, repairs)
-    config, tokenizer, sources = witnesses(run, with_sources=step is None)
-    found, answers = Counter(), 0  # found: prompts of each step in rollouts.jsonl
+    lines, found, answers = read_log(run, repairs), [], 0  # found: the steps in rollouts.jsonl
+    config, tokenizers, sources = witnesses(run, with_sources=step is None)
     for at, pairs in groupby(data.read_groups(path, repairs), key=lambda pair: pair[0]):
+        found.append(at)
         groups = []
         for _, group in pairs:
-            found[at] += 1
             if step is None or (at, group.index) == (step, prompt):
                 derived, differences = derive(config, at, group)
-                wrong += differences + record_differences(config, at, group, tokenizer)
+                wrong += differences + record_differences(config, at, group, *tokenizers)
                 groups.append(derived)
                 answers += len(group.texts)
-        if step is not None:
-            print("".join(in_words(config, at, group) for group in groups), end="")
+                if step is not None:
+                    print(in_words(config, at, derived), end="")
         for line in lines:
             if step is None and line["step"] == at:
                 wrong += step_differences(config, line, groups, sources)
     if step is None:
         wrong += missing_steps([line["step"] for line in lines], found, repairs)
     elif not answers:
-        raise InputError(f"{path}: no prompt {prompt} of step {step}; it holds steps {sorted(found)}")
+        raise InputError(f"{path}: no prompt {prompt} of step {step}; it holds steps {found}")
     for line in repairs + wrong:
         print(line, file=sys.stderr)
     if step is None and not wrong:
@@ -64,11 +62,12 @@ def audit(run: Path, step: int | None = None, prompt: int | None = None) -> bool
 
 
 def witnesses(run: Path, with_sources: bool) -> tuple:
-    """(settings, tokenizer, rows by kind) of a run. No rows, and a note, where these are others by now.
+    """(settings, tokenizers of the model and of its judge, rows by kind) of a run.
 
-    The tokenizer is that of the newest checkpoint, or without one that of the model.
+    None, and a note, for what is not there any more, or is another one by now. The model's tokenizer is that of the
+    newest checkpoint, or without one that of --model.
     """
-    about, last = read_about(run), run / "checkpoints" / "last" / "model"
+    about, saved, sources = read_about(run), run / "checkpoints" / "last" / "model", None
     settings = about.get("config", {})
     if not (run / "rollouts.jsonl").is_file() or not settings:
         raise InputError(f"{run}: no rollouts.jsonl, or no settings in config.json: nothing to derive from")
@@ -76,19 +75,24 @@ def witnesses(run: Path, with_sources: bool) -> tuple:
     if missing:
         raise InputError(f"{run}: its config.json has no {', '.join(sorted(missing))}: another version of urpo.py "
                          "wrote it, and that version's audit derives it")
-    config = SimpleNamespace(**settings)  # a baseline has a few settings more
-    saved = last.is_dir()
-    tokenizer = chat.load_tokenizer(str(last) if saved else config.model, "" if saved else config.chat_template)
-    if not with_sources:
-        return config, tokenizer, None
+    config = SimpleNamespace(**{"judge": ""} | settings)  # a frozen judge is a setting of the baselines
+    own = (str(saved), "") if saved.is_dir() else (config.model, config.chat_template)
+    tokenizer = judge = chat.load_tokenizer(*own)
+    if config.judge:
+        try:
+            judge = chat.load_tokenizer(config.judge, config.chat_template)
+        except InputError as error:
+            judge = None
+            print(f"not compared: the judge's prompts ({error})")
     try:
-        sources, _ = data.load_sources(config, tokenizer)
-        reason = "" if data.checksums(sources) == about.get("rows") else "others than when the run began"
+        if with_sources:
+            sources, _ = data.load_sources(config, tokenizer)
+            if data.checksums(sources) != about.get("rows"):
+                raise InputError("others than when the run began")
     except InputError as error:
-        reason = str(error)
-    if reason:
-        print(f"not compared: prompts with their sources ({reason})")
-    return config, tokenizer, None if reason else sources
+        sources = None
+        print(f"not compared: prompts with their sources ({error})")
+    return config, (tokenizer, judge), sources
 
 
 def derive(config, step: int, group: Group) -> tuple[Group, list[str]]:
@@ -114,7 +118,7 @@ def agree(a, b) -> bool:
     return a == b
 
 
-def record_differences(config, step: int, group: Group, tokenizer) -> list[str]:
+def record_differences(config, step: int, group: Group, tokenizer, judge) -> list[str]:
     """Where ids, texts, limits and judgements of a group do not go together."""
     wrong, where, kind, stops = [], f"step {step}, prompt {group.index}", group.prompt.kind, chat.stop_ids(tokenizer)
     counts = [len(group.answers), len(group.texts), len(group.finished)]
@@ -126,7 +130,7 @@ def record_differences(config, step: int, group: Group, tokenizer) -> list[str]:
     for i, (ids, text, finished) in enumerate(zip(group.answers, group.texts, group.finished), 1):
         if len(ids) > limit or not finished and len(ids) < limit:
             wrong.append(f"{where}, answer {i}: {len(ids)} tokens of at most {limit}, finished: {finished}")
-        known = all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in ids)
+        known = all(token in range(len(tokenizer)) for token in ids)
         if not known or chat.answer_text(tokenizer, ids, stops) != text:
             wrong.append(f"{where}, answer {i}: the text is not what the token ids say")
     orders = data.judgement_orders(config, group.index, step) if kind == "instruction" else []
@@ -134,24 +138,21 @@ def record_differences(config, step: int, group: Group, tokenizer) -> list[str]:
     if recorded != orders:
         return [*wrong, f"{where}: judgements over the answers {recorded}, and the seed gives {orders}"]
     for k, judgement in enumerate(group.judgements, 1):
-        if judgement["prompt"] is None and getattr(config, "judge", ""):  # by a reward model, which reads no prompt
+        if not judge or config.judge and judgement["prompt"] is None:  # a reward model reads no prompt
             continue
         shown = [group.texts[i] for i in judgement["order"]]
-        ids, cut = data.encode_judgement(config, tokenizer, group.prompt.instruction, shown)
-        if (tokenizer.decode(ids), cut) != (judgement["prompt"], judgement["cut"]):
+        ids, cut = data.encode_judgement(config, judge, group.prompt.instruction, shown)
+        if (judge.decode(ids), cut) != (judgement["prompt"], judgement["cut"]):
             wrong.append(f"{where}, judgement {k}: the judge's prompt is not the one over these answers")
     return wrong
 
 
 def step_differences(config, line: dict, groups: list[Group], sources: dict | None) -> list[str]:
     """Where a line of the log does not follow from the groups of its step, or these are not the step's batch."""
-    step, wrong, whole = line["step"], [], range(config.batch)
-    indices = Counter(group.index for group in groups)
-    odd = {index for index in whole if indices[index] != 1} | indices.keys() - set(whole)
-    if odd:
-        return [f"step {step}: prompts {sorted(odd, key=str)} are missing, doubled or too many in rollouts.jsonl; "
-                f"--batch is {config.batch}"]
-    groups = sorted(groups, key=lambda group: group.index)
+    step, wrong, groups = line["step"], [], sorted(groups, key=lambda group: group.index)
+    indices = [group.index for group in groups]
+    if indices != list(range(config.batch)):
+        return [f"step {step}: rollouts.jsonl holds prompts {indices}, and --batch is {config.batch}"]
     counts = data.mix_counts(config, step < config.warmup_steps)
     kinds = data.interleave({kind: [kind] * count for kind, count in counts.items() if count})
     if [group.prompt.kind for group in groups] != kinds:
@@ -175,20 +176,19 @@ def step_differences(config, line: dict, groups: list[Group], sources: dict | No
     return wrong
 
 
-def missing_steps(steps: list[int], found: Counter, repairs: list[str]) -> list[str]:
-    """Where the two files do not hold the same steps. Trajectories are on the disk before the line of the log.
+def missing_steps(steps: list[int], found: list[int], repairs: list[str]) -> list[str]:
+    """Where log.jsonl and rollouts.jsonl do not hold the same steps. Trajectories are on the disk before the line.
 
     So a crash can leave trajectories of one step more. It never leaves a line without its trajectories.
     """
-    wrong = [f"step {step}: in log.jsonl, and no prompt in rollouts.jsonl" for step in steps if not found[step]]
+    wrong = []
     if steps != list(range(len(steps))):
         wrong.append(f"log.jsonl: its steps are {steps}, and not 0 to {len(steps) - 1}, each once and in order")
-    for step in sorted(found.keys() - set(steps)):
-        said = f"step {step}: {found[step]} prompts in rollouts.jsonl, and no line in log.jsonl"
-        if step == max(steps) + 1:
-            repairs.append(f"{said}: the run ended before it was written; its figures were left out")
-        else:
-            wrong.append(said)
+    for step in set(steps) - set(found):
+        wrong.append(f"step {step}: in log.jsonl, and no prompt in rollouts.jsonl")
+    for step in set(found) - set(steps):
+        said = repairs if step == max(steps) + 1 else wrong
+        said.append(f"step {step}: in rollouts.jsonl, and no line in log.jsonl; its figures were left out")
     return wrong
 
 
@@ -197,26 +197,29 @@ def in_words(config, step: int, group: Group) -> str:
     prompt, rewards = group.prompt, group.rewards
     truth = list(prompt.truth) or prompt.answer or "unknown, so the model itself judges"
     text = f"step {step}, prompt {group.index}: {prompt.kind}\n{indented(data.prompt_text(prompt))}truth: {truth!r}\n"
-    for i, (answer, ids, advantage) in enumerate(zip(group.texts, group.answers, group.advantages)):
+    for i, answer in enumerate(group.texts):
         earned = f"{rewards[i]:.4g}" if rewards else "none, no judgement can be read"
-        text += f"answer {i + 1}, {len(ids)} tokens, finished: {group.finished[i]}; reward {earned}, "
-        text += f"advantage {advantage:.4g}\n{indented(answer)}"
+        text += f"answer {i + 1}, {len(group.answers[i])} tokens, finished: {group.finished[i]}; reward {earned}, "
+        text += f"advantage {group.advantages[i]:.4g}\n{indented(answer)}"
         if prompt.kind == "preference":
-            text += f"scores: {parse_scores(answer, len(prompt.truth)) or 'unreadable, which earns -1'}\n"
-    for judgement in group.judgements:
+            scores = parse_scores(answer, len(prompt.truth), group.finished[i])
+            text += f"scores: {scores or 'unreadable, which earns -1'}\n"
+    for judgement, scores in zip(group.judgements, read_judgements(group)):
         order = [answer + 1 for answer in judgement["order"]]
-        scores = parse_scores(judgement["text"], len(order)) or "unreadable"
         text += f"judge prompt over answers {order}, in this order\n{indented(judgement['prompt'] or 'none')}"
-        text += f"judge text\n{indented(judgement['text'])}scores: {scores}\n"
+        text += f"judge text\n{indented(judgement['text'])}scores: {scores or 'unreadable'}\n"
     if rewards and len(rewards) > 1:
         text += f"mean {mean(rewards):.4g}, unbiased std {stdev(rewards):.4g}; --advantage {config.advantage}\n"
     return text
 
 
 def indented(text: str) -> str:
-    """A text of the run as a terminal may show it: its control characters are spelled out."""
-    safe = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-    return "".join(f"    | {line}\n" for line in safe.split("\n"))
+    return "".join(f"    | {line}\n" for line in printable(text).split("\n"))
+
+
+def printable(text: str) -> str:
+    """A text of a run as a terminal may show it: its control characters are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def main(arguments: list[str] | None = None) -> None:

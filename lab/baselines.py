@@ -34,7 +34,7 @@ from infra.ranks import InputError, all_reduce, on_rank_0
 from infra.results import interval
 from infra.sampler import Sample, start_sampler
 from infra.settings import parse, setting
-from lab import seed, toy
+from lab import toy
 from rewards import HIGHEST_SCORE, LOWEST_SCORE, Tally, group_rewards, update_figures
 
 
@@ -43,7 +43,6 @@ class Baseline(urpo.Config):
     """The settings of urpo.py, and those of the baselines."""
 
     judge: str = setting("", "rm_gen and rm_score: folder of the frozen judge")
-    passes: int = setting(1, "reward_model: how often it sees each pair", above=0)
     heldout: str = setting(f"{urpo.TOY}/heldout/preferences.jsonl", "reward_model: pairs that measure it in the end")
     errors: float = setting(1.0, "sft: times how often the demonstrator errs; 0: never", least=0)
 
@@ -83,7 +82,7 @@ def score_rows(model: RewardModel, tokenizer, rows: list[Prompt]) -> Tensor:
 
 
 def margins(score_B: Tensor, rows: list[Prompt]) -> Tensor:
-    """The better response's score minus the worse one's, for all pairs of different truth within the rows of score_B.
+    """The better response's score minus the worse one's, for all pairs of different truth within the rows.
 
     >>> margins(torch.tensor([1., 3., 0., 2., 2.]), [Prompt("preference", "", ("a", "b"), (0, 1)),
     ...                                              Prompt("preference", "", ("c", "d", "e"), (2, 1, 1))])
@@ -115,27 +114,12 @@ def pairs_of_step(config: Baseline, sources, step: int) -> list[Prompt]:
     return rows[::2] if config.both_orders else rows  # then a row stands twice, one after the other
 
 
-def learn_pairs(config: Baseline, model: RewardModel, optimizer, tokenizer, rows) -> dict:
-    """One optimiser step on the pairs of some rows, shared out to the ranks. Returns their figures before it."""
-    world = dist.get_world_size()
-    if len(rows) < world:  # the same on all ranks
-        raise InputError(f"reward_model: a step has {len(rows)} rows of P for {world} ranks: more P in --mix, a larger "
-                         "--batch, or fewer ranks")
-    rows = rows[dist.get_rank() :: world]
-    measures = pair_measures(margins(score_rows(model, tokenizer, rows), rows))
-    pairs = all_reduce(len(measures["loss"]))
-    (measures["loss"].sum() * world / pairs).backward()  # FSDP averages gradients over the ranks
-    figures = {"grad_norm": urpo.step_optimizer(config, model, optimizer)}
-    for name, value_N in measures.items():
-        figures[name] = all_reduce(value_N.sum()) / pairs
-    return figures
-
-
 def reward_model(config: Baseline) -> None:
-    """Train a scalar on the pairs that a run of urpo.py with the same flags draws for P, `--passes` times."""
+    """Train a scalar on the pairs that a run of urpo.py with the same flags draws for P."""
     if config.resume:
         raise InputError("reward_model: it is trained in one go: leave --resume out, and give another --name")
     run = Path("runs") / config.name
+    world = dist.get_world_size()
     folder = on_rank_0(f"reading --model {config.model}", lambda: policy.check_folder(config.model))
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
     sources, _ = data.load_sources(config, tokenizer)
@@ -144,22 +128,35 @@ def reward_model(config: Baseline) -> None:
     model = policy.shard_policy(RewardModel(folder, config.precision))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     on_rank_0(f"making {run}", lambda: run.mkdir(parents=True, exist_ok=True))
-    for step in tqdm(range(config.passes * config.steps), disable=dist.get_rank() != 0):
-        rows = pairs_of_step(config, sources, step % config.steps)
-        line = {"step": step, **learn_pairs(config, model, optimizer, tokenizer, rows)}
+    for step in tqdm(range(config.steps), disable=dist.get_rank() != 0):
+        clock, rows = ranks.Clock(), pairs_of_step(config, sources, step)
+        if len(rows) < world:  # the same on all ranks
+            raise InputError(f"reward_model: a step has {len(rows)} rows of P for {world} ranks: more P in --mix, a "
+                             "larger --batch, or fewer ranks")
+        rows = rows[dist.get_rank() :: world]
+        measures = pair_measures(margins(score_rows(model, tokenizer, rows), rows))
+        pairs = all_reduce(len(measures["loss"]))
+        (measures["loss"].sum() * world / pairs).backward()  # FSDP averages gradients over the ranks
+        line = {"step": step, "grad_norm": urpo.step_optimizer(config, model, optimizer)}
+        for name, value_N in measures.items():
+            line[name] = all_reduce(value_N.sum()) / pairs
+        clock("update")
+        line |= clock.figures()
         on_rank_0(f"writing {run}", lambda: runs.append(run / "log.jsonl", [line]))
     weights = dict(policy.full_weights(model))  # all ranks gather
     with torch.no_grad():
         parts = [margins(score_rows(model, tokenizer, [row]), [row]) for row in heldout]
-    measures = pair_measures(torch.cat(parts))
-    measured = {name: interval(value_N.tolist()) for name, value_N in measures.items()}
+    right_N = pair_measures(torch.cat(parts))["accuracy"]
+    figures = {"referee": {"expected score": interval(right_N.tolist())}}
+    result = {
+        "model": f"{run}/model",
+        "settings": {"preferences": config.heldout},
+        "figures": figures,
+    }
 
     def save():
         model.lm.save_pretrained(run / "model", state_dict=weights)
         tokenizer.save_pretrained(run / "model")
-        result = {"model": f"{run}/model",  # as eval.py writes it
-                  "settings": {"preferences": config.heldout},
-                  "figures": {"referee": measured}, "answers": []}
         runs.write_whole(run / "heldout-after.json", json.dumps(result, indent=1))
 
     on_rank_0(f"writing {run}", save)
@@ -172,11 +169,11 @@ def check_judge(config: Baseline, head: str, made_by: str) -> None:
     """Refuse a --judge whose architecture does not end with `head`: another one would get a head of random weights."""
 
     def check():
-        found = ["no folder"]
+        found = "no folder"
         if os.path.isdir(config.judge):
-            found = policy.model_config(policy.check_folder(config.judge)).architectures or ["a model without a name"]
-        if not found[0].endswith(head):
-            raise InputError(f"--judge {config.judge!r} is {found[0]}, and no ...{head}: give a folder that "
+            found = policy.model_config(policy.check_folder(config.judge)).architectures
+        if head not in str(found):
+            raise InputError(f"--judge {config.judge!r} is {found}, and no ...{head}: give a folder that "
                              f"`{made_by}` made")
 
     on_rank_0(f"reading --judge {config.judge}", check)
@@ -198,15 +195,17 @@ def rm_gen(config: Baseline) -> None:
 
 
 def as_points(score_G: Tensor) -> list[float]:
-    """A group's scalars as scores: its mean is 5.5 points, a unit of log-odds is one, all cut to 1 to 10 (ours).
+    """A group's scalars as scores of 1 to 10 (ours): their mean is 5.5 points, and a unit of log-odds is one.
 
-    A reward model learns differences only: uncentred, the best answers of a group could tie at the cut.
+    A unit is less in a group that would reach beyond 1 or 10: so no two answers tie that the scalar tells apart.
 
-    >>> as_points(torch.tensor([6.0, 5.0, -2.0]))
-    [8.5, 7.5, 1.0]
+    >>> as_points(torch.tensor([6.0, 5.0, 4.0])), as_points(torch.tensor([6.0, 5.0, -20.0]))
+    ([6.5, 5.5, 4.5], [7.882352828979492, 7.617647171020508, 1.0])
     """
-    points_G = 5.5 + score_G - score_G.mean()
-    return points_G.clamp(LOWEST_SCORE, HIGHEST_SCORE).tolist()
+    middle = (LOWEST_SCORE + HIGHEST_SCORE) / 2
+    distance_G = score_G - score_G.mean()
+    unit = ((HIGHEST_SCORE - middle) / distance_G.abs().max()).clamp(max=1)
+    return (middle + unit * distance_G).tolist()
 
 
 def rm_score(config: Baseline) -> None:
@@ -232,7 +231,18 @@ def rm_score(config: Baseline) -> None:
 # ------------------------------------------------------------------------------- SFT
 
 
-ERRORS = {"preference": 0.4, "reasoning": 0.4, "instruction": 0.6}  # as in the half-taught base (docs/seed.md)
+ERRORS = {"preference": 0.4, "reasoning": 0.4, "instruction": 0.6}  # as in the half-taught base (docs/toy.md)
+
+
+def worked_ranking(truth) -> str:
+    """The score line that a ranking should get: its true ranks, spread evenly over the scores 9 to 2.
+
+    >>> worked_ranking((20.0, 0.0, 10.0, 0.0))
+    '<scores>9, 2, 6, 2</scores>'
+    """
+    ranks = sorted(set(truth), reverse=True)
+    step = 7 / max(1, len(ranks) - 1)
+    return data.score_line([round(9 - step * ranks.index(score)) for score in truth])
 
 
 def demonstrations(sources: dict) -> dict[str, dict]:
@@ -257,7 +267,7 @@ def demonstrate(config: Baseline, tokenizer, group: Group, worked: dict, rng) ->
     for _ in range(config.group):
         errs = rng.random() < config.errors * ERRORS[prompt.kind]
         if prompt.kind == "preference":
-            text = seed.worked_ranking(prompt.truth[::-1] if errs else prompt.truth)
+            text = worked_ranking(prompt.truth[::-1] if errs else prompt.truth)
         else:
             text = worked[prompt.instruction]["flawed" if errs else "worked"]
         ids = tokenizer.encode(text, add_special_tokens=False) + chat.stop_ids(tokenizer)[:1]
@@ -282,7 +292,6 @@ def imitate(config: Baseline, model: policy.Policy, optimizer, groups: list[Grou
 
 def sft(config: Baseline) -> None:
     """Supervised fine-tuning [paper]: G demonstrations of each prompt, so about as many tokens. Without a sampler."""
-    rank = dist.get_rank()
     world = dist.get_world_size()
     folder = on_rank_0(f"reading --model {config.model}", lambda: policy.check_folder(config.model))
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
@@ -297,7 +306,7 @@ def sft(config: Baseline) -> None:
         runs.load_checkpoint(log.saved, model, optimizer)
     for step in log.steps():
         clock, groups = ranks.Clock(), []
-        for index, prompt in data.shard(data.draw(config, sources, step), config.minibatches, rank, world):
+        for index, prompt in data.shard(data.draw(config, sources, step), config.minibatches, dist.get_rank(), world):
             rng = random.Random(f"{config.seed}/{step}/{index}/demonstration")
             groups.append(Group(index, prompt, data.encode_prompt(tokenizer, prompt)))
             demonstrate(config, tokenizer, groups[-1], worked, rng)

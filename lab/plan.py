@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
+
+import pandas
 
 import data
 import urpo
@@ -43,42 +46,28 @@ SHAPES = {  # of the bases that the README names
 }
 
 
-@dataclass
-class Shape:
-    """The sizes of a model: numbers of parameters, and widths."""
-
-    parameters: int
-    layer: int  # parameters of one layer
-    layers: int
-    root: int  # parameters outside the layers: embedding, head, last norm
-    hidden: int
-    inner: int  # width of the MLP
-    key_values: int  # numbers that one token keeps for attention, all layers together
-    vocabulary: int
-
-
-def planned_shape(model: str) -> Shape:
-    """The sizes of a model that need not be there."""
+def planned_shape(model: str) -> SimpleNamespace:
+    """The sizes of a model that need not be there: numbers of parameters, and widths."""
     from transformers import AutoConfig
 
-    if model in SHAPES:
-        config = AutoConfig.for_model(**dict(zip(FIELDS, SHAPES[model])))
-    else:
-        config = model_config(model)
-    lm = empty_model(model, config)
-    parameters = sum(weight.numel() for weight in lm.parameters())
+    known = SHAPES.get(model)
+    config = AutoConfig.for_model(**dict(zip(FIELDS, known))) if known else model_config(model)
+    lm, layers = empty_model(model, config), config.num_hidden_layers
     layer = sum(weight.numel() for weight in lm.model.layers[0].parameters())
-    layers = len(lm.model.layers)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(parameters, layer, layers, parameters - layers * layer, config.hidden_size,
-                 getattr(config, "intermediate_size", 4 * config.hidden_size),
-                 2 * layers * config.num_key_value_heads * head_dim, config.vocab_size)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return SimpleNamespace(
+        parameters=lm.num_parameters(), layers=layers,
+        layer=layer,  # parameters of one layer
+        root=lm.num_parameters() - layers * layer,  # those outside the layers: embedding, head, last norm
+        hidden=config.hidden_size, inner=config.intermediate_size, vocabulary=config.vocab_size,
+        key_values=2 * layers * config.num_key_value_heads * head)  # that one token keeps, all layers together
 
 
 # ------------------------------------------------------------------------------- memory of a rank
 
-PARTS = ("draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync")
-TRAINING, AWAKE = ("old_logprobs", "update"), ("draw", "rollout", "self_score", "sync")  # what the sampler does
+# The two parts that need the most. While the sampler is awake that is sync: rollout needs all that it does, but for the
+# tensor on its way. While the sampler sleeps that is update: old_logprobs needs less, and no gradients.
+PARTS = ("update", "sync")
 OTHER = 4.0  # GiB: CUDA contexts, NCCL's buffers, CUDA graphs. From the sources and others' reports
 
 
@@ -88,55 +77,38 @@ def longest_row(config) -> int:
     return max(config.row_tokens, config.max_prompt_tokens + config.group * answers)
 
 
-def update_pieces(shape: Shape, config, world: int) -> dict[str, float]:
-    """What an update takes beside weights, gradients and moments, in GiB. Not all of it at one time: "peak" is that."""
+def update_peak(shape, config, world: int) -> float:
+    """GiB: the most that an update takes at one time, beside weights, gradients and moments."""
     tokens = longest_row(config)
     size = 2 if config.precision == "bfloat16" else 4  # bytes of a number in compute
-    pieces = {
-        "root": size * shape.root,  # embedding and head, gathered from all ranks
-        "root gradient": (size + 4) * shape.root,  # whole, in the compute precision and in fp32
-        "layer": (2 * size + 4 + 6 / world) * shape.layer,  # gathered, the next one too, and its gradient on its way
-        "inputs": size * shape.layers * tokens * shape.hidden,  # of each layer, kept for the backward pass
-        "working": size * tokens * (9 * shape.inner + 5 * shape.hidden),  # one layer, computed again
-        "forward": size * tokens * (5 * shape.inner + 5 * shape.hidden),  # one layer, without a gradient
-        "logits": 15 * min(LOGIT_CHUNK, tokens) * shape.vocabulary,
-        "block mask": 4 * tokens**2,  # while it is made, before the layers' work begins
-    }
-    pieces = {name: value / 2**30 for name, value in pieces.items()}
-    head = pieces["root"] + pieces["inputs"] + pieces["logits"]
-    layer = pieces["root"] + pieces["inputs"] + pieces["layer"] + pieces["working"]
-    return pieces | {"peak": max(head, layer, pieces["root gradient"], pieces["block mask"])}
+    root = size * shape.root  # embedding and head, gathered from all ranks
+    root_gradient = (size + 4) * shape.root  # whole, in the compute precision and in fp32
+    layer = (2 * size + 4 + 6 / world) * shape.layer  # gathered, the next one too, and its gradient on its way
+    inputs = size * shape.layers * tokens * shape.hidden  # of each layer, kept for the backward pass
+    working = size * tokens * (9 * shape.inner + 5 * shape.hidden)  # one layer, computed again
+    logits = 15 * min(LOGIT_CHUNK, tokens) * shape.vocabulary
+    block_mask = 4 * tokens**2  # while it is made, before the layers' work begins
+    return max(root + inputs + logits, root + inputs + layer + working, root_gradient, block_mask) / 2**30
 
 
-def gpu_memory(shape: Shape, config, world: int) -> dict[str, dict[str, float]]:
-    """{what: {part: GiB}} of one rank from the second step on. "together" is the most at one time, no plain sum."""
-    state = 4 * shape.parameters / world / 2**30
-    pieces = update_pieces(shape, config, world)
-    weights = 2 * shape.parameters / 2**30
-    largest = 6 * shape.vocabulary * shape.hidden / 2**30  # one whole tensor on its way, in fp32 and in bf16
-    steady = {
+def gpu_memory(shape, config, world: int) -> dict[str, dict[str, float]]:
+    """{what: {part: GiB}} of one rank from the second step on."""
+    state, weights = 4 * shape.parameters / world / 2**30, 2 * shape.parameters / 2**30
+    largest = 6 * shape.vocabulary * shape.hidden / 2**30  # one whole tensor, in fp32 and in bf16
+    rows = {
         "parameters": dict.fromkeys(PARTS, state),
         "gradients": {"update": state},
         "moments": dict.fromkeys(PARTS, 2 * state),
-        "sampler weights": dict.fromkeys(AWAKE, weights),
-        "KV cache and its work": dict.fromkeys(AWAKE, config.gpu_memory * config.gpu_gib - weights),
+        "sampler weights": {"sync": weights},
+        "KV cache and its work": {"sync": config.gpu_memory * config.gpu_gib - weights},
         "CUDA, NCCL, graphs": dict.fromkeys(PARTS, OTHER),
+        "peak of the update": {"update": update_peak(shape, config, world)},
+        "a tensor on its way": {"sync": largest},
     }
-    passing = {
-        "gathered weights": dict.fromkeys(TRAINING, pieces["root"] + pieces["layer"]) | {"sync": largest},
-        "activations": {"old_logprobs": pieces["forward"], "update": pieces["inputs"] + pieces["working"]},
-        "logits": dict.fromkeys(TRAINING, pieces["logits"]),
-        "block mask": dict.fromkeys(TRAINING, pieces["block mask"]),
-    }
-    together = {part: sum(row.get(part, 0.0) for row in steady.values()) for part in PARTS}
-    forward = pieces["root"] + max(pieces["layer"] + pieces["forward"], pieces["logits"])
-    together["old_logprobs"] += max(forward, pieces["block mask"])
-    together["update"] += pieces["peak"]
-    together["sync"] += largest
-    return {**steady, **passing, "together": together}
+    return rows | {"together": {part: sum(row.get(part, 0.0) for row in rows.values()) for part in PARTS}}
 
 
-def cache_tokens(shape: Shape, config, world: int) -> float:
+def cache_tokens(shape, config, world: int) -> float:
     """Tokens whose keys and values the sampler's cache holds. Negative: not even the work beside it has room."""
     sequences = config.batch // world * config.group
     work = 4 * SAMPLED_AT_ONCE * (2 * shape.inner + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
@@ -156,7 +128,7 @@ ANSWER_SHARE = 0.4  # of its limit is the mean length of an answer; measured run
 PROMPT_SHARE = {"preference": 0.4, "reasoning": 0.05, "instruction": 0.05}  # of --max_prompt_tokens
 
 
-def decode_seconds(shape: Shape, answers: float, mean_tokens: float, longest: float, context: float) -> float:
+def decode_seconds(shape, answers: float, mean_tokens: float, longest: float, context: float) -> float:
     """Seconds in which one GPU samples `answers` answers at a time, until the longest of them ends.
 
     A decode step reads all weights once, and the keys and values of every answer that still runs.
@@ -167,8 +139,7 @@ def decode_seconds(shape: Shape, answers: float, mean_tokens: float, longest: fl
     return mean_tokens * full + (longest - mean_tokens) * last
 
 
-def step_seconds(shape: Shape, world: int, kinds: list[tuple[int, int, float, float, int]], judged: tuple[int, float],
-                 minibatches: int) -> dict[str, float]:
+def step_seconds(shape, world: int, kinds: list[tuple], judged: tuple, minibatches: int) -> dict[str, float]:
     """Seconds of the parts that cost anything, on so many H100, when all groups have a signal.
 
     kinds: (prompts, G, prompt tokens, mean answer tokens, limit of an answer) of each kind of a batch.
@@ -192,7 +163,7 @@ def step_seconds(shape: Shape, world: int, kinds: list[tuple[int, int, float, fl
             "sync": SYNC_SECONDS + 4 * shape.parameters / GATHER}
 
 
-def planned_seconds(shape: Shape, config, world: int) -> dict[str, float]:
+def planned_seconds(shape, config, world: int) -> dict[str, float]:
     """`step_seconds` of these settings, after warm-up."""
     counts, kinds = data.mix_counts(config, warmup=False), []
     for kind, prompts in counts.items():
@@ -206,10 +177,13 @@ def planned_seconds(shape: Shape, config, world: int) -> dict[str, float]:
     return step_seconds(shape, world, kinds, judged, config.minibatches)
 
 
-def does_not_fit(shape: Shape, config, world: int) -> str:
+# ------------------------------------------------------------------------------- the plan
+
+
+def does_not_fit(shape, config, world: int) -> str:
     """"" or what is too large for a GPU: a part of the step, or the sampler's longest sequence."""
     together = gpu_memory(shape, config, world)["together"]
-    worst = max(PARTS, key=lambda part: together[part])
+    worst = max(together, key=together.get)
     if together[worst] > config.gpu_gib:
         return f"part {worst} needs {together[worst]:.1f} GiB of a GPU with {config.gpu_gib:.1f} GiB"
     held = max(0.0, cache_tokens(shape, config, world))
@@ -220,33 +194,29 @@ def does_not_fit(shape: Shape, config, world: int) -> str:
     return ""
 
 
-def memory_table(rows: dict[str, dict[str, float]]) -> list[str]:
-    lines = [f"{'GiB of one rank':22}" + " ".join(f"{part:>12}" for part in PARTS)]
-    for name, row in rows.items():
-        cells = " ".join(f"{row[part]:12.2f}" if row.get(part) else f"{'-':>12}" for part in PARTS)
-        lines.append(f"{name:22}{cells}")
-    return lines
-
-
 def show(plan: Plan) -> str:
-    """The plan as text."""
     world, shape = plan.nproc * plan.nodes, planned_shape(plan.model)
     urpo.check(plan, world)
+    memory = pandas.DataFrame.from_dict(gpu_memory(shape, plan, world), orient="index", columns=PARTS)
     seconds = planned_seconds(shape, plan, world)
     total, parts = sum(seconds.values()), ", ".join(f"{part} {value:.0f}" for part, value in seconds.items())
     answer = plan.max_prompt_tokens / plan.group + max(plan.max_answer_tokens, plan.max_referee_tokens)
     held = max(0.0, cache_tokens(shape, plan, world)) / answer
     loading = plan.nproc * (2 * shape.parameters / 2**30 + 5)  # each rank reads the whole model in bf16
     fault = does_not_fit(shape, plan, world)
-    return "\n".join([
-        f"{plan.model}: {shape.parameters / 1e9:.2f}B parameters on {world} GPUs of {plan.gpu_gib:g} GiB", "",
-        *memory_table(gpu_memory(shape, plan, world)), "",
-        f"cache of a rank: {held:.0f} answers of full length at a time, of {plan.batch // world * plan.group} a step",
-        f"longest packed row: {longest_row(plan)} tokens",
-        f"host memory of a node: {loading:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} GB a checkpoint", "",
-        f"a step: about {total:.0f} s on H100s, within a factor of two ({parts})",
-        f"the run: {plan.steps * total / 3600:.0f} hours for {plan.steps} steps", "",
-        f"does NOT fit: {fault}" if fault else "it fits"])
+    return f"""{plan.model}: {shape.parameters / 1e9:.2f}B parameters on {world} GPUs of {plan.gpu_gib:g} GiB
+
+GiB of one rank, in the two parts that need the most
+{memory.to_string(float_format="%.2f", na_rep="-")}
+
+cache of a rank: {held:.0f} answers of full length at a time, of {plan.batch // world * plan.group} a step
+longest packed row: {longest_row(plan)} tokens
+host memory of a node: {loading:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} GB a checkpoint
+
+a step: about {total:.0f} s on H100s, within a factor of two ({parts})
+the run: {plan.steps * total / 3600:.0f} hours for {plan.steps} steps
+
+{f"does NOT fit: {fault}" if fault else "it fits"}"""
 
 
 def main() -> None:

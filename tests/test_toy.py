@@ -1,5 +1,4 @@
 """lab/toy.py: the examples of the laptop's world, their files, and the hidden gold of an answer."""
-import doctest
 import json
 import random
 import sys
@@ -12,14 +11,10 @@ import data
 from data import KINDS, Group, Prompt
 from infra.ranks import InputError
 from lab import toy
-from rewards import kendall_tau
+from rewards import kendall_tau, verify_answer
 
 SPLITS = ("train", "heldout")
 CHECKSUMS = {"preference": 2395418943, "reasoning": 4083666486, "instruction": 2204038679}  # of 64 held-out examples
-
-
-def test_worked_examples_in_docstrings():
-    assert doctest.testmod(toy).failed == 0
 
 
 # ---- the examples ----
@@ -67,13 +62,13 @@ def test_the_truth_is_right_and_hidden_gold_sees_every_flaw(split):
     for record in toy.records("preference", split, 1000, 5):
         _, check = toy.read_instruction(record["prompt"])
         for text, level in zip(record["responses"], record["scores"]):
-            found.setdefault(int(level), []).append(toy.gold(record["prompt"], text))
+            found.setdefault(int(level), []).append(toy.measure(record["prompt"], text))
             assert level not in (toy.GOOD, toy.BREAKS) or toy.complies(check, text) == (level == toy.GOOD)
 
     def share(level, name):
         return sum(gold[name] for gold in found[level]) / len(found[level])
 
-    assert all(all(gold.values()) for gold in found[toy.GOOD])
+    assert share(toy.GOOD, "all four") == 1
     assert share(toy.OTHER_TOPIC, "on topic") < 0.05 and share(toy.BREAKS, "keeps the constraint") == 0
     assert share(toy.CUT, "whole") < 0.2  # a cut at a full stop leaves a whole text
     assert share(toy.SALAD, "in order") < 0.2 and share(toy.SALAD, "whole") < 0.2
@@ -104,12 +99,21 @@ def test_complies(check, good, bad):
     ("", list(toy.GOLD)),
 ])
 def test_hidden_gold_and_what_is_measured_of_it(text, missing):
-    found = toy.gold("Tell me about dogs.", text)
+    found = toy.measure("Tell me about dogs.", text)
     assert [name for name in toy.GOLD if not found[name]] == missing
-    measured = toy.measure("Tell me about dogs.", text)
-    assert measured == {**found, "on topic, whole, in order": not missing, "all four": not missing}
+    assert found["on topic, whole, in order"] == found["all four"] == (not missing)
     for unknown in ("Tell me about quarks.", "Please tell me about dogs.", "", "Tell me about dogs"):
-        assert toy.gold(unknown, text) is toy.measure(unknown, text) is None
+        assert toy.measure(unknown, text) is None
+
+
+def test_a_demonstrators_worked_answers_are_right_and_flawed_ones_wrong():
+    for record in toy.records("reasoning", "train", 800):
+        assert [verify_answer(record[name], record["answer"]) for name in ("worked", "flawed")] == [1, 0]
+    good = 0
+    for record in toy.records("instruction", "train", 800):
+        assert toy.measure(record["instruction"], record["worked"])["all four"]
+        good += toy.measure(record["instruction"], record["flawed"])["all four"]
+    assert good < 40  # a text that is cut at a full stop is whole
 
 
 # ---- files and commands ----
@@ -137,25 +141,21 @@ def test_training_files_hold_the_examples_without_a_demonstrators_answers(folder
 def test_heldout_files_begin_with_the_rows_of_all_figures_reported_so_far(folder):
     """None twice; pairs better first; instructions with a constraint. As far as 64 rows, the old measurements."""
     for kind, flag in data.FLAGS.items():
-        (prompts, _), expected = data.load_source(kind, str(folder / "heldout" / f"{flag}.jsonl")), {}
-        for record in toy.records(kind, "heldout", 512, 2):
-            prompt = data.READERS[kind](record)
-            expected.setdefault((prompt.instruction, prompt.responses), data.better_first(prompt) or prompt)
+        prompts, _ = data.load_source(kind, str(folder / "heldout" / f"{flag}.jsonl"))
+        assert data.checksum(prompts[:64]) == CHECKSUMS[kind] and 200 < len(prompts) == len(set(prompts)) <= 256
+        if kind == "preference":
+            assert prompts == list(map(data.better_first, prompts))
         if kind == "instruction":
-            expected = {key: prompt for key, prompt in expected.items() if toy.read_instruction(prompt.instruction)[1]}
-        assert data.checksum(prompts[:64]) == data.checksum(list(expected.values())[:64]) == CHECKSUMS[kind]
-        assert 200 < len(prompts) == len(set(prompts)) <= 256
+            assert all(toy.read_instruction(prompt.instruction)[1] for prompt in prompts)
 
 
 def test_heldout_measures_this_worlds_files_by_its_gold(monkeypatch):
-    called = []
+    called, files = [], []
     monkeypatch.setitem(sys.modules, "eval", SimpleNamespace(main=lambda *args, **named: called.append((args, named))))
     toy.main(["heldout", "--model", "M"])
-    ((arguments,), named), files = called[0], {}
     for flag in data.FLAGS.values():
-        files[f"--{flag}"] = str(toy.FOLDER / "heldout" / f"{flag}.jsonl")
-    assert arguments[0] == "heldout" and arguments[-2:] == ["--model", "M"] and named == {"measure": toy.measure}
-    assert dict(zip(arguments[1:-2:2], arguments[2:-2:2])) == files
+        files += [f"--{flag}", str(toy.FOLDER / "heldout" / f"{flag}.jsonl")]
+    assert called == [((["heldout", *files, "--model", "M"],), {"measure": toy.measure})]
 
 
 def test_the_gold_of_a_run(tmp_path, capsys):
