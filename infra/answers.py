@@ -28,7 +28,8 @@ def rules(*pairs: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
     return [(re.compile(pattern), plain) for pattern, plain in pairs]
 
 
-BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{| +([^\s{}$]+))")
+# A box and its brace, or with one bare word; a line break or an escaped brace, which opens nothing; a brace.
+BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)(?:\s*\{| +(?P<bare>[^\s{}$]+)))|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
 FONT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bm|mbox|operatorname)"
 TIDY = rules(
     ("[\u2212\u2013]", "-"), ("°", r"^\\circ"), (r"\^ ?\{\\circ\}|\\degree(?![A-Za-z])", r"^\\circ"),
@@ -74,15 +75,19 @@ def boxed(text: str) -> list[str]:
     >>> boxed(r"\boxed{\frac{1}{2}}, \fbox{9}, $\boxed 7$, \boxed{8")
     ['\\frac{1}{2}', '9', '7', '']
     """
-    found = []
-    for box in BOX.finditer(text):
-        content, depth = box[1] or "", 0 if box[1] else 1
-        for token in re.finditer(r"\\.|[{}]", text[box.end() :], re.DOTALL) if depth else ():  # steps over \\{ and \\}
-            depth += {"{": 1, "}": -1}.get(token.group(), 0)
-            if depth == 0:
-                content = text[box.end() : box.end() + token.start()].strip()
-                break
-        found.append(content)
+    found, open_braces = [], []  # of each open brace: None, or where a box begins and its place in `found`
+    for token in BRACES.finditer(text):
+        if token["box"]:
+            found.append(token["bare"] or "")
+        if token["box"] and not token["bare"]:
+            open_braces.append((token.end(), len(found) - 1))
+        elif token.group() == "{":
+            open_braces.append(None)
+        elif token.group() == "}" and open_braces:
+            box = open_braces.pop()
+            if box:
+                first, place = box
+                found[place] = text[first : token.start()].strip()
     return found
 
 
