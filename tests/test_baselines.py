@@ -158,6 +158,7 @@ def test_sft_lowers_its_loss_and_its_checkpoint_loads(trained):
     ("reward_model", ("--mix", "0:1:1"), "0 rows of P"),
 ])
 def test_a_mistake_is_one_line(command, arguments, message, tmp_path, taught_model):
+    arguments = (*arguments, "--heldout", f"{taught_model}/preferences.jsonl")
     assert message in baseline(tmp_path, taught_model, command, *arguments, status=2)
 
 
