@@ -25,7 +25,8 @@ def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) ->
     The answers stand in a ring p, shuffled. List (d, j) is p[j], p[j + d], p[j + 2d], ... around the ring, `listed`
     of them. One stride d and all j together show every answer `listed` times, once in each position. The first
     judgements * size / listed of these lists are taken, so every answer is judged `judgements` times. With all answers
-    in one list, the orders are that of the ring, begun at another answer each time.
+    in one list, the orders are that of the ring, begun at another answer each time. Fewer judgements let fewer pairs
+    meet; of six answers in lists of three, opposite ones of the ring never do.
 
     Here every pair of four answers meets, and each answer stands first as often as last:
 
