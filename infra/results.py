@@ -109,12 +109,12 @@ def table(results: dict[str, dict], last: str = "") -> str:
                                    before              after change
     reasoning accuracy  0.25 [0.05, 0.70]  0.75 [0.30, 0.95]  +0.50
     """
-    columns = [pandas.DataFrame(result["figures"]).unstack().dropna() for result in results.values()]
-    shown = pandas.concat([cells.map(cell_text) for cells in columns], axis=1, keys=results)
+    measured = [pandas.DataFrame(result["figures"]).unstack().dropna() for result in results.values()]
+    shown = pandas.concat([cells.map(cell_text) for cells in measured], axis=1, keys=results)
     if last == "n":
-        shown["n"] = columns[0].map(itemgetter("count"))
+        shown["n"] = measured[0].map(itemgetter("count"))
     elif last == "change":
-        before, *_, after = [cells.map(itemgetter("value")).astype(float) for cells in columns]
+        before, *_, after = [cells.map(itemgetter("value")).astype(float) for cells in measured]
         shown["change"] = (after - before).map("{:+.2f}".format, na_action="ignore")
     return shown.to_string(na_rep="-", sparsify=False)
 

@@ -75,21 +75,19 @@ def command_of(arm: str, seed: int, passed: list[str]) -> list[str]:
 
 def wanted(only: list[str], seeds: int | None) -> list[tuple[str, int]]:
     """(arm, seed) in the order to run them: seed by seed, so that all arms are compared early."""
-    asked, found = {*(only or ARMS), BASE}, []
+    asked, jobs = {*(only or ARMS), BASE}, []
     for arm in list(asked):
         asked.update(re.findall(r"runs/arms-(\w+)-{seed}", ARMS[arm][1]))
-    for arm, (count, _) in ARMS.items():
-        if arm in asked:
-            found += [(arm, seed) for seed in range(min(count, seeds or count))]
-    return sorted(found, key=lambda job: job[1])
+    for seed in range(seeds or 5):
+        jobs += [(arm, seed) for arm, (count, _) in ARMS.items() if arm in asked and seed < count]
+    return jobs
 
 
 def call(command: list[str], ranks: int, log: Path) -> int:
     """The exit status of a Python command on so many ranks; what it prints is added to `log`. It ends when we do."""
     if ranks > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
     with open(log, "a") as output:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=output,
                                    env=environment, start_new_session=True)

@@ -219,16 +219,9 @@ def test_probe_runs_parts_1_to_4_of_a_step(tmp_path, answering, capsys):
     assert "no gradient from P" in out and "no gradient from R" in out and "a gradient from I: in 100% of 8" in out
     figures = json.loads((tmp_path / "out").read_text())["figures"]
     preference = {name: cell["value"] for name, cell in figures["preference"].items()}
-    assert preference == {"gradient": 0, "format": 1, "tau": 0, "single order": 0.5, "order consistency": 0,
-                          "first-position preference": 0.5}
+    assert preference == {"gradient": 0, "reward": 0, "format": 1, "tau": 0, "distinct": 1, "first_position": 0.5,
+                          "finished": 1}
     assert figures["preference"]["gradient"]["count"] == 4  # the row is the unit: its two orders are no two trials
-    assert figures["instruction"]["spread of self-scores"]["value"] == pytest.approx(5 ** 0.5, abs=1e-4)
+    assert figures["instruction"]["score_std"]["value"] == pytest.approx(5 ** 0.5, abs=1e-4)
     for words, more in [("--mix x", ["--mix", "x"]), ("--rows 3", ["--rows", 3]), ("--json", ["--json", tmp_path])]:
         assert words in fails([*arguments, *more], capsys, probe.main)
-
-
-def test_a_row_of_n_responses_counts_as_all_its_pairs():
-    right = probe.pairs_of([0, 2, 1, 1], [[1, 9, 5, 6], [2, 8, 4, 3]], [[5, 6, 9, 1], None])
-    assert right["single order"] == 0.875 and right["order consistency"] == 1 and right["both orders"] == 0.5
-    likes_the_first = probe.pairs_of([0, 1, 2], [[9, 8, 7]], [[9, 8, 7]])
-    assert likes_the_first["single order"] == likes_the_first["first-position preference"] == 0.5
