@@ -70,19 +70,18 @@ def witnesses(run: Path, with_sources: bool) -> tuple:
     settings = about.get("config", {})
     if not (run / "rollouts.jsonl").is_file() or not settings:
         raise InputError(f"{run}: no rollouts.jsonl, or no settings in config.json: nothing to derive from")
-    missing = vars(urpo.Config()).keys() - settings.keys()
-    if missing:
+    if missing := vars(urpo.Config()).keys() - settings.keys():
         raise InputError(f"{run}: its config.json has no {', '.join(sorted(missing))}: another version of urpo.py "
                          "wrote it, and that version's audit derives it")
     config = SimpleNamespace(**{"judge": ""} | settings)  # a frozen judge is a setting of the baselines
     own = (str(saved), "") if saved.is_dir() else (config.model, config.chat_template)
     tokenizer = judge = chat.load_tokenizer(*own)
-    if config.judge:
-        try:
+    try:
+        if config.judge:
             judge = chat.load_tokenizer(config.judge, config.chat_template)
-        except InputError as error:
-            judge = None
-            print(f"not compared: the judge's prompts ({error})")
+    except InputError as error:
+        judge = None
+        print(f"not compared: the judge's prompts ({error})")
     try:
         if with_sources:
             sources, _ = data.load_sources(config, tokenizer)

@@ -1,6 +1,6 @@
 """What could a model learn, before any training? Parts 1 to 4 of one step, by the functions of urpo.py, no update.
 
-    python -m lab.probe --model M [--rows 32] [--json F] [any flag of urpo.py]
+    python -m lab.probe --model M [--rows 32] [any flag of urpo.py]
 
 Each kind whose share in --mix is above 0 has --rows prompts. A P row is drawn in both orders, which counts as two. The
 figures have the names of docs/log.md. "gradient" is the share of prompts that have one.
@@ -8,17 +8,15 @@ figures have the names of docs/log.md. "gradient" is the share of prompts that h
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import data
 import urpo
 from data import Group
 from eval import open_model
 from infra.ranks import InputError, stop
-from infra.results import check_writable, summary, table
-from infra.runs import write_whole
+from infra.results import summary, table
 from infra.sampler import start_sampler
 from infra.settings import parse, setting
 from rewards import kendall_tau, kind_figures, mean
@@ -28,10 +26,9 @@ FIGURES = ("reward", "format", "tau", "score_std", "distinct", "first_position",
 
 @dataclass
 class Probe(urpo.Config):
-    """The settings of urpo.py, and those of the probe."""
+    """The settings of urpo.py, and how much is asked."""
 
     rows: int = setting(32, "prompts of each kind, an even number", least=2)
-    json: str = setting("", "write the figures here")
 
 
 def row_figures(groups: list[Group]) -> dict[str, float | None]:
@@ -84,15 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
         shares = [min(1, int(share)) for share in config.mix.split(":")]
         config.mix, config.batch = ":".join(map(str, shares)), config.rows * sum(shares)
         urpo.check(config, world=1)
-        if config.json:
-            check_writable("json", config.json)
         figures = measure(config)
     except InputError as error:
         stop(error)
     print(table({config.model: {"figures": figures}}, "n"), *map(verdict, figures, figures.values()), sep="\n")
-    if config.json:
-        result = {"model": config.model, "settings": asdict(config), "figures": figures}
-        write_whole(config.json, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
