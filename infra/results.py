@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+import pandas
 from scipy import stats
 
 from infra.ranks import InputError
@@ -18,10 +20,10 @@ from infra.ranks import InputError
 
 def figure(value: float | None, count: int, low: float | None = None, high: float | None = None) -> dict:
     """A figure as it stands in a JSON: value, 95 % interval, number of rows (or of what is stated) behind it."""
-    found: dict = {"value": value, "low": low, "high": high, "count": count}
-    for name in ("value", "low", "high"):
-        found[name] = None if found[name] is None else round(float(found[name]), 4)
-    return found
+    found = {"value": value, "low": low, "high": high}
+    for name, number in found.items():
+        found[name] = None if number is None else round(float(number), 4)
+    return found | {"count": count}
 
 
 def known(values) -> list:
@@ -55,12 +57,9 @@ def weighted_mean(parts) -> dict:
     >>> weighted_mean([([1, 1, 0, 0], 1), ([1, 1, None], 3)])
     {'value': 0.875, 'low': 0.75, 'high': 1.0, 'count': 6}
     """
-    samples, weights = [], []
-    for values, weight in parts:
-        values = known(values)
-        if values:
-            samples.append(np.array(values, float))
-            weights.append(weight)
+    parts = [(known(values), weight) for values, weight in parts]
+    samples = [values for values, _ in parts if values]
+    weights = [weight for values, weight in parts if values]
     if not samples:
         return figure(None, 0)
 
@@ -87,11 +86,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def columns(rows: list[dict]) -> dict[str, list]:
-    """The measures of many rows, a list for each measure.
-
-    >>> columns([{"right": 1, "tokens": 20}, {"right": 0, "tokens": None}])
-    {'right': [1, 0], 'tokens': [20, None]}
-    """
+    """The measures of many rows, a list for each measure."""
     found: dict[str, list] = {}
     for row in rows:
         for name, value in row.items():
@@ -111,29 +106,17 @@ def table(results: dict[str, dict], last: str = "") -> str:
 
     >>> a, b = ({"figures": {"reasoning": {"accuracy": interval(v)}}} for v in ([1, 0, 0, 0], [1, 1, 1, 0]))
     >>> print(table({"before": a, "after": b}, "change"))
-                            before             after              change
-    reasoning     accuracy  0.25 [0.05, 0.70]  0.75 [0.30, 0.95]   +0.50
+                                   before              after change
+    reasoning accuracy  0.25 [0.05, 0.70]  0.75 [0.30, 0.95]  +0.50
     """
-    names = {}  # of all results; a set that keeps its order
-    for result in results.values():
-        for part, figures in result["figures"].items():
-            names |= dict.fromkeys((part, name) for name in figures)
-    lines = [["", "", *results, last]]
-    for part, name in names:
-        cells = []
-        for result in results.values():
-            cells.append(result["figures"].get(part, {}).get(name, figure(None, 0)))
-        before, after = cells[0]["value"], cells[-1]["value"]
-        end = str(cells[0]["count"]) if last else ""
-        if last == "change":
-            end = "-" if None in (before, after) else f"{after - before:+.2f}".rjust(6)
-        lines.append([part.ljust(12), name, *map(cell_text, cells), end])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    shown = []
-    for line in lines:
-        padded = map(str.ljust, line, widths)
-        shown.append("  ".join(padded).rstrip())
-    return "\n".join(shown)
+    measured = [pandas.DataFrame(result["figures"]).unstack().dropna() for result in results.values()]
+    shown = pandas.concat([cells.map(cell_text) for cells in measured], axis=1, keys=results)
+    if last == "n":
+        shown["n"] = measured[0].map(itemgetter("count"))
+    elif last == "change":
+        before, *_, after = [cells.map(itemgetter("value")).astype(float) for cells in measured]
+        shown["change"] = (after - before).map("{:+.2f}".format, na_action="ignore")
+    return shown.to_string(na_rep="-", sparsify=False)
 
 
 def cell_text(cell: dict) -> str:
@@ -145,9 +128,7 @@ def cell_text(cell: dict) -> str:
 
 def check_writable(flag: str, path: str) -> None:
     """Refuse a path that nothing can be written to, before the minutes that measuring takes."""
-    folder = Path(path).absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"--{flag} {path}: no file can be written there; name a file in a folder of yours")
 

@@ -43,41 +43,23 @@ ARMS = {
     "reward_model": (5, "-m lab.baselines reward_model --mix 1:1:0 --lr 3e-5"),
     "rm_score": (5, "-m lab.baselines rm_score --mix 0:1:1 --judge runs/arms-reward_model-{seed}/model"),
     "sft": (5, "-m lab.baselines sft"),
-    "sft_true": (3, "-m lab.baselines sft --errors 0"),  # by a demonstrator who does not err
     "mix_0_1_1": (5, "urpo.py --mix 0:1:1"),
-    "mix_1_1_1": (3, "urpo.py --mix 1:1:1"),
     "mix_1_0_1": (3, "urpo.py --mix 1:0:1"),
     "no_warmup": (3, "urpo.py --warmup_steps 0"),
-    # Of 24 prompts 12 are I in all of these, as in urpo. Two of P are the least, since each stands in both orders.
-    "p_2_of_24": (3, "urpo.py --mix 1:5:6"),
-    "p_4_of_24": (3, "urpo.py --mix 1:2:3"),
-    "p_8_of_24": (3, "urpo.py --mix 2:1:3"),
-    "judged_twice": (3, "urpo.py --judgements 2"),  # urpo: in pairs, four times
-    "lists_of_4": (3, "urpo.py --judge_list 4 --judgements 1"),
-    "clip_symmetric": (3, "urpo.py --clip_high 1.2"),
-    "clip_off": (3, "urpo.py --clip_low 0 --clip_high 1000"),
-    "advantage_center": (3, "urpo.py --advantage center"),
     "start_raw": (1, "-m lab.toy heldout --model toy/raw"),  # a base without competence, and a half-taught one
     "raw": (3, "urpo.py --model toy/raw"),
     "start_half": (1, "-m lab.toy heldout --model toy/half"),
     "half": (3, "urpo.py --model toy/half"),
 }
-for name in ("urpo", "rm_gen"):  # is it the judge's learning that wears its score out?
-    ARMS[f"{name}_three_times"] = (3, f"{ARMS[name][1]} --steps 72")
-for name in ("urpo", "rm_gen", "rm_score", "sft", "mix_0_1_1"):  # a third of the rate, and three times as much
-    ARMS[f"{name}_slow"] = (1, f"{ARMS[name][1]} --lr 3e-6")
-    ARMS[f"{name}_fast"] = (1, f"{ARMS[name][1]} --lr 3e-5")
-FIGURES = {  # column of the CSV -> (part, figure) of heldout-after.json, of sampled answers and of greedy ones
+FIGURES = {  # column of the CSV -> (part, figure) of heldout-after.json; each but the last has a greedy twin
     "referee": ("referee", "both orders"),
     "reasoning": ("reasoning", "solved"),
     "gold": ("instructions", "on topic, whole, in order"),
     "all_four": ("instructions", "all four"),
-    "referee_greedy": ("referee", "both orders, greedy"),
-    "reasoning_greedy": ("reasoning", "solved, greedy"),
-    "gold_greedy": ("instructions", "on topic, whole, in order, greedy"),
-    "all_four_greedy": ("instructions", "all four, greedy"),
-    "pairs": ("referee", "expected score"),  # by the mean of eight scores, or a reward model's one
 }
+for column, (part, name) in list(FIGURES.items()):
+    FIGURES[f"{column}_greedy"] = (part, f"{name}, greedy")
+FIGURES["pairs"] = ("referee", "expected score")  # by the mean of eight scores, or a reward model's one
 COLUMNS = ["arm", "seed", "status", "minutes", "gib", *FIGURES, "command", "commit"]
 
 
@@ -93,21 +75,19 @@ def command_of(arm: str, seed: int, passed: list[str]) -> list[str]:
 
 def wanted(only: list[str], seeds: int | None) -> list[tuple[str, int]]:
     """(arm, seed) in the order to run them: seed by seed, so that all arms are compared early."""
-    asked, found = {*(only or ARMS), BASE}, []
+    asked, jobs = {*(only or ARMS), BASE}, []
     for arm in list(asked):
         asked.update(re.findall(r"runs/arms-(\w+)-{seed}", ARMS[arm][1]))
-    for arm, (count, _) in ARMS.items():
-        if arm in asked:
-            found += [(arm, seed) for seed in range(min(count, seeds or count))]
-    return sorted(found, key=lambda job: job[1])
+    for seed in range(seeds or 5):
+        jobs += [(arm, seed) for arm, (count, _) in ARMS.items() if arm in asked and seed < count]
+    return jobs
 
 
 def call(command: list[str], ranks: int, log: Path) -> int:
     """The exit status of a Python command on so many ranks; what it prints is added to `log`. It ends when we do."""
     if ranks > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
     with open(log, "a") as output:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=output,
                                    env=environment, start_new_session=True)

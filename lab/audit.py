@@ -16,7 +16,6 @@ import sys
 from dataclasses import replace
 from itertools import groupby, zip_longest
 from pathlib import Path
-from statistics import mean, stdev
 from types import SimpleNamespace
 
 import data
@@ -25,7 +24,7 @@ from data import Group
 from infra import chat
 from infra.ranks import InputError, stop
 from infra.runs import read_about, read_log
-from rewards import parse_scores, read_judgements, step_figures
+from rewards import read_judgements, step_figures
 
 
 def audit(run: Path, step: int | None = None, prompt: int | None = None) -> bool:
@@ -46,7 +45,7 @@ def audit(run: Path, step: int | None = None, prompt: int | None = None) -> bool
                 groups.append(derived)
                 answers += len(group.texts)
                 if step is not None:
-                    print(in_words(config, at, derived), end="")
+                    print(in_words(at, derived), end="")
         for line in lines:
             if step is None and line["step"] == at:
                 wrong += step_differences(config, line, groups, sources)
@@ -71,19 +70,18 @@ def witnesses(run: Path, with_sources: bool) -> tuple:
     settings = about.get("config", {})
     if not (run / "rollouts.jsonl").is_file() or not settings:
         raise InputError(f"{run}: no rollouts.jsonl, or no settings in config.json: nothing to derive from")
-    missing = vars(urpo.Config()).keys() - settings.keys()
-    if missing:
+    if missing := vars(urpo.Config()).keys() - settings.keys():
         raise InputError(f"{run}: its config.json has no {', '.join(sorted(missing))}: another version of urpo.py "
                          "wrote it, and that version's audit derives it")
     config = SimpleNamespace(**{"judge": ""} | settings)  # a frozen judge is a setting of the baselines
     own = (str(saved), "") if saved.is_dir() else (config.model, config.chat_template)
     tokenizer = judge = chat.load_tokenizer(*own)
-    if config.judge:
-        try:
+    try:
+        if config.judge:
             judge = chat.load_tokenizer(config.judge, config.chat_template)
-        except InputError as error:
-            judge = None
-            print(f"not compared: the judge's prompts ({error})")
+    except InputError as error:
+        judge = None
+        print(f"not compared: the judge's prompts ({error})")
     try:
         if with_sources:
             sources, _ = data.load_sources(config, tokenizer)
@@ -192,24 +190,20 @@ def missing_steps(steps: list[int], found: list[int], repairs: list[str]) -> lis
     return wrong
 
 
-def in_words(config, step: int, group: Group) -> str:
+def in_words(step: int, group: Group) -> str:
     """One group: what was asked, what was answered, what that earned, and who judged it how."""
-    prompt, rewards = group.prompt, group.rewards
+    prompt, rewards, read = group.prompt, group.rewards, read_judgements(group)
     truth = list(prompt.truth) or prompt.answer or "unknown, so the model itself judges"
     text = f"step {step}, prompt {group.index}: {prompt.kind}\n{indented(data.prompt_text(prompt))}truth: {truth!r}\n"
     for i, answer in enumerate(group.texts):
         earned = f"{rewards[i]:.4g}" if rewards else "none, no judgement can be read"
-        text += f"answer {i + 1}, {len(group.answers[i])} tokens, finished: {group.finished[i]}; reward {earned}, "
-        text += f"advantage {group.advantages[i]:.4g}\n{indented(answer)}"
+        text += f"answer {i + 1}: reward {earned}, advantage {group.advantages[i]:.4g}\n{indented(answer)}"
         if prompt.kind == "preference":
-            scores = parse_scores(answer, len(prompt.truth), group.finished[i])
-            text += f"scores: {scores or 'unreadable, which earns -1'}\n"
-    for judgement, scores in zip(group.judgements, read_judgements(group)):
+            text += f"scores: {read[i] or 'unreadable'}\n"
+    for judgement, scores in zip(group.judgements, read):
         order = [answer + 1 for answer in judgement["order"]]
         text += f"judge prompt over answers {order}, in this order\n{indented(judgement['prompt'] or 'none')}"
         text += f"judge text\n{indented(judgement['text'])}scores: {scores or 'unreadable'}\n"
-    if rewards and len(rewards) > 1:
-        text += f"mean {mean(rewards):.4g}, unbiased std {stdev(rewards):.4g}; --advantage {config.advantage}\n"
     return text
 
 

@@ -148,11 +148,7 @@ def reward_model(config: Baseline) -> None:
         parts = [margins(score_rows(model, tokenizer, [row]), [row]) for row in heldout]
     right_N = pair_measures(torch.cat(parts))["accuracy"]
     figures = {"referee": {"expected score": interval(right_N.tolist())}}
-    result = {
-        "model": f"{run}/model",
-        "settings": {"preferences": config.heldout},
-        "figures": figures,
-    }
+    result = {"model": f"{run}/model", "settings": {"preferences": config.heldout}, "figures": figures}
 
     def save():
         model.lm.save_pretrained(run / "model", state_dict=weights)

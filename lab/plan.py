@@ -34,8 +34,6 @@ class Plan(urpo.Config):
     nodes: int = setting(1, "machines", above=0)
 
 
-# ------------------------------------------------------------------------------- the shape of a model
-
 FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "tie_word_embeddings")
 SHAPES = {  # of the bases that the README names
@@ -62,8 +60,6 @@ def planned_shape(model: str) -> SimpleNamespace:
         hidden=config.hidden_size, inner=config.intermediate_size, vocabulary=config.vocab_size,
         key_values=2 * layers * config.num_key_value_heads * head)  # that one token keeps, all layers together
 
-
-# ------------------------------------------------------------------------------- memory of a rank
 
 # The two parts that need the most. While the sampler is awake that is sync: rollout needs all that it does, but for the
 # tensor on its way. While the sampler sleeps that is update: old_logprobs needs less, and no gradients.
@@ -115,8 +111,6 @@ def cache_tokens(shape, config, world: int) -> float:
     room = config.gpu_memory * config.gpu_gib * 2**30 - 2 * shape.parameters - work
     return room / (2 * shape.key_values)
 
-
-# ------------------------------------------------------------------------------- time of a step
 
 # Rates of one H100, stated, not measured by us. The cost formula and where they come from: docs/gpu.md.
 MATMUL = 989e12  # FLOP a second of bf16, by the data sheet
@@ -175,9 +169,6 @@ def planned_seconds(shape, config, world: int) -> dict[str, float]:
     tokens = listed * ANSWER_SHARE * config.max_answer_tokens + PROMPT_SHARE["instruction"] * config.max_prompt_tokens
     judged = (counts["instruction"] * config.judgements * config.group // listed, min(tokens, config.max_judge_tokens))
     return step_seconds(shape, world, kinds, judged, config.minibatches)
-
-
-# ------------------------------------------------------------------------------- the plan
 
 
 def does_not_fit(shape, config, world: int) -> str:

@@ -26,7 +26,8 @@ from infra.runs import read_about, read_log, write_whole
 from lab import toy
 from lab.audit import printable
 
-# Title of a panel, which says what to look for -> its figures of log.jsonl. The last two are of the laptop's world.
+# Title of a panel, which says what to look for -> its figures of log.jsonl; "gold" and the two like it are of the
+# laptop's world. A figure of a kind has the kind's name and colour.
 PANELS = {
     "reward should rise (P: tau or -1, R: share solved)": "preference.reward reasoning.reward",
     "format: readable judgements, should be near 1": "preference.format instruction.format",
@@ -35,7 +36,7 @@ PANELS = {
     "distinct answers in a group: at 1 all are equal": "preference.distinct reasoning.distinct instruction.distinct",
     "entropy, nats a token: at 0 no exploration": "preference.entropy reasoning.entropy instruction.entropy",
     "first_position: away from 0 is bias": "preference.first_position instruction.first_position",
-    "self-scores, points of 1 to 10": "instruction.reward instruction.score_std",
+    "mean self-score, 1 to 10: proves nothing": "instruction.reward",
     "tokens an answer": "preference.length reasoning.length instruction.length",
     "gradient_share by kind": "preference.gradient_share reasoning.gradient_share instruction.gradient_share",
     "drift from the sampler should stay low, nats a token": "drift_mean drift_max",
@@ -43,17 +44,15 @@ PANELS = {
     "gradient norm before its clip: no spikes": "grad_norm",
     "open answers by hidden gold should rise": "gold all_four",
     "self-scores against hidden gold (tau): above 0": "judge_tau",
+    "seconds of a step": "seconds.rollout seconds.self_score seconds.old_logprobs seconds.update seconds.sync",
 }
-# A figure of a kind has the kind's name and colour; one that stands here itself has its own; the others are gray.
-COLORS = {"preference": "tab:blue", "reasoning": "tab:orange", "instruction": "tab:green", "drift_max": "tab:red",
-          "instruction.score_std": "tab:olive", "all_four": "tab:olive", "clipped_high": "tab:red"}
+COLORS = {"preference": "tab:blue", "reasoning": "tab:orange", "instruction": "tab:green"}
 
 
 def report(run: Path) -> None:
     """All is read and drawn before anything is written."""
-    repairs = []
+    repairs, measured = [], measured_held_out(run)
     picture = draw_curves(run, read_figures(run, repairs), read_about(run).get("config", {}))
-    measured = measured_held_out(run)
     for repair in repairs:
         print(repair, file=sys.stderr)
     write_whole(run / "curves.png", picture)
@@ -63,49 +62,39 @@ def report(run: Path) -> None:
 
 
 def read_figures(run: Path, repairs: list[str]) -> pandas.DataFrame:
-    """The log of a run as a table: a row a step, a column a figure of the panels or the seconds of a part."""
+    """The log of a run as a table: a row a step, a column a figure of the panels."""
     log = pandas.json_normalize(read_log(run, repairs)).set_index("step")
-    columns = " ".join(PANELS.values()).split()
-    columns += [column for column in log if column.startswith("seconds.")]
     if (run / "rollouts.jsonl").is_file():
         gold = pandas.DataFrame(toy.gold_of_run(run), columns=["step", "gold", "all_four", "judge_tau"])
         log = log.join(gold.set_index("step"))
-    return log.reindex(columns=columns).astype(float)
+    return log.reindex(columns=" ".join(PANELS.values()).split()).astype(float)
 
 
 def draw_curves(run: Path, log: pandas.DataFrame, settings: dict) -> bytes:
-    """A PNG of all panels and of the seconds of the seven parts."""
+    """A PNG of all panels, each with a line where the warm-up ends."""
     drawing, picture = Figure(figsize=(18, 15), layout="constrained"), io.BytesIO()
     title = f"{run.resolve().name}, from model {settings.get('model', 'unknown')}; vertical line: end of the warm-up"
     drawing.suptitle(title, parse_math=False, wrap=True)
     drawing.supxlabel("step")
-    *axes, seconds = drawing.subplots(4, 4, sharex=True).flat
-    for axis, (title, figures) in zip(axes, PANELS.items()):
-        for figure in figures.split():
-            label = figure if figure in COLORS else figure.partition(".")[0]
-            axis.plot(log[figure], color=COLORS.get(label, "tab:gray"), label=label, marker=".", markersize=3)
-            axis.set_yscale("log" if figure.startswith("drift") else "linear")
-        finish_panel(axis, title, settings, log[figures.split()].notna().any(axis=None))
-    parts = log.filter(like="seconds.")
-    if not parts.empty:
-        seconds.stackplot(parts.index, parts.T, labels=parts.columns.str.removeprefix("seconds."))
-    seconds.locator_params(axis="x", integer=True)  # of all panels, since they share the axis
-    finish_panel(seconds, "seconds of the seven parts of a step", settings, not parts.empty)
+    warmup = settings.get("warmup_steps", 0)
+    for axis, (title, figures) in zip(drawing.subplots(4, 4, sharex=True).flat, PANELS.items()):
+        axis.set_title(title, fontsize=10)
+        axis.locator_params(axis="x", integer=True)
+        measured = log[figures.split()].dropna(axis="columns", how="all")
+        for figure, values in measured.items():
+            kind, _, part = figure.partition(".")
+            label = part if kind == "seconds" else kind
+            axis.plot(values, color=COLORS.get(kind), label=label, marker=".", markersize=3)
+        if measured.empty:
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="gray")
+            continue
+        axis.legend(fontsize=7, framealpha=0.5)
+        if "drift_mean" in measured:
+            axis.set_yscale("log")
+        if 0 < warmup <= log.index[-1]:
+            axis.axvline(warmup - 0.5, color="black", linewidth=0.6)
     drawing.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
-
-
-def finish_panel(axis, title: str, settings: dict, known: bool) -> None:
-    """Title, warm-up line, and between title and axis the names of the curves: there they cover nothing."""
-    axis.set_title(title, fontsize=10, pad=26)
-    axis.spines[["top", "right"]].set_visible(False)
-    if not known:
-        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="gray")
-        return
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=7, frameon=False, borderaxespad=0.2)
-    warmup = settings.get("warmup_steps", 0)
-    if 0 < warmup <= axis.dataLim.x1:
-        axis.axvline(warmup - 0.5, color="black", linewidth=0.6)
 
 
 def measured_held_out(run: Path) -> str:
@@ -130,8 +119,8 @@ def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
     """
     lines, shown = [], set()
     for old, new in zip(before, after):
-        kind, texts = old["kind"], [old.get("sampled", [])[:1], new.get("sampled", [])[:1]]
-        if kind in shown or old["asked"] != new["asked"] or texts[0] == texts[1] or [] in texts:
+        kind, texts = old["kind"], [*old["sampled"][:1], *new["sampled"][:1]]
+        if kind in shown or old["asked"] != new["asked"] or len(set(texts)) < 2:
             continue
         shown.add(kind)
         truth = score_line(old["truth"]) if kind == "preference" else old["truth"]
@@ -139,7 +128,7 @@ def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
         for number, response in enumerate(old["responses"], 1):
             lines.append(f"  response {number}: {printable(response)}")
         columns = []
-        for title, (text,) in zip(("before", "after"), texts):
+        for title, text in zip(("before", "after"), texts):
             columns.append([title])
             for line in printable(text).split("\n"):
                 columns[-1] += textwrap.wrap(line, width) or [""]

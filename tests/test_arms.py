@@ -28,7 +28,7 @@ def test_every_arm_is_a_command_of_its_program_and_what_defines_it_cannot_be_ove
     urpo.check(config := parse(settings, urpo.PRESETS, command[start:], ""), world=2)
     assert (config.name, config.seed, config.lr == 1) == (f"arms-{arm}-1", 1, "--lr" not in arms.ARMS[arm][1])
     assert command[:start] == ["urpo.py"] or command[:2] == ["-m", "lab.baselines"] and start == 3
-    assert arm == "mix_1_1_1" or data.mix_counts(config, warmup=False)["instruction"] in (0, 12)
+    assert data.mix_counts(config, warmup=False)["instruction"] in (0, 12)
 
 
 def test_what_an_arm_needs_comes_before_it_and_every_arm_is_compared_early():
