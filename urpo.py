@@ -150,9 +150,9 @@ def check(config: Config, world: int) -> None:
         raise InputError(f"--clip_low {config.clip_low}: the range of the ratio must hold 1")
     part = world * config.minibatches
     if config.batch % part:
-        fewer = [ranks for ranks in range(1, world) if config.batch % (ranks * config.minibatches) == 0]
+        fewer = math.gcd(config.batch // config.minibatches, world)
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use --batch {-(-config.batch // part) * part}, or {max(fewer, default=1)} ranks")
+                         f"use --batch {-(-config.batch // part) * part}, or {fewer} ranks")
     data.check_judging(config)
     for warmup in {False, config.warmup_steps > 0}:
         data.mix_counts(config, warmup)
