@@ -101,22 +101,6 @@ def test_flex_attention_is_asked_for_and_gets_the_block_mask(as_on_a_gpu, make_p
     assert given[1]["attention_mask"].shape[-2:] == (256, 256)
 
 
-def test_layers_are_freed_after_their_forward_pass_and_gradients_reduced_after_every_row(as_on_a_gpu, monkeypatch):
-    import torch.distributed.fsdp as fsdp
-
-    asked, called = [], []
-    monkeypatch.setattr(policies.dist, "init_device_mesh", lambda device, sizes: SimpleNamespace(size=lambda: 8))
-    monkeypatch.setattr(policies.dist, "get_world_size", lambda: 8)
-    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **options: asked.append(options["reshard_after_forward"]))
-    lm = torch.nn.Module()
-    lm.model = torch.nn.Module()
-    lm.model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
-    policies.shard_policy(policies.Policy(lm, 2, 1.0, torch.bfloat16, True))
-    assert asked == [True] * 3
-    policy = SimpleNamespace(set_requires_gradient_sync=called.append, set_reshard_after_backward=called.append)
-    assert list(policies.accumulate(policy, ["row", "row"])) == ["row", "row"] and called == [True] * 4
-
-
 # ---- memory, drivers, ranks ----
 
 def test_a_steps_peak_is_what_is_taken_and_begins_anew_each_step(as_on_a_gpu, process_group, monkeypatch):

@@ -111,13 +111,3 @@ def test_what_is_no_run_is_refused_and_nothing_is_overwritten(no_pictures, tmp_p
     with pytest.raises(InputError, match=message):
         report.report(folder)
     assert not (folder / "curves.png").exists()
-
-
-def test_a_torn_last_line_is_left_out_and_said(no_pictures, tmp_path, capsys):
-    folder = made_up_run(tmp_path / "run")
-    with (folder / "log.jsonl").open("a") as out:
-        out.write('{"step": 6, "instr')  # as a crash may cut it
-    report.main([str(folder)])
-    out, err = capsys.readouterr()
-    assert out.splitlines() == [str(folder / "curves.png")]
-    assert "log.jsonl:7" in err

@@ -2,7 +2,6 @@
 
 Checkpoints and resume are in test_resume.py, the figures of a step in test_rewards.py.
 """
-import json
 from dataclasses import asdict
 
 import pytest
@@ -113,13 +112,3 @@ def test_a_log_that_urpo_did_not_write_is_refused_by_line(tmp_path, content, whe
         (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(InputError, match=where):
         runs.read_log(tmp_path, [])
-
-
-def test_a_trajectory_without_a_field_is_refused_by_line_and_field(tmp_path):
-    record = ranked(0, ["a", "b"], [0.0, 1.0]).to_record(0)
-    broken = {name: value for name, value in record.items() if name != "answers"}
-    (tmp_path / "rollouts.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(broken) + "\n")
-    groups = data.read_groups(tmp_path / "rollouts.jsonl", [])
-    assert next(groups)[0] == 0
-    with pytest.raises(InputError, match="rollouts.jsonl:2: .*'answers'"):
-        next(groups)

@@ -95,13 +95,6 @@ def test_a_file_of_another_format_is_named(tmp_path, start, what):
         data.load_source("reasoning", str(path))
 
 
-def test_folders_and_missing_files_are_named(tmp_path):
-    (tmp_path / "folder").mkdir()
-    for name, what in (("folder", "a folder"), ("none.jsonl", "no such file")):
-        with pytest.raises(InputError, match=what):
-            data.load_source("reasoning", str(tmp_path / name))
-
-
 def test_a_mark_at_the_start_of_a_file_is_no_part_of_its_first_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"instruction": "Say hi."}\n')
