@@ -15,6 +15,7 @@ from infra import chat
 from infra.ranks import InputError
 from lab import audit
 from rewards import step_figures
+from tiny_run import lines, write_lines
 
 STEPS = 2  # a record that ends early is whole too
 P, R, I = data.KINDS  # noqa: E741
@@ -29,8 +30,7 @@ def record(finished):
         _, (tokenizer, _), sources = audit.witnesses(finished, with_sources=True)
     files = []
     for name in ("rollouts.jsonl", "log.jsonl"):
-        lines = [json.loads(line) for line in (finished / name).read_text().splitlines()]
-        files.append([line for line in lines if line["step"] < STEPS])
+        files.append([line for line in lines(finished / name) if line["step"] < STEPS])
     return *files, json.loads((finished / "config.json").read_text()), tokenizer, sources
 
 
@@ -48,8 +48,8 @@ def audited(record, tmp_path, monkeypatch, capsys):
         if follows:
             follow(groups, log, SimpleNamespace(**about["config"]))
         (tmp_path / "config.json").write_text(json.dumps(about))
-        for name, lines in (("rollouts", groups), ("log", log)):
-            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(tmp_path / "rollouts.jsonl", *groups)
+        write_lines(tmp_path / "log.jsonl", *log)
         return audit.audit(tmp_path, **arguments), "".join(capsys.readouterr())
 
     return altered
@@ -108,8 +108,8 @@ def config(**changes):
 def removed(name, value):
     """Lines of rollouts.jsonl and of log.jsonl that go."""
     def change(*files):
-        for lines in files[:2]:
-            lines[:] = [line for line in lines if line.get(name) != value]
+        for part in files[:2]:
+            part[:] = [line for line in part if line.get(name) != value]
 
     return change
 

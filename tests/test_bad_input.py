@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,7 +17,7 @@ from conftest import ROOT
 from infra import policy, ranks
 from infra.ranks import InputError
 from infra.settings import parse
-from tiny_run import launcher, own_environment
+from tiny_run import OF_RANKS, launcher, own_environment
 
 GOOD = {"preferences": '{"prompt": "q", "chosen": "good", "rejected": "bad"}',
         "reasoning": '{"question": "q", "answer": "2"}', "instructions": '{"instruction": "q"}'}
@@ -79,13 +80,11 @@ def refused(folders, process_group, monkeypatch, capsys):
     import datasets
     import torch.distributed
 
-    def unreachable(*arguments, **options):
-        raise ConnectionError("no route\nand more lines")
-
+    unreachable = Mock(side_effect=ConnectionError("no route\nand more lines"))
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("the user is asked"))
 
     def call(*arguments, **environment):
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        for name in OF_RANKS:
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)

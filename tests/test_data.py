@@ -165,23 +165,14 @@ def ultrafeedback(*scores) -> dict:
 
 # ---- the hub, and what is left out ----
 
-def test_repeated_rows_of_the_hub_are_read_once(monkeypatch):
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or [
-        {"question": f"What is {i % 17} + 1?", "answer": f"#### {i % 17 + 1}"} for i in range(170)])
-    rows, left_out = data.load_source("reasoning", "openai/gsm8k:main")
-    assert list(left_out.values()) == [170 - 17]
-    assert rows == [Prompt("reasoning", f"What is {i} + 1?", answer=str(i + 1)) for i in range(17)]
-    assert asked == [(("openai/gsm8k", "main"), {"split": "train"})]
-
-
-def test_a_few_unreadable_rows_of_the_hub_are_left_out_and_said_but_not_many(monkeypatch):
-    rows = [ultrafeedback(1.0, 2.0 + i / 1000) for i in range(98)] + [ultrafeedback(1.0)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
-    found, left_out = data.load_source("preference", "some/set")
-    (reason,) = left_out
-    assert (len(found), left_out[reason]) == (98, 1)
-    assert "some/set:99: field 'responses'" in reason
+def test_rows_of_the_hub_are_read_once_and_a_few_unreadable_ones_are_left_out_and_said_but_not_many(monkeypatch):
+    rows, asked = [ultrafeedback(1.0, 2.0 + i / 1000) for i in range(98)], []
+    rows += [rows[0], ultrafeedback(1.0)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or rows)
+    found, left_out = data.load_source("preference", "some/set:main")
+    assert asked == [(("some/set", "main"), {"split": "train"})]
+    assert len(found) == 98 and list(left_out.values()) == [1, 1]
+    assert any("some/set:main:100: field 'responses'" in reason for reason in left_out)
     rows[:] = rows[-10:]
     with pytest.raises(InputError, match="^some/set: 1 of 10 .*some/set:10: field 'responses'"):
         data.load_source("preference", "some/set")

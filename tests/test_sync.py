@@ -101,9 +101,8 @@ class Faulty:
         return self.sampler.collective_rpc(name, kwargs=dict(weights_iterator=self.passed(kwargs["weights_iterator"])))
     def passed(self, weights):
         for name, weight in weights:
-            if self.fault == "stale tensor" and name == "model.layers.1.self_attn.v_proj.weight":
-                weight = old[name]
-            if self.fault == "stale embedding" and name == "model.embed_tokens.weight":
+            if name == {"stale tensor": "model.layers.1.self_attn.v_proj.weight",
+                        "stale embedding": "model.embed_tokens.weight"}.get(self.fault):
                 weight = old[name]
             if self.fault == "swapped layers":
                 other = dict(zip("01", "10"))
