@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 from data import Group, Prompt  # noqa: E402
 from infra.policy import load_policy  # noqa: E402
+from infra.rows import build_row  # noqa: E402
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")  # machines are shared, so no test is timed
@@ -129,6 +130,13 @@ def random_groups(count, seed=0) -> list[Group]:
         groups.append(Group(index, Prompt("reasoning", "q", answer="1"), prompt_ids, answers,
                             sampler_logprobs=logprobs))
     return groups
+
+
+def packed(groups):
+    """All of them as one row; every answer has an advantage and a weight of 1."""
+    for group in groups:
+        group.advantages = [1.0] * len(group.answers)
+    return build_row(groups, [group.advantages for group in groups])
 
 
 def plain_logprobs(model, prompt, answer, temperature):

@@ -140,7 +140,6 @@ COMMANDS = [  # arguments, and what the message must say
     ("--model no-template", ["no-template", "--chat_template infra/plain_turns.jinja"]),
     ("--model cut-off", ["cut-off/model.safetensors", "copy it again"]),
     ("--chat_template no.jinja", ["--chat_template no.jinja", "cannot be read", "infra/plain_turns.jinja"]),
-    ("--chat_template empty.jsonl", ["--chat_template empty.jsonl", "drops", "infra/plain_turns.jinja"]),
 ]
 ROWS = [  # flag, the third line of rows.jsonl after a good one and an empty one, what the message must say
     ("reasoning", '{"question": "q", ', "Expecting property name"),

@@ -210,11 +210,10 @@ def test_a_run_that_never_leaves_its_warm_up_says_so(tmp_path, smol_tokenizer, c
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 def test_every_row_is_measured_by_one_rank_and_known_to_all(monkeypatch, count):
-    rows, measured, own_rank = list(range(count)), [], [0]
+    rows, measured, parts, own_rank = list(range(count)), [], [], [0]
     monkeypatch.setattr(data, "fits", lambda config, tokenizer, row: measured.append(row) or row % 2 == 0)
     monkeypatch.setattr(data, "dist", SimpleNamespace(
         is_initialized=lambda: True, get_rank=lambda: own_rank[0], get_world_size=lambda: 3))
-    parts = []
     monkeypatch.setattr(data, "exchange", lambda own: parts.append(own) or [])
     for own_rank[0] in range(3):
         data.each_row_fits(None, None, rows)

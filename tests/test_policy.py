@@ -7,16 +7,10 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from conftest import VOCABULARY, assert_same_gradients, gradients, plain_logprobs, random_groups
+from conftest import VOCABULARY, assert_same_gradients, gradients, packed, plain_logprobs, random_groups
 from infra import policy as policies
 from infra import ranks, rows
 from infra.ranks import InputError
-
-
-def packed(groups):
-    for group in groups:
-        group.advantages = [1.0] * len(group.answers)
-    return rows.build_row(groups, [[1.0] * len(group.answers) for group in groups])
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -115,17 +109,19 @@ def test_an_error_of_rank_0_reaches_all_and_one_of_writing_says_what_to_do(proce
 
 
 def gone(message, count):
+    """The node that held the ranks' notes is no more."""
     raise torch.distributed.DistNetworkError("Connection reset by peer")
 
 
-@pytest.mark.parametrize("notes", [torch.distributed.HashStore(), SimpleNamespace(add=gone)])  # the second: node died
+@pytest.mark.parametrize("notes, world", [(torch.distributed.HashStore(), 4), (SimpleNamespace(add=gone), 1)])
 @pytest.mark.parametrize("error, printed", [
     (InputError("--model x: no"), "error: --model x: no\n"),
     (FloatingPointError("drift: 1 nat"), "error: drift: 1 nat\n"),
     (RuntimeError("[gloo] Connection closed by peer\nand more"), "error: another rank died, ")])
-def test_an_error_that_all_ranks_find_is_one_line_printed_once_and_status_2(monkeypatch, capsys, error, printed, notes):
+def test_an_error_that_all_ranks_find_is_one_line_printed_once_and_status_2(
+        monkeypatch, capsys, error, printed, notes, world):
     monkeypatch.setattr(ranks, "STORE", notes)
-    for _ in range(4 if hasattr(notes, "wait") else 1):  # ranks
+    for _ in range(world):
         with pytest.raises(SystemExit) as caught:
             ranks.stop(error)
         assert caught.value.code == 2

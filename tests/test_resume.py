@@ -44,8 +44,11 @@ def names(run_folder: Path) -> list[str]:
 
 # ---- a checkpoint is whole or not there ----
 
-def test_the_newest_checkpoint_counts_by_its_number_and_last_points_to_it(tmp_path, capsys):
+def test_the_newest_checkpoint_counts_by_its_number_and_a_log_without_any_is_not_erased(tmp_path, capsys):
     assert runs.last_checkpoint(tmp_path) == (0, None) and "no checkpoint" in capsys.readouterr().out
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(InputError, match="no checkpoint.*--name"):
+        runs.last_checkpoint(tmp_path)
     for steps in (9, 10):
         newest = write_checkpoint(tmp_path, steps)
     for other in ("step_11.copy", "unfinished"):
@@ -207,12 +210,6 @@ def test_a_resume_refuses_what_moves_the_stream_of_prompts_or_what_the_audit_der
     error = resume_with(tmp_path, monkeypatch, capsys, **changes, lr=3e-6)
     assert said in error and "--lr" not in error
     assert "--resume" in error and "--name" in error and error.endswith("step_3/model")
-
-
-def test_a_resume_without_a_checkpoint_erases_nothing(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 0}\n')
-    with pytest.raises(InputError, match="no checkpoint.*--name"):
-        runs.last_checkpoint(tmp_path)
 
 
 def test_a_resume_mends_what_a_kill_left_between_a_checkpoint_and_its_pointer(tmp_path):

@@ -49,21 +49,12 @@ UNREAD_BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("text, scores", READ)
-def test_the_last_score_block_is_read(text, scores):
-    assert parse_scores(text, len(scores)) == scores
+BLOCKS = [*READ, *((text, None) for text in [*UNREAD, *(f"<scores>{block}</scores>" for block in UNREAD_BLOCKS)])]
 
 
-@pytest.mark.parametrize("text", UNREAD + [f"<scores>{block}</scores>" for block in UNREAD_BLOCKS],
-                         ids=lambda text: text[:40])
-def test_what_is_no_list_of_two_scores_is_none(text):
-    assert parse_scores(text, 2) is None
-
-
-@given(st.lists(st.decimals(1, 10, places=2), min_size=1, max_size=8), st.text(max_size=50))
-def test_formatted_scores_come_back(scores, chatter):
-    text = chatter + "<scores>" + ", ".join(map(str, scores)) + "</scores>"
-    assert parse_scores(text, len(scores)) == [float(score) for score in scores]
+@pytest.mark.parametrize("text, scores", BLOCKS, ids=lambda it: str(it)[:40])
+def test_the_last_score_block_is_read_and_what_is_no_list_of_scores_is_none(text, scores):
+    assert parse_scores(text, len(scores or "ab")) == scores
 
 
 # ---- P: Kendall's tau ----

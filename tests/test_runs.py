@@ -83,16 +83,6 @@ def test_a_resumed_log_repeats_no_step_drops_a_torn_line_and_says_so(tmp_path, c
     assert len(path.read_text().splitlines()) == 5
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "page.html"
-    runs.write_whole(path, "\u00e4")
-    assert path.read_bytes() == "\u00e4".encode() and [file.name for file in path.parent.iterdir()] == ["page.html"]
-    monkeypatch.setattr(type(path), "write_bytes", lambda self, content: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
-        runs.write_whole(path, "other")
-    assert path.read_bytes() == "\u00e4".encode()
-
-
 # ---- reading a run back ----
 
 def test_a_last_line_that_a_crash_cut_short_is_left_out_and_named(tmp_path):

@@ -158,9 +158,8 @@ def rebuild(model, config, groups) -> dict:
         for group in part:
             tokens += sum(map(len, group.answers)) * any(group.advantages)
             for answer, advantage, sampled in zip(group.answers, group.advantages, group.sampler_logprobs):
-                old_N, now_N = [plain_logprobs(lm, group.prompt_ids, answer, config.temperature)
-                                for lm in (start, model)]
-                old_N = old_N.detach()
+                old_N = plain_logprobs(start, group.prompt_ids, answer, config.temperature).detach()
+                now_N = plain_logprobs(model, group.prompt_ids, answer, config.temperature)
                 ratio_N = torch.exp(now_N - old_N)
                 gain_N = torch.minimum(ratio_N * advantage, ratio_N.clamp(0.8, 1.28) * advantage)
                 if config.importance_cap:

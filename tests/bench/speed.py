@@ -90,7 +90,8 @@ def set_up(side: str, case: dict, flags: list[str]) -> SimpleNamespace:
     config = replace(config, group=case["group"], batch=case["prompts"], max_answer_tokens=case["answer_tokens"])
     folder = str(ROOT / "toy" / "raw")
     tokenizer = chat.load_tokenizer(folder)
-    o = SimpleNamespace(config=config, case=case, tokenizer=tokenizer, prompts=make_prompts(tokenizer, case))
+    o = SimpleNamespace(config=config, case=case, tokenizer=tokenizer, prompts=make_prompts(tokenizer, case),
+                        advantages=[1.0, -1.0] * (case["group"] // 2))  # every group has a signal
     if side == "padded":
         o.policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     elif side in ("ours", "rows"):
@@ -110,12 +111,6 @@ def set_up(side: str, case: dict, flags: list[str]) -> SimpleNamespace:
     return o
 
 
-def give_advantages(groups: list) -> None:
-    """Every group must have a signal."""
-    for group in groups:
-        group.advantages = [1.0, -1.0] * (len(group.answers) // 2)
-
-
 def our_step(o) -> dict:
     """Parts 2 to 7 as train() calls them, on questions with made-up advantages."""
     import urpo
@@ -126,7 +121,8 @@ def our_step(o) -> dict:
     clock("rollout")
     urpo.self_score(config, o.sampler, o.tokenizer, groups, 0)
     clock("self_score")
-    give_advantages(groups)
+    for group in groups:
+        group.advantages = o.advantages
     minibatches = urpo.build_minibatches(config, urpo.rebalance(groups, config.minibatches))
     clock("reward")
     urpo.old_logprobs(config, o.policy, minibatches)
@@ -169,8 +165,8 @@ def random_groups(o) -> list:
     sizes = [o.case["prompt_tokens"]] + [o.case["answer_tokens"]] * o.case["group"]
     for index in range(o.case["prompts"]):
         prompt, *answers = [[rng.randrange(3, len(o.tokenizer)) for _ in range(size)] for size in sizes]
-        groups.append(data.Group(index, None, prompt, answers, sampler_logprobs=[[-11.0] * sizes[1]] * len(answers)))
-    give_advantages(groups)
+        logprobs = [[-11.0] * len(answer) for answer in answers]
+        groups.append(data.Group(index, None, prompt, answers, advantages=o.advantages, sampler_logprobs=logprobs))
     return groups
 
 
