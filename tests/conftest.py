@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 from data import Group, Prompt  # noqa: E402
 from infra.policy import load_policy  # noqa: E402
+from infra.rows import build_row  # noqa: E402
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")  # machines are shared, so no test is timed
@@ -131,6 +132,13 @@ def random_groups(count, seed=0) -> list[Group]:
     return groups
 
 
+def packed(groups):
+    """All of them as one row; every answer has an advantage and a weight of 1."""
+    for group in groups:
+        group.advantages = [1.0] * len(group.answers)
+    return build_row(groups, [group.advantages for group in groups])
+
+
 def plain_logprobs(model, prompt, answer, temperature):
     """Log-probs of one answer, from one sequence on its own: the definition, without any packing."""
     logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1, :VOCABULARY] / temperature
@@ -162,13 +170,13 @@ def assert_same_gradients(found, expected, tolerance=1e-5):
         assert (found[name] - gradient).abs().max() <= tolerance * gradient.abs().max() + 1e-12, name
 
 
-# ---- what fails before a sampler is started ----
+# ---- eval.py without a model ----
 
 class Tokenizer:
-    """As much of a tokenizer as measuring a prompt's length needs: one token a word."""
-    chat_template, all_special_tokens, name_or_path, is_fast = "some", [], "none", True
+    """One token a word."""
+    chat_template, all_special_tokens, is_fast = "some", [], True
 
-    def __call__(self, text, **options):
+    def __call__(self, text, **_):
         return {"input_ids": [], "offset_mapping": []}
 
     def get_added_vocab(self):
@@ -177,22 +185,44 @@ class Tokenizer:
     def __len__(self):
         return 1
 
-    def apply_chat_template(self, turns, **_):
-        return " ".join(turn["content"] for turn in turns).split()
+    def apply_chat_template(self, turns, tokenize=True, **_):
+        text = " ".join(turn["content"] for turn in turns)
+        return text.split() if tokenize else text
 
     def decode(self, ids, **_):
         return " ".join(ids)
 
 
 @pytest.fixture
-def no_model(monkeypatch):
-    """A tokenizer and no weights: whatever fails here fails before a sampler is started."""
-    import transformers
+def measuring(monkeypatch):
+    """No weights: whatever is refused is refused before a sampler is started."""
+    import eval as evaluation
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder, **options: Tokenizer())
-    for module in filter(None, map(sys.modules.get, ("urpo", "eval"))):
-        monkeypatch.setattr(module, "check_folder", lambda model: model, raising=False)
-        for name in ("check_model", "check_memory"):
-            monkeypatch.setattr(module, name, lambda *_, **__: None, raising=False)
-        monkeypatch.setattr(module, "start_sampler", lambda *_, **__: pytest.fail("a sampler was started"),
-                            raising=False)
+    monkeypatch.setattr(evaluation, "load_tokenizer", lambda *_: Tokenizer())
+    monkeypatch.setattr(evaluation, "start_sampler", lambda *_, **__: pytest.fail("a sampler was started"))
+    monkeypatch.setattr(evaluation, "check_folder", lambda model: model)
+    monkeypatch.setattr(evaluation, "check_model", lambda *_, **__: None)
+
+
+@pytest.fixture
+def answering(monkeypatch, measuring):
+    """answering(f): a model that answers f(text of the prompt, number of the sample)."""
+    import eval as evaluation
+    from infra.sampler import Sample
+    from lab import probe
+
+    def start(answer):
+        def generate(sampler, prompts, *, n, max_tokens, seeds, temperature, progress=False):
+            assert len(prompts) == len(max_tokens) == len(seeds)
+            answers = []
+            for words in prompts:
+                texts = [answer(" ".join(words), i) for i in range(n)]
+                answers.append([Sample(text.split(), text, True, [-0.5] * len(text.split())) for text in texts])
+            return answers
+
+        monkeypatch.setattr(probe, "open_model", lambda config: ("m", Tokenizer()))
+        for module in (evaluation, probe):
+            monkeypatch.setattr(module, "start_sampler", lambda *_, **__: None)
+        for module in (evaluation, probe.urpo):
+            monkeypatch.setattr(module, "generate", generate)
+    return start

@@ -3,20 +3,21 @@
 The tables hold what a message must say, one line for each kind; not its wording.
 """
 import json
-import os
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from unittest.mock import Mock
 
 import pytest
 
 import data
 import urpo
-from conftest import ROOT, free_port
+from conftest import ROOT
 from infra import policy, ranks
 from infra.ranks import InputError
 from infra.settings import parse
+from tiny_run import OF_RANKS, launcher, own_environment
 
 GOOD = {"preferences": '{"prompt": "q", "chosen": "good", "rejected": "bad"}',
         "reasoning": '{"question": "q", "answer": "2"}', "instructions": '{"instruction": "q"}'}
@@ -79,13 +80,11 @@ def refused(folders, process_group, monkeypatch, capsys):
     import datasets
     import torch.distributed
 
-    def unreachable(*arguments, **options):
-        raise ConnectionError("no route\nand more lines")
-
+    unreachable = Mock(side_effect=ConnectionError("no route\nand more lines"))
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("the user is asked"))
 
     def call(*arguments, **environment):
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        for name in OF_RANKS:
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -128,6 +127,7 @@ COMMANDS = [  # arguments, and what the message must say
     ("--max_prompt_tokens 20", ["--preferences", "raise --max_prompt_tokens 20"]),
     ("--max_prompt_tokens 4000", ["--model model", "1024", "4048", "lower --max_judge_tokens"]),
     ("--reasoning reasoning.jsonl no/such.jsonl", ["--reasoning no/such.jsonl", "no such file"]),
+    ("--reasoning runs", ["--reasoning runs", "a folder"]),
     ("--reasoning empty.jsonl", ["empty.jsonl", "no rows", "--reasoning"]),
     ("--instructions nobody/nothing", ["--instructions nobody/nothing", "no route", ".jsonl"]),
     ("--model nobody/nothing", ["--model nobody/nothing", "no tokenizer", "check the name"]),
@@ -140,7 +140,6 @@ COMMANDS = [  # arguments, and what the message must say
     ("--model no-template", ["no-template", "--chat_template infra/plain_turns.jinja"]),
     ("--model cut-off", ["cut-off/model.safetensors", "copy it again"]),
     ("--chat_template no.jinja", ["--chat_template no.jinja", "cannot be read", "infra/plain_turns.jinja"]),
-    ("--chat_template empty.jsonl", ["--chat_template empty.jsonl", "drops", "infra/plain_turns.jinja"]),
 ]
 ROWS = [  # flag, the third line of rows.jsonl after a good one and an empty one, what the message must say
     ("reasoning", '{"question": "q", ', "Expecting property name"),
@@ -214,17 +213,14 @@ def test_a_message_quotes_anything_on_one_line_without_escapes_and_not_at_any_le
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, arguments, part", [
-    (0, ["--mix", "1:1:5"], "--batch 24 cannot be shared 1:1:5"), (2, ["--lr", "0"], "--lr 0.0"),
+    (1, ["--mix", "1:1:5"], "--batch 24 cannot be shared 1:1:5"), (2, ["--lr", "0"], "--lr 0.0"),
     (2, ["--model", "./nowhere"], "./nowhere")])
 def test_the_command_ends_with_one_line_and_writes_nothing(tmp_path, ranks, arguments, part):
-    shared = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of the group of one that other tests use
-    environment = {name: value for name, value in os.environ.items() if name not in shared}
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    done = subprocess.run([sys.executable, *(launcher if ranks else []), ROOT / "urpo.py", "--preset", "smol",
-                           *arguments], cwd=tmp_path, text=True, env=environment, capture_output=True)
+    done = subprocess.run([*launcher(ranks), ROOT / "urpo.py", "--preset", "smol", *arguments], cwd=tmp_path,
+                          text=True, env=own_environment(), capture_output=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == (1 if ranks else 2)  # torchrun has a status of its own
-    assert len(errors) == 1 and part in errors[0] and (ranks or "Traceback" not in done.stderr)
+    assert done.returncode == (2 if ranks == 1 else 1)  # torchrun has a status of its own
+    assert len(errors) == 1 and part in errors[0] and (ranks > 1 or "Traceback" not in done.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,7 +233,6 @@ if os.environ["RANK"] == "0":
     time.sleep(600)  # torchrun kills it when rank 1 ends
 ranks.stop(ranks.InputError("--lr 0.0: must be above 0"))
 """)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                           script], text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([*launcher(2), script], text=True, capture_output=True, env=own_environment())
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if "error: " in line] == ["error: --lr 0.0: must be above 0"]

@@ -9,6 +9,7 @@ import torch
 
 import data
 import urpo
+from conftest import plain_logprobs
 from data import Group, Prompt
 from infra import chat, settings
 from infra.ranks import InputError
@@ -86,8 +87,7 @@ def test_an_imitating_update_is_the_mean_log_prob_of_all_answer_tokens(make_poli
     total, tokens = 0.0, 0
     for group in groups:
         for answer in group.answers:
-            logits = plain_model(torch.tensor([group.prompt_ids + answer])).logits[0, 2:-1, :500]
-            total += torch.log_softmax(logits, -1)[range(len(answer)), answer].sum().item()
+            total += plain_logprobs(plain_model, group.prompt_ids, answer, temperature=1.0).sum().item()
             tokens += len(answer)
     model = make_policy(temperature=1.0)
     figures = baselines.imitate(Baseline(minibatches=2, lr=1e-9), model, torch.optim.AdamW(model.parameters()), groups)

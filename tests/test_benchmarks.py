@@ -11,7 +11,8 @@ import pytest
 
 from eval import REWARDBENCH, benchmark_figures, main, majority
 from infra.results import pass_at_k
-from test_eval import answering, fails, measuring, write_lines  # noqa: F401  two fixtures
+from test_eval import fails
+from tiny_run import write_lines
 
 # ---- against what others publish or compute ----
 
@@ -55,7 +56,7 @@ def judge(prompt, _):
     return "<scores>9, 2</scores>" if prompt.index("> good") < prompt.index("> bad") else "<scores>2, 9</scores>"
 
 
-def test_rewardbench_judges_in_both_orders_and_reports_subsets_sections_and_their_mean(tmp_path, answering):  # noqa: F811
+def test_rewardbench_judges_in_both_orders_and_reports_subsets_sections_and_their_mean(tmp_path, answering):
     answering(judge)
     good = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     bad, tie, odd = good | {"chosen": "bad", "rejected": "good"}, good | {"rejected": "tie"}, good | {"chosen": "odd"}
@@ -79,7 +80,7 @@ def test_rewardbench_judges_in_both_orders_and_reports_subsets_sections_and_thei
         (value("Reasoning", "section: accuracy") + 0.75 + 0) / 3, abs=1e-4)
 
 
-def test_reasoning_measures_each_set_and_their_average(tmp_path, answering):  # noqa: F811
+def test_reasoning_measures_each_set_and_their_average(tmp_path, answering):
     answering(lambda prompt, i: "so 4" if i < 3 else "so 5")
     row = {"question": "2 + 2?"}
     sets = [write_lines(tmp_path / f"{answer}.jsonl", row | {"answer": answer}, row | {"answer": answer})
@@ -94,7 +95,7 @@ def test_reasoning_measures_each_set_and_their_average(tmp_path, answering):  # 
     assert figures[sets[0]]["mean@4"]["count"] == 1  # a repeated question is no independent trial
 
 
-def test_alpacaeval_writes_what_the_package_reads(tmp_path, answering, capsys):  # noqa: F811
+def test_alpacaeval_writes_what_the_package_reads(tmp_path, answering, capsys):
     from alpaca_eval import utils
 
     asked = [{"instruction": text, "dataset": "helpful_base"} for text in ("Hi?", "Why?", "Hi?")]
@@ -146,7 +147,7 @@ def test_win_rates_of_annotations_are_those_of_the_alpaca_eval_package(annotatio
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_is_refused_names_the_remedy(tmp_path, capsys, measuring, annotations, monkeypatch):  # noqa: F811
+def test_what_is_refused_names_the_remedy(tmp_path, capsys, measuring, annotations, monkeypatch):
     good = tmp_path / "good.json"
     good.write_text(json.dumps([{"instruction": "q", "output": "good"}]))
     (tmp_path / "bad.json").write_text('[{"output": "q"}]')

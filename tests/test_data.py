@@ -16,7 +16,6 @@ import data
 import urpo
 from data import KINDS, Group, Prompt
 from infra.ranks import InputError
-from rewards import verify_answer
 
 
 def config(**changes) -> urpo.Config:
@@ -159,86 +158,21 @@ def test_request_seeds_differ_by_role_prompt_step_and_seed():
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**32 for seed in seeds)
 
 
-# ---- the formats of public data sets ----
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def pair(instruction):
-    return Prompt("preference", instruction, ("good", "bad"), (1.0, 0.0))
-
-
 def ultrafeedback(*scores) -> dict:
-    """The mean of its ratings counts: its overall score turns the worst into the best."""
-    completions = [{"response": f"r{i}", "overall_score": 10.0, "fine-grained_score": score}
-                   for i, score in enumerate(scores)]
+    completions = [{"response": f"r{i}", "fine-grained_score": score} for i, score in enumerate(scores)]
     return {"source": "flan", "instruction": "q", "completions": completions}
-
-
-TALK = "q\n\nAssistant: a\n\nHuman: r"  # what was said before the last question belongs to it
-DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form "
-        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $x$.\n\n"
-        "Remember to put your answer on its own line after \"Answer:\".")  # one prompt must not ask for two forms
-FORMATS = [
-    ({"prompt": "q", "responses": ["a", "b", "c"], "scores": [2, 0.5, 2]},
-     Prompt("preference", "q", ("a", "b", "c"), (2.0, 0.5, 2.0))),
-    ({"prompt": "q", "chosen": "good", "rejected": "bad"}, pair("q")),
-    ({"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}, pair("q")),
-    ({"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"}, pair("q")),
-    ({"chosen": f"\n\nHuman: {TALK}\n\nAssistant: good", "rejected": f"\n\nHuman: {TALK}\n\nAssistant: bad"},
-     pair(TALK)),
-    ({"chosen": [user("q"), assistant("a"), user("r"), assistant("good")],
-      "rejected": [user("q"), assistant("a"), user("r"), assistant("bad")]}, pair(TALK)),
-    ({"prompt": [user("q"), assistant("a"), user("r")], "chosen": "good", "rejected": "bad"}, pair(TALK)),
-    ({"instruction": "q", "completions": [{"response": "a", "overall_score": 7.5},
-                                          {"response": "b", "overall_score": 3}]},
-     Prompt("preference", "q", ("a", "b"), (7.5, 3.0))),
-    (ultrafeedback(1.0, 4.5, 3.25), Prompt("preference", "q", ("r0", "r1", "r2"), (1.0, 4.5, 3.25))),
-    ({"question": "q", "answer": "0.1"}, Prompt("reasoning", "q", answer="0.1")),
-    ({"question": "q", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}, Prompt("reasoning", "q", answer="42")),
-    ({"question": "q", "answer": 42}, Prompt("reasoning", "q", answer="42")),
-    ({"problem": "q", "solution": r"The sum is $\boxed{4}$."}, Prompt("reasoning", "q", answer="4")),
-    ({"prompt": [user(DAPO)], "reward_model": {"ground_truth": "34", "style": "rule"}},
-     Prompt("reasoning", "Find $x$.", answer="34")),
-    ({"instruction": "q", "source": "x"}, Prompt("instruction", "q")),
-    ({"prompt": [user("q")]}, Prompt("instruction", "q")),
-    ({"messages": [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("r"), assistant("b")]},
-     Prompt("instruction", f"System: s\n\nHuman: {TALK}")),
-]
-
-
-@pytest.mark.parametrize("record, row", FORMATS)
-def test_every_record_format_is_read(tmp_path, record, row):
-    source = tmp_path / "rows.jsonl"
-    source.write_text(json.dumps(record) + "\n\n" + json.dumps(record) + "\n")
-    assert data.load_source(row.kind, str(source)) == ([row, row], {})
-    assert row.kind != "reasoning" or verify_answer(f"\\boxed{{{row.answer}}}", row.answer) == 1
 
 
 # ---- the hub, and what is left out ----
 
-def test_repeated_rows_of_the_hub_are_read_once(monkeypatch):
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or [
-        {"question": f"What is {i % 17} + 1?", "answer": f"#### {i % 17 + 1}"} for i in range(170)])
-    rows, left_out = data.load_source("reasoning", "openai/gsm8k:main")
-    assert list(left_out.values()) == [170 - 17]
-    assert rows == [Prompt("reasoning", f"What is {i} + 1?", answer=str(i + 1)) for i in range(17)]
-    assert asked == [(("openai/gsm8k", "main"), {"split": "train"})]
-
-
-def test_a_few_unreadable_rows_of_the_hub_are_left_out_and_said_but_not_many(monkeypatch):
-    rows = [ultrafeedback(1.0, 2.0 + i / 1000) for i in range(98)] + [ultrafeedback(1.0)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
-    found, left_out = data.load_source("preference", "some/set")
-    (reason,) = left_out
-    assert (len(found), left_out[reason]) == (98, 1)
-    assert "some/set:99: field 'responses'" in reason
+def test_rows_of_the_hub_are_read_once_and_a_few_unreadable_ones_are_left_out_and_said_but_not_many(monkeypatch):
+    rows, asked = [ultrafeedback(1.0, 2.0 + i / 1000) for i in range(98)], []
+    rows += [rows[0], ultrafeedback(1.0)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or rows)
+    found, left_out = data.load_source("preference", "some/set:main")
+    assert asked == [(("some/set", "main"), {"split": "train"})]
+    assert len(found) == 98 and list(left_out.values()) == [1, 1]
+    assert any("some/set:main:100: field 'responses'" in reason for reason in left_out)
     rows[:] = rows[-10:]
     with pytest.raises(InputError, match="^some/set: 1 of 10 .*some/set:10: field 'responses'"):
         data.load_source("preference", "some/set")
@@ -276,11 +210,10 @@ def test_a_run_that_never_leaves_its_warm_up_says_so(tmp_path, smol_tokenizer, c
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
 def test_every_row_is_measured_by_one_rank_and_known_to_all(monkeypatch, count):
-    rows, measured, own_rank = list(range(count)), [], [0]
+    rows, measured, parts, own_rank = list(range(count)), [], [], [0]
     monkeypatch.setattr(data, "fits", lambda config, tokenizer, row: measured.append(row) or row % 2 == 0)
     monkeypatch.setattr(data, "dist", SimpleNamespace(
         is_initialized=lambda: True, get_rank=lambda: own_rank[0], get_world_size=lambda: 3))
-    parts = []
     monkeypatch.setattr(data, "exchange", lambda own: parts.append(own) or [])
     for own_rank[0] in range(3):
         data.each_row_fits(None, None, rows)

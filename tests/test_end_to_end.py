@@ -8,27 +8,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import urpo
-from conftest import ROOT
 from infra import chat
 from lab import audit
 from tiny_run import SIX_STEPS, kill_all, lines, run, run_program, same_in_every_run, start, wait_for
-
-PARTS = ["draw", "rollout", "self_score", "reward", "old_logprobs", "update", "sync"]
-
-
-def test_the_seven_parts_have_one_order_and_one_name_in_docstring_loop_and_log(finished):
-    numbered = [(str(number), part) for number, part in enumerate(PARTS, 1)]
-    assert re.findall(r"^    (\d)\. (\w+)  ", urpo.__doc__, re.M) == numbered
-    loop = (ROOT / "urpo.py").read_text(encoding="utf-8")
-    assert [(n, part) for part, n in re.findall(r'clock\("(\w+)"\)  # part (\d)\n', loop)] == numbered
-    for line in lines(finished / "log.jsonl"):
-        assert list(line["seconds"]) == PARTS and all(seconds >= 0 for seconds in line["seconds"].values())
 
 
 def test_every_step_is_logged_in_step_with_the_sampler_and_at_the_mix(finished):
     log = lines(finished / "log.jsonl")
     assert [line["step"] for line in log] == list(range(6))
     for line in log:
+        parts = re.findall(r"^    \d\. (\w+)  ", urpo.__doc__, re.M)
+        assert list(line["seconds"]) == parts and min(line["seconds"].values()) >= 0
         assert line["drift_mean"] < 1e-4 and line["sync_difference"] < 4e-6
         assert line["updates"] + line["skipped_updates"] == 2 and line["peak_memory_gib"] > 0
         drawn = {kind: line[kind]["prompts"] for kind in data.KINDS if kind in line}

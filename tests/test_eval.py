@@ -6,49 +6,10 @@ import json
 
 import pytest
 
-import conftest
-import eval as evaluation
 from eval import main, pair_figures
 from infra.results import interval, table, weighted_mean
-from infra.sampler import Sample
 from lab import probe
-
-
-class Tokenizer(conftest.Tokenizer):
-    def apply_chat_template(self, turns, tokenize=True, **_):
-        text = " ".join(turn["content"] for turn in turns)
-        return text.split() if tokenize else text
-
-
-@pytest.fixture
-def measuring(monkeypatch, no_model):
-    """No weights: whatever is refused is refused before a sampler is started."""
-    monkeypatch.setattr(evaluation, "load_tokenizer", lambda *_: Tokenizer())
-
-
-@pytest.fixture
-def answering(monkeypatch, measuring):
-    """answering(f): a model that answers f(text of the prompt, number of the sample)."""
-    def start(answer):
-        def generate(sampler, prompts, *, n, max_tokens, seeds, temperature, progress=False):
-            assert len(prompts) == len(max_tokens) == len(seeds)
-            answers = []
-            for words in prompts:
-                texts = [answer(" ".join(words), i) for i in range(n)]
-                answers.append([Sample(text.split(), text, True, [-0.5] * len(text.split())) for text in texts])
-            return answers
-
-        monkeypatch.setattr(probe, "open_model", lambda config: ("m", Tokenizer()))
-        for module in (evaluation, probe):
-            monkeypatch.setattr(module, "start_sampler", lambda *_, **__: None)
-        for module in (evaluation, probe.urpo):
-            monkeypatch.setattr(module, "generate", generate)
-    return start
-
-
-def write_lines(path, *records) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
+from tiny_run import write_lines
 
 
 def fails(arguments, capsys, run=main) -> str:
@@ -62,19 +23,12 @@ def fails(arguments, capsys, run=main) -> str:
 
 # ---- one pair: (better shown first, worse shown first), scores in the order shown ----
 
-RIGHT = ([[9, 2], [8, 3]], [[2, 9], [3, 8]])
-WRONG = ([[2, 9], [3, 8]], [[9, 2], [8, 3]])
-CONSTANT = ([[7, 7], [7, 7]], [[7, 7], [7, 7]])
-FIRST = ([[9, 2], [9, 2]], [[9, 2], [9, 2]])  # whatever stands first
-UNREAD = ([None, None], [None, None])
-
-
 @pytest.mark.parametrize("judge, format, both, single, as_0, expected, consistent, first", [
-    (RIGHT, 1, 1, 1, 1, 1, 1, 0),
-    (WRONG, 1, 0, 0, 0, 0, 1, 0),
-    (CONSTANT, 1, 0, 0.5, 0, 0.5, 0, 0),
-    (FIRST, 1, 0, 0.5, 0.5, 0.5, 0, 0.5),
-    (UNREAD, 0, 0, 0.5, 0, 0.5, None, None),
+    (([[9, 2], [8, 3]], [[2, 9], [3, 8]]), 1, 1, 1, 1, 1, 1, 0),  # right
+    (([[2, 9], [3, 8]], [[9, 2], [8, 3]]), 1, 0, 0, 0, 0, 1, 0),  # wrong
+    (([[7, 7], [7, 7]], [[7, 7], [7, 7]]), 1, 0, 0.5, 0, 0.5, 0, 0),  # constant
+    (([[9, 2], [9, 2]], [[9, 2], [9, 2]]), 1, 0, 0.5, 0.5, 0.5, 0, 0.5),  # whatever stands first
+    (([None, None], [None, None]), 0, 0, 0.5, 0, 0.5, None, None),  # unread
     (([[9, 2], None], [[2, 9], [2, 9]]), 0.75, 0.5, 0.875, 0.75, 1, 1, -1 / 6),  # unread in one order: not right
     (([[9, 2], [9, 2]], [None, None]), 0.5, 0, 0.75, 0.5, 0.5, None, 0.5),       # an order never read leaves a bias
     (([[8, 8], [9, 2]], [[2, 9], [5, 5]]), 1, 0, 0.75, 0.5, 1, 0, 0),            # a tie spoils its sample's other order

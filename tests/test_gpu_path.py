@@ -5,7 +5,6 @@ tests/gpu/first_ten_minutes.py is for that. The sampler's part is in test_sync.p
 """
 import json
 import random
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,9 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data
 import urpo
-from conftest import ROOT, VOCABULARY, random_groups
+from conftest import ROOT, packed, random_groups
 from infra import policy as policies
 from infra import ranks, rows, settings
 from infra.ranks import InputError
@@ -34,17 +32,6 @@ def as_on_a_gpu(monkeypatch):
                             device_count=8, get_device_name="H100").items():
         monkeypatch.setattr(torch.cuda, name, lambda *a, name=name, value=value: called.append(name) or value)
     return called
-
-
-def rows_of(groups):
-    for group in groups:
-        group.advantages = [1.0] * len(group.answers)
-    return rows.build_row(groups, [[1.0] * len(group.answers) for group in groups])
-
-
-def test_branches_for_a_gpu_stand_in_infra_alone():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]:
-        assert not re.search(r"\b(if|else|not) (\w+\.)?GPU\b|cuda\.is_available", path.read_text()), path
 
 
 # ---- rows and layers ----
@@ -73,7 +60,7 @@ def test_thirty_random_rows_compile_at_most_six_graphs(as_on_a_gpu, monkeypatch)
         groups = random_groups(rng.randint(1, 3), seed=number)
         for group in groups:
             group.prompt_ids, group.answers = [0] * rng.randint(20, 80), [[0] * rng.randint(5, 60) for _ in range(8)]
-        row = rows_of(groups)
+        row = packed(groups)
         grad = number % 3 > 0
         query, key, value = (torch.randn(1, heads, len(row.ids_T), 16, requires_grad=grad) for heads in (6, 2, 2))
         with torch.set_grad_enabled(grad):
@@ -82,39 +69,12 @@ def test_thirty_random_rows_compile_at_most_six_graphs(as_on_a_gpu, monkeypatch)
     assert 1 <= len(graphs) <= 6
 
 
-def test_flex_attention_is_asked_for_and_gets_the_block_mask(as_on_a_gpu, make_policy, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
-    given = []
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda folder, **options: given.append(options))
-    with pytest.raises(AttributeError):  # nothing was loaded
-        policies.load_policy("folder", vocabulary=VOCABULARY, precision="bfloat16")
-    assert given[0]["attn_implementation"] == "flex_attention" and given[0]["dtype"] == "auto"
-    monkeypatch.undo()
-
-    policy = make_policy()
-    monkeypatch.setattr(policies, "GPU", True)
-    monkeypatch.setattr(rows, "SHORTEST_ROW", 256)
+def test_flex_attention_gets_the_block_mask(make_policy, as_on_a_gpu, monkeypatch):
+    given, policy = [], make_policy()
     monkeypatch.setattr(policy.lm.model, "forward", lambda **options: given.append(options) or SimpleNamespace(
         last_hidden_state=torch.zeros(1, len(options["input_ids"][0]), 64)))
-    policy(rows_of(random_groups(1)))
-    assert given[1]["attention_mask"].shape[-2:] == (256, 256)
-
-
-def test_layers_are_freed_after_their_forward_pass_and_gradients_reduced_after_every_row(as_on_a_gpu, monkeypatch):
-    import torch.distributed.fsdp as fsdp
-
-    asked, called = [], []
-    monkeypatch.setattr(policies.dist, "init_device_mesh", lambda device, sizes: SimpleNamespace(size=lambda: 8))
-    monkeypatch.setattr(policies.dist, "get_world_size", lambda: 8)
-    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **options: asked.append(options["reshard_after_forward"]))
-    lm = torch.nn.Module()
-    lm.model = torch.nn.Module()
-    lm.model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
-    policies.shard_policy(policies.Policy(lm, 2, 1.0, torch.bfloat16, True))
-    assert asked == [True] * 3
-    policy = SimpleNamespace(set_requires_gradient_sync=called.append, set_reshard_after_backward=called.append)
-    assert list(policies.accumulate(policy, ["row", "row"])) == ["row", "row"] and called == [True] * 4
+    policy(packed(random_groups(1)))
+    assert given[0]["attention_mask"].shape[-2:] == (256, 256)
 
 
 # ---- memory, drivers, ranks ----
@@ -122,14 +82,11 @@ def test_layers_are_freed_after_their_forward_pass_and_gradients_reduced_after_e
 def test_a_steps_peak_is_what_is_taken_and_begins_anew_each_step(as_on_a_gpu, process_group, monkeypatch):
     taken = iter([30, 50, 20])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((80 - next(taken)) * 2**30, 80 * 2**30))
-    clock = ranks.Clock()
-    clock("rollout")
-    clock("update")
-    figures = clock.figures()
-    assert figures["peak_memory_gib"] == 50 and list(figures["seconds"]) == ["rollout", "update"]
-    clock = ranks.Clock()
-    clock("rollout")
-    assert clock.figures()["peak_memory_gib"] == 20
+    for parts, peak in ((["rollout", "update"], 50), (["rollout"], 20)):
+        clock = ranks.Clock()
+        for part in parts:
+            clock(part)
+        assert clock.figures()["peak_memory_gib"] == peak and list(clock.figures()["seconds"]) == parts
 
 
 def test_ranks_meet_over_gloo_and_nccl_on_the_card_of_their_own_number(as_on_a_gpu, process_group, monkeypatch):
@@ -139,9 +96,7 @@ def test_ranks_meet_over_gloo_and_nccl_on_the_card_of_their_own_number(as_on_a_g
     monkeypatch.setattr(ranks, "STORE", None)
     monkeypatch.setattr(ranks.dist, "rendezvous", lambda *a, **k: iter([("store", 3, 9)]))
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **options: asked.append(backend))
-    assert ranks.start_ranks() == (3, 9)
-    assert asked == ["cpu:gloo,cuda:nccl"] and "set_device" in as_on_a_gpu
-    assert ranks.free_gib()[0] == 60.0 and ranks.about_machine()["device"] == "H100"
+    assert ranks.start_ranks() == (3, 9) and asked == ["cpu:gloo,cuda:nccl"] and "set_device" in as_on_a_gpu
     monkeypatch.setenv("LOCAL_RANK", "8")
     with pytest.raises(InputError, match="local rank 8 .*--nproc_per_node=8"):
         ranks.start_ranks()
@@ -159,14 +114,6 @@ def test_a_cuda_build_that_sees_no_gpu_names_the_driver_and_does_not_train_on_th
     assert caught.value.code == 0 and "--clip_high" in capsys.readouterr().out
     monkeypatch.setattr(torch.version, "cuda", None)
     assert parse(urpo.Config, urpo.PRESETS, [], "").preset == settings.PRESET
-
-
-def test_the_papers_preset_has_its_base_and_corrects_for_a_bf16_sampler():
-    config = parse(urpo.Config, urpo.PRESETS, ["--preset", "paper"], "")
-    assert (config.model, config.importance_cap, config.keep) == ("Qwen/Qwen2.5-7B", 2.0, 2)
-    assert data.longest_sequence(config) <= 32768  # max_position_embeddings of Qwen2.5-7B
-    several = parse(urpo.Config, urpo.PRESETS, "--preset smol --preferences a.jsonl b/c --resume".split(), "")
-    assert several.preferences == ["a.jsonl", "b/c"] and several.resume is True
 
 
 # ---- the first card that somebody has ----

@@ -1,5 +1,4 @@
 """lab/plan.py: memory against fake tensors, time against published steps (docs/gpu.md), the verdict, the command."""
-import importlib.util
 import json
 import subprocess
 import sys
@@ -137,8 +136,3 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, arguments, message):
         planned(monkeypatch, capsys, arguments)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_the_script_for_the_first_gpu_can_be_imported():
-    spec = importlib.util.spec_from_file_location("first", ROOT / "tests" / "gpu" / "first_ten_minutes.py")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -7,16 +7,10 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from conftest import VOCABULARY, assert_same_gradients, gradients, plain_logprobs, random_groups
+from conftest import VOCABULARY, assert_same_gradients, gradients, packed, plain_logprobs, random_groups
 from infra import policy as policies
 from infra import ranks, rows
 from infra.ranks import InputError
-
-
-def packed(groups):
-    for group in groups:
-        group.advantages = [1.0] * len(group.answers)
-    return rows.build_row(groups, [[1.0] * len(group.answers) for group in groups])
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -35,20 +29,6 @@ def test_a_packed_row_equals_separate_sequences(make_policy, plain_model, count)
     assert_same_gradients(gradients(policy, "lm."), gradients(plain_model), tolerance=4e-6)
 
 
-def test_the_padding_of_a_gpus_row_changes_no_log_prob_and_no_gradient(make_policy, monkeypatch):
-    plain, padded, groups = make_policy(), make_policy(), random_groups(2)
-    expected_N = plain(packed(groups))
-    monkeypatch.setattr(rows, "ROW_BLOCK", 128)
-    monkeypatch.setattr(rows, "SHORTEST_ROW", 256)
-    row = packed(groups)
-    assert len(row.ids_T) == sum(map(sum, row.lengths)) == 256
-    found_N = padded(row)
-    torch.testing.assert_close(found_N, expected_N, rtol=4e-6, atol=4e-6)
-    found_N.square().sum().backward()
-    expected_N.square().sum().backward()
-    assert_same_gradients(gradients(padded), gradients(plain))
-
-
 @pytest.mark.parametrize("chunk, recompute", [(1, False), (7, False), (1024, True), (7, True)])
 def test_chunks_and_recomputation_change_nothing(make_policy, monkeypatch, chunk, recompute):
     results = []
@@ -59,25 +39,6 @@ def test_chunks_and_recomputation_change_nothing(make_policy, monkeypatch, chunk
         monkeypatch.setattr(policies, "LOGIT_CHUNK", chunk)
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
     assert_same_gradients(results[1][1], results[0][1])
-
-
-def test_the_temperature_divides_the_bias_of_a_head_too_and_padded_words_are_no_part_of_the_softmax():
-    lm = torch.nn.Module()
-    lm.lm_head = torch.nn.Linear(4, 7)
-    policy = policies.Policy(lm, vocabulary=5, temperature=0.5, compute=torch.float32, recompute=False)
-    hidden_NH = torch.randn(3, 4)
-    expected_N5 = torch.log_softmax(lm.lm_head(hidden_NH)[:, :5] / 0.5, -1)
-    found_N = policy.token_logprobs(hidden_NH, torch.tensor([0, 4, 2]))
-    torch.testing.assert_close(found_N, expected_N5[range(3), [0, 4, 2]])
-
-
-def test_the_gradient_is_clipped_to_the_given_norm_and_its_own_norm_is_returned(make_policy):
-    policy = make_policy()
-    policy(packed(random_groups(2))).sum().backward()
-    before = torch.cat([gradient.flatten() for gradient in gradients(policy).values()]).norm().item()
-    assert policies.clip_gradient(policy, 1e-3) == pytest.approx(before, rel=1e-5) and before > 1e-3
-    after = torch.cat([gradient.flatten() for gradient in gradients(policy).values()]).norm().item()
-    assert after == pytest.approx(1e-3, rel=1e-3)
 
 
 # ---- models that a packed row would misread ----
@@ -96,11 +57,6 @@ def test_windows_too_short_and_logits_that_are_capped_or_scaled_are_refused_by_n
         policies.check_attention("m", SimpleNamespace(**config), tokens)
 
 
-def test_a_hub_id_that_cannot_be_reached_is_called_so():
-    with pytest.raises(InputError, match="--model nobody/nothing: neither a local folder nor the hub .*network"):
-        policies.model_config("nobody/nothing")
-
-
 @pytest.mark.parametrize("differs", [False, True])
 def test_a_model_whose_attention_does_what_a_packed_row_does_not_is_refused(make_policy, monkeypatch, differs):
     """Here plain transformers see another scale of attention than the row's."""
@@ -114,13 +70,6 @@ def test_a_model_whose_attention_does_what_a_packed_row_does_not_is_refused(make
 
 # ---- weights ----
 
-def test_full_weights_are_the_models_own_by_the_checkpoints_names(make_policy, plain_model):
-    expected = plain_model.state_dict()
-    found = dict(policies.full_weights(make_policy()))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-
-
 def test_of_a_bf16_folder_only_the_layer_about_to_be_sharded_is_in_fp32_and_no_number_is_lost(
         tmp_path, tiny_model, process_group, monkeypatch):
     import torch.distributed.fsdp as fsdp
@@ -128,14 +77,13 @@ def test_of_a_bf16_folder_only_the_layer_about_to_be_sharded_is_in_fp32_and_no_n
 
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
-    shard, seen, whole = fsdp.fully_shard, [], []
+    shard, seen, whole, root = fsdp.fully_shard, [], [], []
 
     def spy(module, **options):
-        whole.append({str(p.dtype) for p in module.parameters() if not isinstance(p, policies.DTensor)})
-        seen.append({str(p.dtype) for p in root[0].parameters() if not isinstance(p, policies.DTensor)})
+        for part, found in ((module, whole), (root[0], seen)):
+            found.append({str(p.dtype) for p in part.parameters() if not isinstance(p, policies.DTensor)})
         return shard(module, **options)
 
-    root = []
     monkeypatch.setattr(fsdp, "fully_shard", spy)
     shard_policy = policies.shard_policy
     monkeypatch.setattr(policies, "shard_policy", lambda policy: root.append(policy) or shard_policy(policy))
@@ -160,28 +108,25 @@ def test_an_error_of_rank_0_reaches_all_and_one_of_writing_says_what_to_do(proce
     assert ranks.gather([1, 2]) == [1, 2] and ranks.gather([]) == []
 
 
+def gone(message, count):
+    """The node that held the ranks' notes is no more."""
+    raise torch.distributed.DistNetworkError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("notes, world", [(torch.distributed.HashStore(), 4), (SimpleNamespace(add=gone), 1)])
 @pytest.mark.parametrize("error, printed", [
     (InputError("--model x: no"), "error: --model x: no\n"),
     (FloatingPointError("drift: 1 nat"), "error: drift: 1 nat\n"),
     (RuntimeError("[gloo] Connection closed by peer\nand more"), "error: another rank died, ")])
-def test_an_error_that_all_ranks_find_is_one_line_printed_once_and_status_2(monkeypatch, capsys, error, printed):
-    monkeypatch.setattr(ranks, "STORE", torch.distributed.HashStore())
-    for _ in range(4):  # ranks
+def test_an_error_that_all_ranks_find_is_one_line_printed_once_and_status_2(
+        monkeypatch, capsys, error, printed, notes, world):
+    monkeypatch.setattr(ranks, "STORE", notes)
+    for _ in range(world):
         with pytest.raises(SystemExit) as caught:
             ranks.stop(error)
         assert caught.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith(printed) and said.count("\n") == 1
-
-
-def test_an_error_is_told_though_the_node_that_held_the_ranks_notes_is_gone(monkeypatch, capsys):
-    def add(message, count):
-        raise torch.distributed.DistNetworkError("Connection reset by peer")
-
-    monkeypatch.setattr(ranks, "STORE", SimpleNamespace(add=add))
-    with pytest.raises(SystemExit):
-        ranks.stop(RuntimeError("Connection closed by peer"))
-    assert capsys.readouterr().err.startswith("error: another rank died")
 
 
 def test_a_runtime_error_that_is_no_lost_rank_keeps_its_traceback():

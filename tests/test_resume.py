@@ -44,8 +44,11 @@ def names(run_folder: Path) -> list[str]:
 
 # ---- a checkpoint is whole or not there ----
 
-def test_the_newest_checkpoint_counts_by_its_number_and_last_points_to_it(tmp_path, capsys):
+def test_the_newest_checkpoint_counts_by_its_number_and_a_log_without_any_is_not_erased(tmp_path, capsys):
     assert runs.last_checkpoint(tmp_path) == (0, None) and "no checkpoint" in capsys.readouterr().out
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(InputError, match="no checkpoint.*--name"):
+        runs.last_checkpoint(tmp_path)
     for steps in (9, 10):
         newest = write_checkpoint(tmp_path, steps)
     for other in ("step_11.copy", "unfinished"):
@@ -209,12 +212,6 @@ def test_a_resume_refuses_what_moves_the_stream_of_prompts_or_what_the_audit_der
     assert "--resume" in error and "--name" in error and error.endswith("step_3/model")
 
 
-def test_a_resume_without_a_checkpoint_erases_nothing(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 0}\n')
-    with pytest.raises(InputError, match="no checkpoint.*--name"):
-        runs.last_checkpoint(tmp_path)
-
-
 def test_a_resume_mends_what_a_kill_left_between_a_checkpoint_and_its_pointer(tmp_path):
     for steps in (1, 2):
         newest = write_checkpoint(tmp_path, steps)
@@ -236,24 +233,20 @@ def test_a_run_folder_belongs_to_one_process(tmp_path):
 
 # ---- a disk that is full ----
 
-@pytest.mark.parametrize("limit, part", [(10_000, "trainer"), (900_000, "trainer"), (300_000, "model"),
-                                         (1_000, "config")])
+@pytest.mark.parametrize("limit, part", [(10_000, "trainer"), (900_000, "trainer"), (300_000, "model")])
 def test_a_checkpoint_that_does_not_fit_is_one_plain_error_and_the_one_before_it_stays(
         new_trainer, tmp_path, monkeypatch, limit, part):
     """A limit on the size of files stands in for the full disk: the same errors from the same calls."""
-    trainer, settings = new_trainer(), {}
+    trainer = new_trainer()
     before, after = tmp_path / "checkpoints" / "step_1", tmp_path / "checkpoints" / "step_2"
     save(before, trainer)
     if part != "trainer":  # whose file is the largest
         monkeypatch.setattr(runs.dcp, "save", lambda state, checkpoint_id: checkpoint_id.mkdir(parents=True))
-    if part == "config":
-        monkeypatch.setattr(trainer[0].lm, "save_pretrained", lambda folder, state_dict: folder.mkdir())
-        settings = {"long": "x" * 2000}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(InputError, match="step_2 failed: .*; make room .*--resume") as caught:
-            save(after, trainer, settings)
+            save(after, trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         monkeypatch.undo()

@@ -49,21 +49,12 @@ UNREAD_BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("text, scores", READ)
-def test_the_last_score_block_is_read(text, scores):
-    assert parse_scores(text, len(scores)) == scores
+BLOCKS = [*READ, *((text, None) for text in [*UNREAD, *(f"<scores>{block}</scores>" for block in UNREAD_BLOCKS)])]
 
 
-@pytest.mark.parametrize("text", UNREAD + [f"<scores>{block}</scores>" for block in UNREAD_BLOCKS],
-                         ids=lambda text: text[:40])
-def test_what_is_no_list_of_two_scores_is_none(text):
-    assert parse_scores(text, 2) is None
-
-
-@given(st.lists(st.decimals(1, 10, places=2), min_size=1, max_size=8), st.text(max_size=50))
-def test_formatted_scores_come_back(scores, chatter):
-    text = chatter + "<scores>" + ", ".join(map(str, scores)) + "</scores>"
-    assert parse_scores(text, len(scores)) == [float(score) for score in scores]
+@pytest.mark.parametrize("text, scores", BLOCKS, ids=lambda it: str(it)[:40])
+def test_the_last_score_block_is_read_and_what_is_no_list_of_scores_is_none(text, scores):
+    assert parse_scores(text, len(scores or "ab")) == scores
 
 
 # ---- P: Kendall's tau ----
@@ -152,12 +143,6 @@ def test_of_self_rewards_unknown_is_not_zero():
     assert self_rewards([], []) is None
 
 
-@pytest.mark.parametrize("orders", [[], [[1, 2]], [[0, 1], [1, 3]]])
-def test_orders_that_name_no_answers_of_a_group_are_refused(orders):
-    with pytest.raises(ValueError):
-        self_rewards([None] * max(1, len(orders)), orders)
-
-
 # ---- all kinds ----
 
 def test_group_rewards_takes_the_reward_of_the_prompts_kind():
@@ -216,7 +201,8 @@ def test_the_tokens_counted_as_clipped_are_those_whose_gradient_the_objective_st
 
 
 @pytest.mark.parametrize("call", [
-    lambda: kendall_tau([1, 2], [1]),
+    lambda: kendall_tau([1, 2], [1]), lambda: self_rewards([None], []), lambda: self_rewards([None], [[1, 2]]),
+    lambda: self_rewards([None] * 2, [[0, 1], [1, 3]]),
     lambda: group_advantages(torch.tensor([1., math.nan])), lambda: group_advantages(torch.tensor([1., math.inf]))])
 def test_misuse_is_refused(call):
     with pytest.raises(ValueError):
@@ -232,12 +218,9 @@ def test_first_position_preference(rows, preference):
     assert first_position_preference(rows) == pytest.approx(preference)
 
 
-def test_figures_of_a_ranking_are_those_of_what_can_be_read():
+def test_figures_of_a_ranking_are_those_of_what_can_be_read_and_of_nothing_unknown():
     ranked = "<scores>9, 2</scores> The first one"
     group = Group(0, Prompt("preference", "q", ("a", "b"), (1.0, 0.0)), [5], [[1], [2]], [ranked] * 2, [True, False],
                   rewards=[1.0, -1.0], advantages=[1.0, -1.0])
     assert [kind_figures([group])[name] for name in ("format", "tau", "first_position")] == [0.5, 1.0, 0.5]
-
-
-def test_figures_of_nothing_are_unknown():
     assert first_position_preference([]) is None and mean([]) is None and mean(x for x in [0, 1]) == 0.5

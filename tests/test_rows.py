@@ -1,17 +1,15 @@
 """infra/rows.py: what stands in a packed row, attention against a dense mask, equal work for all ranks.
 
 That a row equals separate sequences is in test_policy.py; what needs several ranks is in test_invariance.py."""
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import random_groups
 from data import Group
 from infra import rows
-from infra.rows import build_row, build_rows
+from infra.rows import build_row
 
 
 def group_of(prompt_ids, *answers) -> Group:
@@ -85,25 +83,6 @@ def test_on_a_gpu_a_row_is_a_multiple_of_128_tokens_and_nobody_sees_the_padding(
     assert seen_TT.diagonal().all()  # a query that sees nothing would make NaN
 
 
-# ---- the values of the loss ----
-
-def test_every_answer_token_carries_its_own_values_and_the_cap_corrects_its_weight():
-    first, second = group_of([1, 2], [3, 4], [5]), group_of([6], [7])
-    first.advantages, second.advantages = [1.0, -0.5], [2.0]
-    first.sampler_logprobs, second.sampler_logprobs = [[-1.0, -2.0], [-3.0]], [[-4.0]]
-    row = build_row([first, second], [[0.1, 0.3], [0.4]])
-    assert row.target_N.tolist() == [3, 4, 5, 7]
-    assert row.advantage_N.tolist() == [1.0, 1.0, -0.5, 2.0]
-    assert row.sampler_N.tolist() == [-1.0, -2.0, -3.0, -4.0]
-    assert row.weight_N.tolist() == pytest.approx([0.1, 0.1, 0.3, 0.4]) and row.old_N is None
-    ratio_N = torch.tensor([1.0, 0.5, 1.9, 7.0])
-    old_N = row.sampler_N + ratio_N.log()
-    row.keep_old(old_N)
-    assert row.old_N is old_N and row.weight_N.tolist() == pytest.approx([0.1, 0.1, 0.3, 0.4])
-    row.keep_old(old_N, importance_cap=2.0)
-    assert row.weight_N.tolist() == pytest.approx([0.1, 0.05, 0.57, 0.8])
-
-
 # ---- which groups share a row, and which rank gets them ----
 
 def size_of(groups) -> int:
@@ -118,19 +97,6 @@ def test_pack_loses_nothing_and_keeps_the_budget(sizes, budget):
     assert all(size_of(row) <= budget or len(row) == 1 for row in packed)
 
 
-def test_a_rank_with_fewer_rows_than_another_gets_idle_ones_that_weigh_nothing(make_policy, monkeypatch):
-    monkeypatch.setattr(rows, "all_reduce", lambda value, op: value + 2)  # another rank has two rows more
-    (group,) = random_groups(1)
-    group.advantages = [1.0, 0.0, -1.0]
-    own, *idle = build_rows([group], row_tokens=64, weight=lambda length: 1 / length)
-    assert own.weight_N.tolist() == pytest.approx([1 / len(a) for a in group.answers for _ in a]) and len(idle) == 2
-    policy = make_policy()
-    for row in idle:
-        assert row.weight_N.tolist() == row.advantage_N.tolist() == [0.0]
-        logprob_N = policy(row)
-        assert logprob_N.shape == (1,) and logprob_N.isfinite().all()
-
-
 @given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=4, max_size=40), st.sampled_from([1, 2, 4]))
 def test_sharing_loses_no_group_gives_all_ranks_as_many_and_about_the_same_work(sizes, world):
     groups = [group_of([0] * prompt, [0]) for prompt, _ in sizes[: len(sizes) // world * world]]
@@ -142,17 +108,3 @@ def test_sharing_loses_no_group_gives_all_ranks_as_many_and_about_the_same_work(
     work = [size_of(group for group in hand if group.has_signal) for hand in hands]
     if sum(group.has_signal for group in groups) <= len(groups) // world:  # else a full hand may force another's
         assert max(work) <= sum(work) / world + max(size_of([group]) for group in groups)
-
-
-def test_rebalancing_keeps_the_groups_of_each_minibatch(monkeypatch):
-    """Two ranks, three groups a minibatch on each."""
-    groups = random_groups(12)
-    for group in groups:
-        group.advantages = [1.0, 0.0, -1.0]
-    monkeypatch.setattr(rows, "exchange", lambda own: [groups[:6], groups[6:]])
-    shared = []
-    for rank in range(2):
-        monkeypatch.setattr(rows, "dist", SimpleNamespace(get_rank=lambda rank=rank: rank))
-        shared.append([group.index for group in rows.rebalance(groups[6 * rank : 6 * rank + 6], minibatches=2)])
-    assert sorted(shared[0][:3] + shared[1][:3]) == [0, 1, 2, 6, 7, 8]
-    assert sorted(shared[0][3:] + shared[1][3:]) == [3, 4, 5, 9, 10, 11]

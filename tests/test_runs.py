@@ -2,7 +2,6 @@
 
 Checkpoints and resume are in test_resume.py, the figures of a step in test_rewards.py.
 """
-import json
 from dataclasses import asdict
 
 import pytest
@@ -84,16 +83,6 @@ def test_a_resumed_log_repeats_no_step_drops_a_torn_line_and_says_so(tmp_path, c
     assert len(path.read_text().splitlines()) == 5
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "page.html"
-    runs.write_whole(path, "\u00e4")
-    assert path.read_bytes() == "\u00e4".encode() and [file.name for file in path.parent.iterdir()] == ["page.html"]
-    monkeypatch.setattr(type(path), "write_bytes", lambda self, content: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
-        runs.write_whole(path, "other")
-    assert path.read_bytes() == "\u00e4".encode()
-
-
 # ---- reading a run back ----
 
 def test_a_last_line_that_a_crash_cut_short_is_left_out_and_named(tmp_path):
@@ -113,13 +102,3 @@ def test_a_log_that_urpo_did_not_write_is_refused_by_line(tmp_path, content, whe
         (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(InputError, match=where):
         runs.read_log(tmp_path, [])
-
-
-def test_a_trajectory_without_a_field_is_refused_by_line_and_field(tmp_path):
-    record = ranked(0, ["a", "b"], [0.0, 1.0]).to_record(0)
-    broken = {name: value for name, value in record.items() if name != "answers"}
-    (tmp_path / "rollouts.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(broken) + "\n")
-    groups = data.read_groups(tmp_path / "rollouts.jsonl", [])
-    assert next(groups)[0] == 0
-    with pytest.raises(InputError, match="rollouts.jsonl:2: .*'answers'"):
-        next(groups)

@@ -30,19 +30,6 @@ def assert_merged(folder, raw, adapter, strength):
         assert found[name].dtype == torch.float32 and torch.allclose(found[name], weight, rtol=1e-4, atol=1e-6), name
 
 
-def test_a_model_is_whole_or_not_there(tiny_model, smol_tokenizer, tmp_path, monkeypatch):
-    def broken(self, folder):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(toy, "FOLDER", tmp_path)
-    shutil.copytree(tiny_model, tmp_path / "raw")
-    smol_tokenizer.save_pretrained(tmp_path / "raw")
-    monkeypatch.setattr(type(smol_tokenizer), "save_pretrained", broken)
-    with pytest.raises(OSError, match="disk full"):
-        seed.write_model(tmp_path / "model", 0.0)
-    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
-
-
 def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "FOLDER", tmp_path)
     find = importlib.util.find_spec

@@ -4,6 +4,7 @@ import json
 import pytest
 
 import data
+from data import Prompt
 from infra.ranks import InputError
 
 
@@ -17,45 +18,64 @@ def assistant(text):
 
 def load(tmp_path, kind, *rows):
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n\n".join(map(json.dumps, rows)))
     return data.load_source(kind, str(path))
 
 
-PAIR = {"chosen": "Red.", "rejected": "Dog."}
-DIALOGUE = [user("What do bears eat?"), assistant("Berries."), user("And in winter?")]
-ASKED = "What do bears eat?\n\nAssistant: Berries.\n\nHuman: And in winter?"
+def pair(instruction):
+    return Prompt("preference", instruction, ("good", "bad"), (1.0, 0.0))
 
 
-@pytest.mark.parametrize("kind, row, question", [
-    ("instruction", {"instruction": "Classify.", "input": "A shark"}, "Classify.\n\nA shark"),
-    ("instruction", {"instruction": "Classify.", "input": ""}, "Classify."),
-    ("instruction", {"prompt": "Ask.", "context": "A shark"}, "Ask.\n\nA shark"),
-    ("instruction", {"prompt": "Kai rhymes.", "messages": [
-        {"role": "system", "content": "Kai rhymes."}, *DIALOGUE, assistant("They sleep.")]},
-     f"System: Kai rhymes.\n\nHuman: {ASKED}"),
-    ("preference", {"system": "In French.", "prompt": "A colour?", **PAIR}, "In French.\n\nA colour?"),
-    ("preference", {"question": "A colour?", **PAIR}, "A colour?"),
-    ("preference", {"prompt": "A colour?", "completions": None, **PAIR}, "A colour?"),
-    ("preference", {"prompt": "And in winter?", "chosen": [*DIALOGUE, assistant("They sleep.")],
-                    "rejected": [*DIALOGUE, assistant("Snow.")]}, ASKED),
-    ("reasoning", {"question": "Two and two? Let's think step by step and output the final answer after \"####\".",
-                   "answer": "4"}, "Two and two?"),
-])
-def test_a_question_keeps_what_belongs_to_it(tmp_path, kind, row, question):
-    (prompt,), left_out = load(tmp_path, kind, row)
-    assert prompt.instruction == question
-    assert not left_out
+def solved(answer):
+    return Prompt("reasoning", "q", answer=answer)
 
 
-@pytest.mark.parametrize("row, answer", [
-    ({"problem": "Nine?", "solution": r"It is $\boxed 9$."}, "9"),
-    ({"problem": "Nine?", "solution": r"It is \fbox{9}."}, "9"),
-    ({"problem": "Nine?", "solution": r"\boxed{9}, I repeat: \boxed{9}"}, "9"),
-    ({"question": "Nine?", "answer": "3 * 3 = 9 #### 9"}, "9"),
-])
-def test_a_gold_answer_is_found(tmp_path, row, answer):
-    (prompt,), _ = load(tmp_path, "reasoning", row)
-    assert prompt.answer == answer
+def completion(text, overall, fine):
+    return {"response": text, "overall_score": overall, "fine-grained_score": fine}
+
+
+PAIR = {"chosen": "good", "rejected": "bad"}
+ASKED = [user("q"), assistant("a"), user("r")]
+TALK = "q\n\nAssistant: a\n\nHuman: r"  # what was said before the last question belongs to it
+DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form "
+        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nq\n\n"
+        "Remember to put your answer on its own line after \"Answer:\".")  # one prompt must not ask for two forms
+STEPS = "q Let's think step by step and output the final answer after \"####\"."
+FORMATS = [
+    ({"prompt": "q", "responses": ["a", "b", "c"], "scores": [2, 0.5, 2]},
+     Prompt("preference", "q", ("a", "b", "c"), (2.0, 0.5, 2.0))),
+    ({"prompt": "q", **PAIR}, pair("q")), ({"question": "q", "completions": None, **PAIR}, pair("q")),
+    ({"system": "s", "prompt": "q", **PAIR}, pair("s\n\nq")),
+    ({"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}, pair("q")),
+    ({"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"}, pair("q")),
+    ({"chosen": f"\n\nHuman: {TALK}\n\nAssistant: good", "rejected": f"\n\nHuman: {TALK}\n\nAssistant: bad"},
+     pair(TALK)),
+    ({"prompt": "r", "chosen": [*ASKED, assistant("good")], "rejected": [*ASKED, assistant("bad")]}, pair(TALK)),
+    ({"prompt": ASKED, **PAIR}, pair(TALK)),
+    ({"instruction": "q", "completions": [{"response": "a", "overall_score": 7.5},
+                                          {"response": "b", "overall_score": 3}]},
+     Prompt("preference", "q", ("a", "b"), (7.5, 3.0))),
+    # UltraFeedback: the mean of its ratings counts; its overall score turns the worst into the best.
+    ({"instruction": "q", "source": "flan", "completions": [completion("a", 10.0, 1.0), completion("b", 10.0, 4.5)]},
+     Prompt("preference", "q", ("a", "b"), (1.0, 4.5))),
+    ({"question": "q", "answer": "0.1"}, solved("0.1")), ({"question": "q", "answer": 42}, solved("42")),
+    ({"question": STEPS, "answer": "6 * 7 = <<6*7=42>>42\n#### 42"}, solved("42")),
+    ({"problem": "q", "solution": r"It is $\boxed 9$."}, solved("9")),
+    ({"problem": "q", "solution": r"It is \fbox{9}."}, solved("9")),
+    ({"problem": "q", "solution": r"\boxed{9}, I repeat: \boxed{9}"}, solved("9")),
+    ({"prompt": [user(DAPO)], "reward_model": {"ground_truth": "34", "style": "rule"}}, solved("34")),
+    ({"instruction": "q", "source": "x", "input": ""}, Prompt("instruction", "q")),
+    ({"instruction": "q", "input": "shark"}, Prompt("instruction", "q\n\nshark")),
+    ({"prompt": "q", "context": "shark"}, Prompt("instruction", "q\n\nshark")),
+    ({"prompt": [user("q")]}, Prompt("instruction", "q")),
+    ({"prompt": "s", "messages": [{"role": "system", "content": "s"}, *ASKED, assistant("b")]},
+     Prompt("instruction", f"System: s\n\nHuman: {TALK}")),
+]
+
+
+@pytest.mark.parametrize("record, row", FORMATS)
+def test_every_record_format_is_read_with_all_that_belongs_to_its_question(tmp_path, record, row):
+    assert load(tmp_path, row.kind, record, record) == ([row, row], {})
 
 
 @pytest.mark.parametrize("kind, row", [
@@ -67,10 +87,9 @@ def test_a_gold_answer_is_found(tmp_path, row, answer):
     ("reasoning", {"problem": "Show that it is even.", "answer": "proof"}),
 ])
 def test_what_teaches_nothing_is_left_out_and_counted(tmp_path, kind, row):
-    good = {"preference": {"prompt": "A colour?", **PAIR}, "reasoning": {"question": "1 + 1?", "answer": "2"}}[kind]
+    good = {"question": "q", "answer": "2"} if kind == "reasoning" else {"prompt": "q", **PAIR}
     prompts, left_out = load(tmp_path, kind, row, good)
-    assert len(prompts) == 1
-    assert left_out.total() == 1
+    assert len(prompts) == left_out.total() == 1
 
 
 @pytest.mark.parametrize("kind, row, field", [
@@ -93,13 +112,6 @@ def test_a_file_of_another_format_is_named(tmp_path, start, what):
     path.write_bytes(start)
     with pytest.raises(InputError, match=what):
         data.load_source("reasoning", str(path))
-
-
-def test_folders_and_missing_files_are_named(tmp_path):
-    (tmp_path / "folder").mkdir()
-    for name, what in (("folder", "a folder"), ("none.jsonl", "no such file")):
-        with pytest.raises(InputError, match=what):
-            data.load_source("reasoning", str(tmp_path / name))
 
 
 def test_a_mark_at_the_start_of_a_file_is_no_part_of_its_first_row(tmp_path):

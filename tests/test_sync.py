@@ -2,18 +2,15 @@
 a real one; and the order of calls and the options that only a GPU or only a CPU needs."""
 import json
 import math
-import os
-import subprocess
-import sys
-from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from conftest import ROOT
 from infra import sampler as samplers
+from tiny_run import run_program
 
 # ---- plain tensors, as a GPU holds them ----
 
@@ -90,7 +87,7 @@ def test_what_changed_places_is_not_a_number_or_stands_on_one_side_alone_is_noti
 # ---- a real sampler, whose CPU form keeps packed weights ----
 
 FAULTS = """
-import json, re, sys
+import json, re
 import torch
 from infra import policy as policies, ranks, sampler as samplers
 
@@ -104,9 +101,8 @@ class Faulty:
         return self.sampler.collective_rpc(name, kwargs=dict(weights_iterator=self.passed(kwargs["weights_iterator"])))
     def passed(self, weights):
         for name, weight in weights:
-            if self.fault == "stale tensor" and name == "model.layers.1.self_attn.v_proj.weight":
-                weight = old[name]
-            if self.fault == "stale embedding" and name == "model.embed_tokens.weight":
+            if name == {"stale tensor": "model.layers.1.self_attn.v_proj.weight",
+                        "stale embedding": "model.embed_tokens.weight"}.get(self.fault):
                 weight = old[name]
             if self.fault == "swapped layers":
                 other = dict(zip("01", "10"))
@@ -120,7 +116,7 @@ class Faulty:
 
 if __name__ == "__main__":
     ranks.start_ranks()
-    for folder in sys.argv[1:]:
+    for folder in FOLDERS:
         sampler = samplers.start_sampler(folder, max_tokens=256, chat_template="")
         policy = policies.load_policy(folder, vocabulary=512, precision="float32")
         said = dict(first=samplers.sync(sampler, policy))
@@ -135,6 +131,7 @@ if __name__ == "__main__":
                 said[str(fault)] = str(error)
         print("\\nsaid", json.dumps(said), flush=True)
         del sampler, policy
+    samplers.os._exit(0)  # vLLM and gloo would argue about who ends first
 """
 
 
@@ -150,80 +147,42 @@ def test_sync_with_a_real_sampler_notices_each_fault(taught_model, smol_tokenize
             nn.init.normal_(weight)
     for one in (model, smol_tokenizer):
         one.save_pretrained(tmp_path / "untied")
-    (tmp_path / "faults.py").write_text(FAULTS)
-    shared = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of the group of one of other tests
-    environment = {name: value for name, value in os.environ.items() if name not in shared}
-    done = subprocess.run([sys.executable, "faults.py", taught_model, "untied"], capture_output=True, text=True,
-                          cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)})
-    results = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("said ")]
-    assert len(results) == 2, done.stderr[-4000:]
-    for result in results:
+    output = run_program(tmp_path, f"FOLDERS = {[taught_model, 'untied']}\n{FAULTS}")
+    tied, untied = [json.loads(line[5:]) for line in output.splitlines() if line.startswith("said ")]
+    for result in (tied, untied):
         assert max(result["first"], result["None"]) <= samplers.LARGEST_DISTANCE / 4
         for fault, part in (("stale tensor", "layers.1.self_attn.qkv_proj.weight"), ("stale embedding", "sync: "),
                             ("swapped layers", "layers.")):
             assert str(result[fault]).startswith("sync: ") and part in result[fault], (fault, result)
-    assert "lm_head.weight" in results[0]["stale head"]  # that of the tied model, which has to be packed by hand
+    assert "lm_head.weight" in tied["stale head"]  # which has to be packed by hand
 
 
 # ---- options and calls ----
 
-@pytest.fixture
-def made(monkeypatch):
-    """The options with which a vLLM was asked for; none is built."""
+def test_a_cpu_reads_the_longest_prompt_in_one_part_and_its_cache_holds_four_such(monkeypatch, tiny_model):
+    """A prompt read in two parts crashes a seeded request there."""
     import vllm
 
-    options = []
-    monkeypatch.setattr(vllm, "LLM", lambda folder, **given: options.append(given) or SimpleNamespace(
-        get_tokenizer=lambda: SimpleNamespace()))
-    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    return options
-
-
-def test_the_options_of_a_sampler_on_a_gpu(made, monkeypatch):
-    monkeypatch.setattr(samplers, "GPU", True)
-    samplers.start_sampler("folder", max_tokens=25600, chat_template="turns", sequences=192, gpu_memory=0.6)
-    samplers.start_sampler("folder", max_tokens=25600, chat_template="turns", gpu_memory=0.3, sleeps=False)
-    options, judge = made  # of the policy, and of a frozen judge beside it
-    assert judge["enable_sleep_mode"] is False and judge["gpu_memory_utilization"] == 0.3
-    assert options["dtype"] == "bfloat16" and options["enable_sleep_mode"] and options["max_num_seqs"] == 192
-    assert options["gpu_memory_utilization"] == 0.6 and options["distributed_executor_backend"] == "external_launcher"
-    assert options["max_num_batched_tokens"] == samplers.SAMPLED_AT_ONCE and options["max_model_len"] == 25600
-    assert options["logprobs_mode"] == "processed_logprobs"
-    assert not {"enable_chunked_prefill", "kv_cache_memory_bytes", "enforce_eager", "block_size"} & set(options)
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
-
-
-def test_a_cpu_reads_the_longest_prompt_in_one_part_and_its_cache_holds_four_such(made, monkeypatch, tiny_model):
-    """A prompt read in two parts crashes a seeded request there."""
+    made = Mock()
+    monkeypatch.setattr(vllm, "LLM", made)
     monkeypatch.setattr(samplers, "GPU", False)
-    samplers.start_sampler(tiny_model, max_tokens=2_000_000, chat_template="turns")
-    assert made[0]["max_num_batched_tokens"] == 2_000_000 and made[0]["enable_chunked_prefill"] is False
+    for max_tokens in (2_000_000, 256):
+        samplers.start_sampler(tiny_model, max_tokens=max_tokens, chat_template="turns")
+    long, short = [one.kwargs for one in made.call_args_list]
+    assert long["max_num_batched_tokens"] == 2_000_000 and long["enable_chunked_prefill"] is False
     token = 2 * 2 * 1 * 32 * 4  # bytes: keys and values of 2 layers, 1 head of 32, fp32
-    assert made[0]["kv_cache_memory_bytes"] >= 4 * 2_000_000 * token
-    samplers.start_sampler(tiny_model, max_tokens=256, chat_template="turns")
-    assert made[1]["kv_cache_memory_bytes"] == 2**30
-
-
-class Called:
-    """In place of a sampler: writes down what is asked of it."""
-
-    def __init__(self, called):
-        self.called = called
-
-    def __getattr__(self, name):
-        def call(*arguments, **options):
-            tags = options.get("tags") or ([options["level"]] if "level" in options else [])
-            self.called.append(" ".join([name, *[str(a) for a in arguments if not callable(a)], *map(str, tags)]))
-            return [{}]  # of apply_model: one worker, which holds no tensor
-        return call
+    assert long["kv_cache_memory_bytes"] >= 4 * 2_000_000 * token and short["kv_cache_memory_bytes"] == 2**30
 
 
 def test_on_a_gpu_the_sampler_sleeps_and_wakes_in_one_order(make_policy, monkeypatch):
-    called = []
+    asked = Mock()
+    asked.apply_model.return_value = [{}]  # one worker, which holds no tensor
     monkeypatch.setattr(samplers, "GPU", True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", asked.empty_cache)
     monkeypatch.setattr(samplers, "differences", lambda trainer, sampler: {"all": 0.0})
-    samplers.sleep(Called(called))
-    assert samplers.sync(Called(called), make_policy()) == 0
-    assert called == ["sleep 2", "empty_cache", "wake_up weights", "collective_rpc reload_weights",
-                      "wake_up kv_cache", "reset_prefix_cache", "apply_model"]
+    samplers.sleep(asked)
+    assert samplers.sync(asked, make_policy()) == 0
+    *first, reload, wake, reset, last = asked.mock_calls
+    assert first == [call.sleep(level=2), call.empty_cache(), call.wake_up(tags=["weights"])]
+    assert (reload[0], reload.args) == ("collective_rpc", ("reload_weights",)) and last[0] == "apply_model"
+    assert [wake, reset] == [call.wake_up(tags=["kv_cache"]), call.reset_prefix_cache()]

@@ -2,10 +2,11 @@
 
 Packed rows and the policy are in test_rows.py, the log and checkpoints in test_runs.py and test_resume.py.
 """
+import copy
 import json
 import math
 import re
-from dataclasses import fields
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -150,37 +151,31 @@ def update(config, policy, optimizer, groups) -> dict:
 
 def rebuild(model, config, groups) -> dict:
     """The update by the paper's formula, sequence by sequence, by plain descent; its figures. `model` moves."""
-    old, size = {}, len(groups) // config.minibatches
-    for group in groups:
-        for i, answer in enumerate(group.answers):
-            with torch.no_grad():
-                old[group.index, i] = plain_logprobs(model, group.prompt_ids, answer, config.temperature)
-    losses, norms, low, high, tokens = [], [], 0, 0, 0
-    for m in range(config.minibatches):
-        part, loss = groups[m * size : (m + 1) * size], 0.0
+    start, size, found, tokens = copy.deepcopy(model), len(groups) // config.minibatches, Counter(), 0
+    for first in range(0, len(groups), size):
+        part, loss = groups[first : first + size], 0.0
         lengths = [len(answer) for group in part for answer in group.answers]
         for group in part:
-            for i, (answer, advantage) in enumerate(zip(group.answers, group.advantages)):
-                now_N, old_N = plain_logprobs(model, group.prompt_ids, answer, config.temperature), old[group.index, i]
+            tokens += sum(map(len, group.answers)) * any(group.advantages)
+            for answer, advantage, sampled in zip(group.answers, group.advantages, group.sampler_logprobs):
+                old_N = plain_logprobs(start, group.prompt_ids, answer, config.temperature).detach()
+                now_N = plain_logprobs(model, group.prompt_ids, answer, config.temperature)
                 ratio_N = torch.exp(now_N - old_N)
                 gain_N = torch.minimum(ratio_N * advantage, ratio_N.clamp(0.8, 1.28) * advantage)
                 if config.importance_cap:
-                    sampler_N = torch.tensor(group.sampler_logprobs[i], dtype=torch.float64)
-                    gain_N = gain_N * torch.exp(old_N - sampler_N).clamp(max=config.importance_cap)
-                one = gain_N.sum() / sum(lengths) if config.loss == "token-mean" else gain_N.mean() / len(lengths)
-                loss = loss - one
-                low += int(((ratio_N < 0.8) * (advantage < 0)).sum())
-                high += int(((ratio_N > 1.28) * (advantage > 0)).sum())
-                tokens += len(answer) * any(group.advantages)
+                    gain_N = gain_N * torch.exp(old_N - torch.tensor(sampled)).clamp(max=config.importance_cap)
+                loss -= gain_N.sum() / sum(lengths) if config.loss == "token-mean" else gain_N.mean() / len(lengths)
+                found["clipped_low"] += int(((ratio_N < 0.8) * (advantage < 0)).sum())
+                found["clipped_high"] += int(((ratio_N > 1.28) * (advantage > 0)).sum())
         model.zero_grad()
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item())
-        losses.append(loss.item())
+        found["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+        found["loss"] += loss.item()
         with torch.no_grad():
             for weight in model.parameters():
                 weight -= config.lr * weight.grad
-    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms), "clipped_low": low / tokens,
-            "clipped_high": high / tokens, "updates": config.minibatches, "skipped_updates": 0, "nonfinite_updates": 0}
+    means = {name: value / (tokens if "clipped" in name else config.minibatches) for name, value in found.items()}
+    return means | {"updates": config.minibatches, "skipped_updates": 0, "nonfinite_updates": 0}
 
 
 @pytest.mark.parametrize("changes", [
@@ -313,10 +308,11 @@ def test_an_update_that_one_rank_cannot_make_is_skipped_by_all(tiny_model, tmp_p
 # ---- Config ----
 
 def test_flags_win_over_a_preset_that_wins_over_the_papers_defaults_and_each_preset_passes_its_check():
-    config = parse(Config, urpo.PRESETS, ["--preset", "smol", "--batch", "48"], "")
+    config = parse(Config, urpo.PRESETS, "--preset smol --batch 48 --preferences a.jsonl b/c --resume".split(), "")
     assert (config.batch, config.warmup_steps, config.clip_high) == (48, 8, 1.28) and config.model.endswith("toy/model")
+    assert config.preferences == ["a.jsonl", "b/c"] and config.resume is True
     paper = parse(Config, urpo.PRESETS, ["--preset", "paper"], "")
-    assert (paper.warmup_steps, paper.mix, paper.clip_low, paper.clip_high) == (100, "1:1:1", 0.8, 1.28)
+    assert (paper.model, paper.warmup_steps, paper.mix, paper.clip_low) == ("Qwen/Qwen2.5-7B", 100, "1:1:1", 0.8)
+    assert data.longest_sequence(paper) <= 32768  # max_position_embeddings of Qwen2.5-7B
     for preset in (config, paper):
         urpo.check(preset, world=2)
-    assert set(urpo.MAY_CHANGE) <= {one.name for one in fields(Config)}

@@ -32,8 +32,7 @@ OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 def write_rows(folder) -> None:
     """40 rows of each kind, with four candidates."""
     for kind, flag in data.FLAGS.items():
-        rows = toy.records(kind, "train", 40, 4)
-        Path(folder, f"{flag}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(Path(folder, f"{flag}.jsonl"), *toy.records(kind, "train", 40, 4))
 
 
 def urpo_with(model, program=ROOT / "urpo.py") -> list:
@@ -129,6 +128,11 @@ def kill_all(process) -> None:
         one.kill()
     psutil.wait_procs(everyone, timeout=60)
     process.wait()
+
+
+def write_lines(path, *records) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
 
 
 def lines(path) -> list[dict]:

@@ -5,12 +5,9 @@
     python tests/bench/speed.py --parts step update --repeats 5 --row_tokens 1536     # other flags are urpo.py's
 
 Same weights (SmolLM2-135M, fp32, which `python -m lab.seed raw` writes to toy/raw), same prompts and lengths, one
-update a batch, medians of alternating repeats (A B A B; with --apart one side after the other). Every side is a
-process of its own, so that its peak memory is its own; it is warmed up once and then waits, idle, for its turns. No
-answer of any side may end early. TRL samples with transformers' generate, the sampler that it has on a CPU.
-
-This file is the parent and the workers both. The parent never imports torch: Linux hands the peak memory of a parent
-on to what it starts.
+update a batch, medians of alternating turns after a warm-up. Every side is a process of its own, with its own peak
+memory. The parent never imports torch: Linux hands the peak memory of a parent on to what it starts. No answer may end
+early. TRL samples with transformers' generate, the sampler that it has on a CPU.
 """
 import argparse
 import datetime
@@ -23,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,25 +34,18 @@ PARTS = {  # name: (its two sides, what they are)
     "update": (("rows", "padded"), "the update: shared-prefix rows, and padded rows with answer-only logits"),
     "rollout": (("rollout", "bare"), "the rollout: urpo.py's, and bare LLM.generate"),
 }
-# Every setting of a step, so that no change of a preset or a default changes what is measured.
+# So that no change of a preset or a default changes what is measured.
 SETTINGS = dict(
-    name="bench", seed=0, resume=False, model="", chat_template="", preferences=[], reasoning=[], instructions=[],
-    steps=1, warmup_steps=0, mix="0:1:0", batch=4, group=8, minibatches=1, temperature=1.0, max_prompt_tokens=4096,
-    max_answer_tokens=32, max_referee_tokens=32, max_judge_tokens=4096, judgements=1, judge_list=0, both_orders=False,
-    tau="b", clip_low=0.8, clip_high=1.28, advantage="std", loss="token-mean", importance_cap=0.0, lr=1e-6,
-    lr_warmup=0, weight_decay=0.01, grad_clip=1.0, precision="float32", row_tokens=1024, gpu_memory=0.6, save_every=0,
-    keep=0)
+    minibatches=1, temperature=1.0, clip_low=0.8, clip_high=1.28, loss="token-mean", importance_cap=0.0, lr=1e-6,
+    lr_warmup=0, weight_decay=0.01, grad_clip=1.0, precision="float32", row_tokens=1024, gpu_memory=0.6, seed=0)
 
 
-def case(prompts, prompt_tokens, group, answer_tokens):
-    return dict(prompts=prompts, prompt_tokens=prompt_tokens, group=group, answer_tokens=answer_tokens)
+SIZES = ("prompts", "prompt_tokens", "group", "answer_tokens")
+CASES = {"a": (4, 240, 8, 32), "b": (4, 800, 8, 24), "c": (4, 60, 8, 96)}
+QUICK = {"a": (2, 80, 4, 6), "b": (2, 120, 4, 4), "c": (2, 60, 4, 8)}
 
 
-CASES = {"a": case(4, 240, 8, 32), "b": case(4, 800, 8, 24), "c": case(4, 60, 8, 96)}
-QUICK = {"a": case(2, 80, 4, 6), "b": case(2, 120, 4, 4), "c": case(2, 60, 4, 8)}
-
-
-# ------------------------------------------------------------------------------- a worker: one side of a comparison
+# ---- a worker: one side of a comparison
 
 
 def reply(result: dict) -> None:
@@ -85,60 +75,44 @@ def make_prompts(tokenizer, case: dict) -> list:
     return prompts
 
 
-def no_early_end() -> None:
-    """Every answer has as many tokens as it may have, whoever asks vLLM for it in this process.
-
-    Else one ends at the tokenizer's eos, at that of the model's folder, or at what the chat template sets after a turn.
-    """
-    import vllm
-
-    bare = vllm.SamplingParams
-    vllm.SamplingParams = lambda **given: bare(**given | dict(ignore_eos=True, stop_token_ids=[], stop=[]))
-
-
-def set_up(case: dict, flags: list[str], *, samples: bool, trains: bool) -> SimpleNamespace:
-    """What train() in urpo.py sets up, as far as it is needed."""
+def set_up(side: str, case: dict, flags: list[str]) -> SimpleNamespace:
+    """What train() in urpo.py sets up, as far as this side needs it."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     import urpo
     from infra import chat, policy, ranks, sampler, settings
 
-    assert SETTINGS.keys() | {"preset"} == {field.name for field in fields(urpo.Config)}, "state every setting"
     ranks.start_ranks()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     config = settings.parse(urpo.Config, {"smol": SETTINGS}, ["--preset", "smol", *flags], "")
     config = replace(config, group=case["group"], batch=case["prompts"], max_answer_tokens=case["answer_tokens"])
-    folder = policy.check_folder(str(ROOT / "toy" / "raw"))
+    folder = str(ROOT / "toy" / "raw")
     tokenizer = chat.load_tokenizer(folder)
-    o = SimpleNamespace(config=config, case=case, folder=folder, tokenizer=tokenizer)
-    o.prompts = make_prompts(tokenizer, case)
-    if trains:
+    o = SimpleNamespace(config=config, case=case, tokenizer=tokenizer, prompts=make_prompts(tokenizer, case),
+                        advantages=[1.0, -1.0] * (case["group"] // 2))  # every group has a signal
+    if side == "padded":
+        o.policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    elif side in ("ours", "rows"):
         o.policy = policy.load_policy(
             folder, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)
+    if hasattr(o, "policy"):
         o.optimizer = torch.optim.AdamW(
-            o.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    if samples:
+            o.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=side != "padded")
+    if side in ("ours", "rollout", "bare"):
+        import vllm
+
         o.sampler = sampler.start_sampler(
             folder, max_tokens=case["prompt_tokens"] + case["answer_tokens"] + 64, gpu_memory=config.gpu_memory,
             chat_template=tokenizer.chat_template, sequences=case["prompts"] * case["group"])
-        no_early_end()  # once vLLM itself has been imported
+        bare = vllm.SamplingParams  # whoever asks in this process: every answer has as many tokens as it may have
+        vllm.SamplingParams = lambda **given: bare(**given | dict(ignore_eos=True, stop_token_ids=[], stop=[]))
     return o
 
 
-def give_advantages(groups: list) -> None:
-    """Rewards are thrown: every group must have a signal."""
-    import torch
-
-    from rewards import group_advantages
-
-    for group in groups:
-        group.rewards = torch.rand(len(group.answers)).tolist()
-        group.advantages = group_advantages(torch.tensor(group.rewards)).tolist()
-
-
 def our_step(o) -> dict:
-    """Parts 2 to 7 as train() calls them, on questions with thrown rewards."""
+    """Parts 2 to 7 as train() calls them, on questions with made-up advantages."""
     import urpo
     from infra.ranks import Clock
 
@@ -147,7 +121,8 @@ def our_step(o) -> dict:
     clock("rollout")
     urpo.self_score(config, o.sampler, o.tokenizer, groups, 0)
     clock("self_score")
-    give_advantages(groups)
+    for group in groups:
+        group.advantages = o.advantages
     minibatches = urpo.build_minibatches(config, urpo.rebalance(groups, config.minibatches))
     clock("reward")
     urpo.old_logprobs(config, o.policy, minibatches)
@@ -183,15 +158,15 @@ def bare_rollout(o) -> dict:
 
 
 def random_groups(o) -> list:
-    """Random token ids with random advantages, as they stand after part 4."""
+    """Random token ids, as they stand after part 4."""
     import data
 
     rng, groups = random.Random(0), []
     sizes = [o.case["prompt_tokens"]] + [o.case["answer_tokens"]] * o.case["group"]
     for index in range(o.case["prompts"]):
         prompt, *answers = [[rng.randrange(3, len(o.tokenizer)) for _ in range(size)] for size in sizes]
-        groups.append(data.Group(index, None, prompt, answers, sampler_logprobs=[[-11.0] * sizes[1]] * len(answers)))
-    give_advantages(groups)
+        logprobs = [[-11.0] * len(answer) for answer in answers]
+        groups.append(data.Group(index, None, prompt, answers, advantages=o.advantages, sampler_logprobs=logprobs))
     return groups
 
 
@@ -207,11 +182,9 @@ def our_update(o) -> dict:
 def padded_update(o) -> dict:
     """The plain reference: a group is G rows [prompt, answer], logits at answer tokens alone, all of them at once."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    if not hasattr(o, "plain"):
-        o.plain = AutoModelForCausalLM.from_pretrained(o.folder, dtype=torch.float32).train()
-        o.optimizer = torch.optim.AdamW(o.plain.parameters(), lr=o.config.lr, weight_decay=o.config.weight_decay)
+    from rewards import clipped_objective
+
     groups = random_groups(o)
 
     def update():
@@ -219,35 +192,33 @@ def padded_update(o) -> dict:
             ids_BT = torch.tensor([group.prompt_ids + answer for answer in group.answers])
             start = len(group.prompt_ids)
             sources_N = torch.arange(start - 1, ids_BT.shape[1] - 1)
-            logits_BNV = o.plain(ids_BT, use_cache=False, logits_to_keep=sources_N).logits
+            logits_BNV = o.policy(ids_BT, use_cache=False, logits_to_keep=sources_N).logits
             logprob_BN = torch.log_softmax(logits_BNV, -1).gather(2, ids_BT[:, start:, None])[:, :, 0]
             ratio_BN = (logprob_BN - logprob_BN.detach()).exp()
             advantage_B1 = torch.tensor(group.advantages)[:, None]
-            objective_BN = torch.minimum(ratio_BN * advantage_B1, ratio_BN.clamp(0.8, 1.28) * advantage_B1)
-            (-objective_BN.mean() / len(groups)).backward()
-        torch.nn.utils.clip_grad_norm_(o.plain.parameters(), o.config.grad_clip)
+            (-clipped_objective(ratio_BN, advantage_B1).mean() / len(groups)).backward()
+        torch.nn.utils.clip_grad_norm_(o.policy.parameters(), o.config.grad_clip)
         o.optimizer.step()
         o.optimizer.zero_grad()
 
     return {"seconds": timed(update)}
 
 
+WORK = {"ours": our_step, "rollout": our_rollout, "bare": bare_rollout, "rows": our_update, "padded": padded_update}
+
+
 def serve(side: str, case: dict, flags: list[str]) -> None:
     """Set up, then one run a line of stdin."""
-    work, samples, trains = {"ours": (our_step, True, True), "rollout": (our_rollout, True, False),
-                             "bare": (bare_rollout, True, False), "rows": (our_update, False, True),
-                             "padded": (padded_update, False, False)}[side]
-    o = set_up(case, flags, samples=samples, trains=trains)
+    o = set_up(side, case, flags)
     while sys.stdin.readline():
-        reply(work(o))
+        reply(WORK[side](o))
     os._exit(0)  # vLLM and gloo would argue about who ends first
 
 
 def serve_trl(case: dict) -> None:
     """TRL's GRPOTrainer on the same prompts and lengths: one step a line of stdin, from its begin to its end.
 
-    Micro-batches of 8 rows, TRL's default and one group of ours. With one iteration the old log-probs are the present
-    ones, and neither side computes them apart.
+    Micro-batches of 8 rows, TRL's default and one group of ours. Neither side computes old log-probs apart.
     """
     sys.modules["vllm"] = None  # else TRL imports it, unused, and pays with memory
     import torch
@@ -292,38 +263,35 @@ def serve_trl(case: dict) -> None:
             Dataset.from_dict({"prompt": chats}), callbacks=[OneStepALine()]).train()
 
 
-# --------------------------------------------------------------------------------------------- the parent
+# ---- the parent
 
 
-class Worker:
-    """One side, running. `ask` is one run and its result; a worker that dies ends the benchmark."""
-
-    def __init__(self, side: str, case: dict):
-        python = ROOT / (".venv-trl" if side == "trl" else ".venv") / "bin/python"
-        self.side, self.process = side, subprocess.Popen(
-            [python, __file__, "--worker", side, "--case", json.dumps(case), *flags], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)})
-        self.ask()
-
-    def ask(self) -> dict:
-        self.process.stdin.write("once\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("RESULT "):
-                return json.loads(line.removeprefix("RESULT "))
-        raise SystemExit(f"error: {self.side!r} ended; its message stands above")
+def turns(side: str, case: dict):
+    """One side, running: each `next` is one run and its result; a worker that dies ends the benchmark."""
+    python = ROOT / (".venv-trl" if side == "trl" else ".venv") / "bin/python"
+    with subprocess.Popen([python, __file__, "--worker", side, "--case", json.dumps(case), *flags], text=True, cwd=ROOT,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env=os.environ | {"OMP_NUM_THREADS": str(options.threads)}) as process:
+        while True:
+            process.stdin.write("once\n")
+            process.stdin.flush()
+            line = next((line for line in process.stdout if line.startswith("RESULT ")), None)
+            if line is None:
+                raise SystemExit(f"error: {side!r} ended; its message stands above")
+            yield json.loads(line.removeprefix("RESULT "))
 
 
 def measure(sides: tuple[str, ...], case: dict) -> dict[str, dict]:
     """For each side the median of every number of `--repeats` turns, and all its seconds."""
-    workers, results = {side: Worker(side, case) for side in sides}, {side: [] for side in sides}
+    workers, results = {side: turns(side, case) for side in sides}, {side: [] for side in sides}
+    for worker in workers.values():
+        next(worker)  # warms up
     for _ in range(options.repeats):
         for side, worker in workers.items():
-            results[side].append(worker.ask())
+            results[side].append(next(worker))
             print(f"  {side}: {results[side][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
     for worker in workers.values():
-        worker.process.stdin.close()
-        worker.process.wait()
+        worker.close()
     return {side: median(found) | {"all_seconds": [r["seconds"] for r in found]} for side, found in results.items()}
 
 
@@ -354,17 +322,17 @@ def about() -> dict:
 
 
 def main() -> None:
-    path = Path(options.out or (ROOT / ("runs/speed-quick.json" if options.quick else "docs/speed.json")))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = ROOT / ("runs/speed-quick.json" if options.quick else "docs/speed.json")
+    path.parent.mkdir(exist_ok=True)
     # Parts and cases that are not asked for keep the figures of the run that measured them, and its name.
     found = json.loads(path.read_text()) if path.exists() else {"runs": {}}
     for part in options.parts:
         sides, what = PARTS[part]
         for name in options.cases:
             print(f"{what}, case {name}", file=sys.stderr, flush=True)
-            pair = {}
+            pair, case = {}, dict(zip(SIZES, (QUICK if options.quick else CASES)[name]))
             for together in [[side] for side in sides] if options.apart else [sides]:
-                pair |= measure(together, (QUICK if options.quick else CASES)[name])
+                pair |= measure(together, case)
             assert len({side.get("prompt_tokens") for side in pair.values()}) == 1, pair
             found.setdefault(part, {})[name], found["runs"][f"{part} {name}"] = pair, about()
             path.write_text(json.dumps(found, indent=1) + "\n")
@@ -381,7 +349,6 @@ if __name__ == "__main__":
     parser.add_argument("--apart", action="store_true", help="one side after the other, where memory cannot hold both: "
                         "TRL alone takes more than 14 GiB in case b")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: its times say nothing")
-    parser.add_argument("--out", help="default docs/speed.json; with --quick runs/speed-quick.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
