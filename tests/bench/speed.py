@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,12 +34,14 @@ PARTS = {  # name: (its two sides, what they are)
     "update": (("rows", "padded"), "the update: shared-prefix rows, and padded rows with answer-only logits"),
     "rollout": (("rollout", "bare"), "the rollout: urpo.py's, and bare LLM.generate"),
 }
-# So that no change of a preset or a default changes what is measured.
+# Every setting, so that no change of a preset or a default changes what is measured.
 SETTINGS = dict(
-    minibatches=1, temperature=1.0, clip_low=0.8, clip_high=1.28, loss="token-mean", importance_cap=0.0, lr=1e-6,
-    lr_warmup=0, weight_decay=0.01, grad_clip=1.0, precision="float32", row_tokens=1024, gpu_memory=0.6, seed=0)
-
-
+    name="bench", seed=0, resume=False, model="", chat_template="", preferences=[], reasoning=[], instructions=[],
+    steps=1, warmup_steps=0, mix="0:1:0", batch=4, group=8, minibatches=1, temperature=1.0, max_prompt_tokens=4096,
+    max_answer_tokens=32, max_referee_tokens=32, max_judge_tokens=4096, judgements=1, judge_list=0, both_orders=False,
+    tau="b", clip_low=0.8, clip_high=1.28, advantage="std", loss="token-mean", importance_cap=0.0, lr=1e-6,
+    lr_warmup=0, weight_decay=0.01, grad_clip=1.0, precision="float32", row_tokens=1024, gpu_memory=0.6, save_every=0,
+    keep=0)
 SIZES = ("prompts", "prompt_tokens", "group", "answer_tokens")
 CASES = {"a": (4, 240, 8, 32), "b": (4, 800, 8, 24), "c": (4, 60, 8, 96)}
 QUICK = {"a": (2, 80, 4, 6), "b": (2, 120, 4, 4), "c": (2, 60, 4, 8)}
@@ -83,6 +85,7 @@ def set_up(side: str, case: dict, flags: list[str]) -> SimpleNamespace:
     import urpo
     from infra import chat, policy, ranks, sampler, settings
 
+    assert SETTINGS.keys() | {"preset"} == {one.name for one in fields(urpo.Config)}, "state every setting"
     ranks.start_ranks()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
