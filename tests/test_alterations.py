@@ -11,11 +11,13 @@ from lab import audit
 from tiny_run import run
 
 
-def altered(tmp_path, old: str, new: str):
-    """The path of a urpo.py in which a line is another one."""
+def altered(tmp_path, *changes: tuple[str, str]):
+    """The path of a urpo.py in which some lines are others."""
     code = (ROOT / "urpo.py").read_text(encoding="utf-8")
-    assert code.count(old) == 1, old
-    (tmp_path / "urpo.py").write_text(code.replace(old, new), encoding="utf-8")
+    for old, new in changes:
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    (tmp_path / "urpo.py").write_text(code, encoding="utf-8")
     return tmp_path / "urpo.py"
 
 
@@ -50,7 +52,7 @@ LINES = [  # (old, new, check)
 
 @pytest.mark.parametrize("old, new, check", LINES, ids=[new.strip() or "no zero_grad" for _, new, _ in LINES])
 def test_an_altered_line_of_a_part_fails_its_test(request, process_group, tmp_path, monkeypatch, old, new, check):
-    spec = importlib.util.spec_from_file_location("altered_urpo", altered(tmp_path, old, new))
+    spec = importlib.util.spec_from_file_location("altered_urpo", altered(tmp_path, (old, new)))
     monkeypatch.setitem(sys.modules, "altered_urpo", importlib.util.module_from_spec(spec))
     spec.loader.exec_module(sys.modules["altered_urpo"])
     monkeypatch.setattr(test_urpo, "urpo", sys.modules["altered_urpo"])
@@ -63,25 +65,30 @@ def test_an_altered_line_of_a_part_fails_its_test(request, process_group, tmp_pa
 
 # ---- the lines of the loop: the check is the run itself, or the audit of its record ----
 
-LOOP = {  # what: (old, new, what the run says; else the audit of its record finds it)
-    "another step's batch": ("data.draw(config, sources, step)", "data.draw(config, sources, step + 1)", ""),
-    "prompts in another order": ("data.shard(batch, ", "data.shard(batch[::-1], ", ""),
-    "nobody judges": ("        score(config, sampler, tokenizer, groups, step)\n", "", ""),
+STOPPED = {  # what: (old, new, what the run says)
     "another temperature": ("temperature=config.temperature)\n    for group, samples",
                             "temperature=0.5)\n    for group, samples", "error: drift: "),
     "no sync": ("= sync(sampler, policy)\n        clock", "= 0.0\n        clock", "error: drift: "),
     "no finite gradient": ("clip_gradient(policy, config.grad_clip)", "math.nan", "step 2: no finite update")}
+AUDITED = [  # one a step, of three
+    ("data.draw(config, sources, step)", "data.draw(config, sources, step + (step == 0))"),  # another step's batch
+    ("data.shard(batch, ", "data.shard(batch[::-1] if step == 1 else batch, "),
+    ("        score(config, sampler,", "        step == 2 or score(config, sampler,")]  # nobody judges
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", LOOP)
-def test_an_altered_line_of_the_loop_is_found(taught_model, tmp_path, what):
-    old, new, said = LOOP[what]
-    output = run(tmp_path, taught_model, "--steps", "3", ranks=1, program=altered(tmp_path, old, new),
-                 status=2 if said else 0)
-    run_folder = tmp_path / "runs" / "e2e"
-    if said:
-        assert said in output.splitlines()[-1] and "Traceback" not in output
-        assert "NaN" not in (run_folder / "log.jsonl").read_text() and not (run_folder / "checkpoints").exists()
-    else:
-        assert not audit.audit(run_folder)
+@pytest.mark.parametrize("what", STOPPED)
+def test_an_altered_line_of_the_loop_stops_the_run(taught_model, tmp_path, what):
+    old, new, said = STOPPED[what]
+    output = run(tmp_path, taught_model, "--steps", "3", ranks=1, program=altered(tmp_path, (old, new)), status=2)
+    folder = tmp_path / "runs" / "e2e"
+    assert said in output.splitlines()[-1] and "Traceback" not in output
+    assert "NaN" not in (folder / "log.jsonl").read_text() and not (folder / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_the_audit_finds_each_altered_line_of_the_loop(taught_model, tmp_path, capsys):
+    run(tmp_path, taught_model, "--steps", "3", ranks=1, program=altered(tmp_path, *AUDITED))
+    assert not audit.audit(tmp_path / "runs" / "e2e")
+    out = capsys.readouterr().out
+    assert all(f"step {step}" in out for step in range(3)), out

@@ -1,6 +1,9 @@
 """The whole of it on a tiny model: two ranks under torchrun, vLLM, three kinds of prompt, audit, checkpoint, resume."""
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,9 +11,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import urpo
+from conftest import free_port
 from infra import chat
 from lab import audit
-from tiny_run import SIX_STEPS, kill_all, lines, run, run_program, same_in_every_run, start, wait_for
+from tiny_run import (
+    SIX_STEPS,
+    kill_all,
+    lines,
+    own_environment,
+    run,
+    run_program,
+    same_in_every_run,
+    start,
+    urpo_with,
+    wait_for,
+)
 
 
 def test_every_step_is_logged_in_step_with_the_sampler_and_at_the_mix(finished):
@@ -80,12 +95,47 @@ def test_the_checkpoint_loads_in_transformers_and_in_vllm_and_they_agree(finishe
 
 @pytest.mark.slow
 def test_four_ranks_draw_the_same_batches_and_resume_the_checkpoint_of_two(finished, taught_model, tmp_path):
-    """--batch 12 in 2 minibatches does not split over 4 ranks, in one it does: then 3 prompts a rank."""
-    output = run(tmp_path, taught_model, "--steps", "2", ranks=4, status=1)
-    assert "--batch 12 does not split over 4 ranks" in output
+    """In one minibatch, since --batch 12 in two does not split over four ranks."""
     run(tmp_path, taught_model, "--steps", "2", "--minibatches", "1", ranks=4)
     four = tmp_path / "runs" / "e2e"
     drawn = [[(step, group.index, group.prompt) for step, group in data.read_groups(path / "rollouts.jsonl", [])]
              for path in (four, finished)]
     assert drawn[0] == drawn[1][:24]
     assert audit.audit(four)
+
+
+# ---- two nodes, played by two agents of torchrun on loopback: they meet over TCP alone, and share a folder ----
+
+def start_agent(folder, model, node: int, port: str, *arguments) -> subprocess.Popen:
+    """One node's torchrun with one rank, on a core of its own, as one of two ranks of one agent has one."""
+    cores = sorted(os.sched_getaffinity(0))
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two", "--local_addr=127.0.0.1",
+                f"--rdzv_conf=is_host={node == 0}"]  # both are at the endpoint: the first to come would hold the notes
+    command = [sys.executable, *launcher, *urpo_with(model), "--steps", "5", "--save_every", "2", *arguments]
+    with open(folder / f"output-{node}", "w") as output:
+        return subprocess.Popen(command, cwd=folder, env=own_environment(), stdout=output, stderr=output,
+                                preexec_fn=lambda: os.sched_setaffinity(0, {cores[node % len(cores)]}))
+
+
+def outputs(folder) -> str:
+    return "\n".join((folder / f"output-{node}").read_text()[-3000:] for node in (0, 1))
+
+
+@pytest.mark.slow
+def test_two_agents_train_as_one_agent_with_two_ranks_to_every_digit_and_resume_after_one_was_killed(
+        finished, taught_model, tmp_path):
+    one_agent = lines(finished / "log.jsonl")[:5]
+    log, port = tmp_path / "runs" / "e2e" / "log.jsonl", free_port()
+    agents = [start_agent(tmp_path, taught_model, node, port) for node in (0, 1)]
+    wait_for(lambda: len(lines(log)) >= 3, agents[0], seconds=600)
+    kill_all(agents[1])
+    assert agents[0].wait(timeout=300) != 0, "the agent that was left ended as if all were well"
+    assert "another rank died, or stalled" in outputs(tmp_path)
+    done = len(lines(log))
+    assert done < 5 and same_in_every_run(lines(log)) == same_in_every_run(one_agent)[:done]
+
+    port = free_port()
+    agents = [start_agent(tmp_path, taught_model, node, port, "--resume") for node in (0, 1)]
+    assert [agent.wait(timeout=900) for agent in agents] == [0, 0], outputs(tmp_path)
+    assert same_in_every_run(lines(log)) == same_in_every_run(one_agent)
