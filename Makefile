@@ -54,10 +54,10 @@ demo: toy
 
 # What a newcomer runs: all that needs no second start of ranks and sampler.
 test: .venv/ready
-	$(python) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	$(python) -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
 
 test-slow: .venv/ready
-	$(python) -m pytest -q -n 2 --dist loadfile -m slow tests
+	$(python) -m pytest -q -n 2 --dist loadgroup -m slow tests
 
 test-all: test test-slow
 
@@ -72,11 +72,11 @@ lint: .venv/ready
 	.venv-trl/bin/python -m pip install --quiet --no-deps trl==1.16.0
 	touch $@
 
-# All parts take an hour and a half; `make bench ARGS="--parts 2,3 --cases a"` measures some and keeps the other figures.
+# All parts take an hour; `make bench ARGS="--parts update rollout --cases a"` measures some and keeps the others.
 bench: .venv-trl/ready
 	$(python) tests/bench/speed.py $(ARGS)
 
-# The paper's comparisons in miniature: hours; what stands in runs/evidence.csv is not run again. ARGS="--only urpo"
+# The paper's comparisons in miniature: hours; what stands in runs/arms.csv is not run again. ARGS="--only urpo"
 evidence: toy
 	$(python) -m lab.arms $(BF16) $(ARGS)
 

@@ -135,7 +135,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_sync_with_a_real_sampler_notices_each_fault(taught_model, smol_tokenizer, tmp_path):
     """A head that is the embedding; and a Qwen2 with a head of its own, whose q, k and v have biases."""
     torch.manual_seed(0)
