@@ -27,6 +27,7 @@ settings.load_profile("untimed")  # machines are shared, so no test is timed
 VOCABULARY = 500  # of the 512 rows of the tiny model's head: the last 12 are padding
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """`--dist loadgroup`: a worker takes whole files, and one takes all files that need the finished run."""
     sharing = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}

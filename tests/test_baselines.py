@@ -153,13 +153,9 @@ def test_sft_lowers_its_loss_and_its_checkpoint_loads(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command, arguments, message", [
-    ("", (), "rm_gen, reward_model, rm_score, sft"),
-    ("reward_model", ("--mix", "0:1:1"), "0 rows of P"),
-])
-def test_a_mistake_is_one_line(command, arguments, message, tmp_path, taught_model):
-    arguments = (*arguments, "--heldout", f"{taught_model}/preferences.jsonl")
-    assert message in baseline(tmp_path, taught_model, command, *arguments, status=2)
+def test_a_mistake_is_one_line(tmp_path, taught_model):
+    arguments = ("--mix", "0:1:1", "--heldout", f"{taught_model}/preferences.jsonl")
+    assert "0 rows of P" in baseline(tmp_path, taught_model, "reward_model", *arguments, status=2)
 
 
 @pytest.mark.parametrize("command, architecture, message", [
