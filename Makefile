@@ -54,10 +54,10 @@ demo: toy
 
 # What a newcomer runs: all that needs no second start of ranks and sampler.
 test: .venv/ready
-	$(python) -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
+	$(python) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-slow: .venv/ready
-	$(python) -m pytest -q -n 2 --dist loadgroup -m slow tests
+	$(python) -m pytest -q -n 2 --dist loadfile -m slow tests
 
 test-all: test test-slow
 

@@ -27,14 +27,6 @@ settings.load_profile("untimed")  # machines are shared, so no test is timed
 VOCABULARY = 500  # of the 512 rows of the tiny model's head: the last 12 are padding
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """`--dist loadgroup`: a worker takes whole files, and one takes all files that need the finished run."""
-    sharing = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("finished" if item.path in sharing else item.path.name))
-
-
 def free_port() -> str:
     """Below the ports that Linux gives to connections: one of those may be taken again before a rank listens on it."""
     while True:

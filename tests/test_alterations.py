@@ -90,5 +90,5 @@ def test_an_altered_line_of_the_loop_stops_the_run(taught_model, tmp_path, what)
 def test_the_audit_finds_each_altered_line_of_the_loop(taught_model, tmp_path, capsys):
     run(tmp_path, taught_model, "--steps", "3", ranks=1, program=altered(tmp_path, *AUDITED))
     assert not audit.audit(tmp_path / "runs" / "e2e")
-    out = capsys.readouterr().out
-    assert all(f"step {step}" in out for step in range(3)), out
+    said = capsys.readouterr().err
+    assert all(f"step {step}" in said for step in range(3)), said
