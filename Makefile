@@ -43,7 +43,7 @@ toy: .venv/ready
 
 # Measuring is one process, so it may use all cores.
 demo: toy
-	@echo "URPO on SmolLM2-135M, $(RANKS) processes: about $(if $(BF16),10,20) minutes and 11 GB of memory. Four steps:"
+	@echo "URPO on SmolLM2-135M, $(RANKS) processes: about $(if $(BF16),10,20 to 30) minutes and 11 GB of memory. Four steps:"
 	@echo "1. measure the base on held-out examples   2. train 24 steps   3. measure again   4. curves, table, answers"
 	@rm -rf $(run)
 	@env -u OMP_NUM_THREADS $(python) -m lab.toy heldout --model toy/model --json $(run)/heldout-before.json > /dev/null
