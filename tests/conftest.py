@@ -1,5 +1,4 @@
-"""Shared by all tests: the repository on sys.path, no network, one small thread pool, SmolLM2's tokenizer, a tiny
-random model with its policy and its groups, and a process group of one."""
+"""Shared by all tests: no network, one small thread pool, a tokenizer, a tiny model, a process group of one."""
 import contextlib
 import importlib.util
 import os

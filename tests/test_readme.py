@@ -162,3 +162,13 @@ def test_the_recipes_of_kl_a_tracker_and_a_fourth_kind(fork, taught_model, tmp_p
     assert [line["brief"]["zero_spread"] for line in log] == [1, 1] and [line["updates"] for line in log] == [2, 2]
     assert 0 <= log[0]["loss"] < log[1]["loss"]
     assert lines(tmp_path / "said") == [{key: line[key] for key in line if key != "step"} for line in log]
+
+
+def test_the_tables_of_the_speed_page_are_what_the_benchmark_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    speed = runpy.run_path(str(ROOT / "tests" / "bench" / "speed.py"), run_name="speed")
+    found = json.loads((ROOT / "docs" / "speed.json").read_text())
+    for part in found.keys() & speed["PARTS"].keys():
+        speed["show"](part, found[part])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert printed and all(line in PAGES["docs/speed.md"] for line in printed)
