@@ -72,8 +72,9 @@ lint: .venv/ready
 	.venv-trl/bin/python -m pip install --quiet --no-deps trl==1.16.0
 	touch $@
 
-# All parts take an hour; `make bench ARGS="--parts update rollout --cases a"` measures some and keeps the others.
+# All parts took an hour and a half with older code; not timed since. `make bench ARGS="--parts update rollout --cases a"` measures some and keeps the others.
 bench: .venv-trl/ready
+	$(python) -m lab.seed raw
 	$(python) tests/bench/speed.py $(ARGS)
 
 # The paper's comparisons in miniature: hours; what stands in runs/arms.csv is not run again. ARGS="--only urpo"

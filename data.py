@@ -380,6 +380,8 @@ def read_preference(record: dict) -> Prompt:
         question = question_of(record, "instruction", "prompt")
         responses, truth = [], []
         for completion in record["completions"]:
+            if not isinstance(completion, dict):
+                raise ValueError("field 'completions': expected objects with 'response' and a score")
             responses.append(completion["response"])
             # The mean of four ratings. The set's overall_score is wrong in places: it turns the worst, 1, into 10.
             score = completion.get("fine-grained_score")

@@ -225,7 +225,8 @@ def tidy_checkpoints(run: Path, keep: int) -> None:
     new.symlink_to(found[0][1].name)
     new.replace(pointer)
     flush(folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
     for _, old in found[keep:] if keep else []:
         shutil.rmtree(old.rename(unfinished))  # never half a checkpoint under its own name
 
