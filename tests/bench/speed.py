@@ -29,7 +29,7 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_DATASET
                   TRANSFORMERS_VERBOSITY="error")
 WORDS = "the a house river stone green walks under light old music paper train winter bread road horse open".split()
 SIZES = ("prompts", "prompt_tokens", "group", "answer_tokens")
-CASES = {"a": (4, 240, 8, 32), "b": (4, 600, 8, 24), "c": (4, 60, 8, 96)}
+CASES = {"a": (4, 240, 8, 32), "b": (2, 600, 8, 24), "c": (4, 60, 8, 96)}
 GROWTH = {f"{group} answers": (1, 240, group, 32) for group in (4, 8, 16, 32)}
 GROWTH |= {f"{tokens} prompt tokens": (1, tokens, 4, 32) for tokens in (128, 512, 1024, 2048, 4000)}
 PARTS = {  # name: (its sides, what they are, its cases)
