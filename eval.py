@@ -4,7 +4,6 @@
     python eval.py rewardbench --model M                           as a judge of labelled pairs
     python eval.py reasoning --model M --data openai/gsm8k:main    pass@1, mean@k, pass@k, maj@k
     python eval.py alpacaeval --model M --data alpaca_eval.json    answers, for the alpaca_eval package to judge
-    python eval.py alpacaeval --annotations annotations.json       its win rates, of what it has judged
     python eval.py compare before.json after.json                  two results of one command, and the change
 
 Prompts, referee's template, parsers and sampler are those of training. One rule holds everywhere: unknown is not
@@ -22,8 +21,10 @@ from dataclasses import dataclass
 from itertools import compress
 from statistics import multimode
 
+import urpo  # first: it says what to do where torch is missing
+
+# isort: split
 import data
-import urpo
 from data import Prompt, better_first, swapped
 from infra.answers import final_answer, same_answer
 from infra.chat import load_tokenizer
@@ -63,7 +64,9 @@ def fitting(config, tokenizer, rows: list[Prompt], source: str) -> list[bool]:
     """Which rows fit --max_prompt_tokens, in either order of their responses. The others are left out, never cut."""
     fits, limit = [], config.max_prompt_tokens
     for row in rows:
-        lengths = [len(data.encode_prompt(tokenizer, shown)) for shown in (row, swapped(row))]
+        lengths = []
+        for shown in (row, swapped(row)):
+            lengths.append(len(data.encode_prompt(tokenizer, shown)))
         fits.append(max(lengths) <= limit)
     dropped = f"{len(rows) - sum(fits)} of {len(rows)} longer than {limit} tokens"
     if not any(fits):
@@ -108,7 +111,8 @@ def ask(config, folder: str, tokenizer, rows: list[Prompt], samples: int = 0) ->
         limits.append(config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens)
         seeds.append(data.request_seed(config.seed, 0, i, "heldout"))
     options = dict(max_tokens=limits, seeds=seeds, progress=True)
-    greedy, sampled = generate(sampler, ids, n=1, temperature=0.0, **options), [[]] * len(ids)
+    greedy = generate(sampler, ids, n=1, temperature=0.0, **options)
+    sampled = [[]] * len(ids)
     if samples:
         sampled = generate(sampler, ids, n=samples, temperature=config.temperature, **options)
     found = [Asked(*own) for own in zip(rows, greedy, sampled)]
@@ -421,12 +425,10 @@ def reasoning(config) -> None:
 
 
 def alpacaeval(config) -> None:
-    """With --model: its greedy answers to --data, in the form that the public `alpaca_eval` package judges.
+    """Greedy answers to --data, in the form that the public `alpaca_eval` package reads.
 
-    With --annotations: the win rates of what the package has judged, plain and length-controlled, by its own functions.
+    `alpaca_eval --model_outputs FILE` then asks its judge, and prints the win rates, plain and length-controlled.
     """
-    if config.annotations:
-        return win_rates(config)
     folder, tokenizer = open_model(config)
     rows = [Prompt("instruction", found["instruction"]) for found in read_records(config.data, "instruction")]
     fits = fitting(config, tokenizer, rows, f"--data {config.data}")
@@ -443,31 +445,6 @@ def alpacaeval(config) -> None:
     told = (f"{config.outputs}: {len(outputs)} answers, {sum(cut)} cut off at --max_answer_tokens, "
             f"{len(rows) - len(set(rows))} to an instruction that stood in --data before")
     finish(config, {"alpacaeval": {"cut off": interval(cut)}}, told)
-
-
-def win_rates(config) -> None:
-    """The rates of annotations.json; their intervals are 1.96 of the package's standard errors to each side (ours)."""
-    path = f"--annotations {config.annotations}"
-    records = read_records(config.annotations, "output_1", "output_2", "generator_1", "generator_2")
-    try:
-        import pandas
-        from alpaca_eval.metrics import get_length_controlled_winrate
-
-        rates = get_length_controlled_winrate(pandas.DataFrame(records), save_weights_dir=None)
-    except ImportError as error:
-        raise InputError(f"{path}: needs the alpaca_eval package ({error}): pip install alpaca-eval") from None
-    except (OSError, KeyError, ValueError, AssertionError) as error:
-        raise InputError(f"{path}: the alpaca_eval package cannot rate it ({error!r}); give one model's answers to its "
-                         "805 instructions in their order, and a network: it asks the hub how hard they are") from None
-    figures = {}
-    for name, rate, error in (("win rate", "win_rate", "standard_error"),
-                              ("length-controlled", "length_controlled_winrate", "lc_standard_error")):
-        value, side = rates[rate] / 100, 1.96 * rates[error] / 100
-        figures[name] = figure(value, int(rates["n_total"]), value - side, value + side)
-    config.model = records[0]["generator_2"]
-    heading = f"{config.model} over {records[0]['generator_1']}"
-    figures = {"alpacaeval": figures}
-    finish(config, figures, table({heading: {"figures": figures}}, "n"))
 
 
 # ------------------------------------------------------------------------------- compare
@@ -508,7 +485,7 @@ def command_line() -> argparse.ArgumentParser:
 
     for name in ("heldout", "rewardbench", "reasoning", "alpacaeval"):
         add = parts[name]
-        add("--model", required=name != "alpacaeval", help="a folder or hub id")
+        add("--model", required=True, help="a folder or hub id")
         for limit in ("max_prompt_tokens", "max_answer_tokens", "max_referee_tokens"):
             add(f"--{limit}", type=positive, default=getattr(training, limit), help="as in training")
         add("--seed", type=int, default=0, help="of sampling")
@@ -530,9 +507,8 @@ def command_line() -> argparse.ArgumentParser:
         "HuggingFaceH4/MATH-500) or .jsonl files")
     add("--split", default="test", help="of a hub's set")
     add = parts["alpacaeval"]
-    add("--data", help="with --model: alpaca_eval.json of hub tatsu-lab/alpaca_eval")
-    add("--outputs", default="model_outputs.json", help="with --model: its answers")
-    add("--annotations", help="what alpaca_eval wrote beside its leaderboard")
+    add("--data", required=True, help="alpaca_eval.json of hub tatsu-lab/alpaca_eval")
+    add("--outputs", default="model_outputs.json", help="the file for the answers")
     parts["compare"]("before")
     parts["compare"]("after")
     return parser
@@ -543,8 +519,6 @@ def parse_arguments(arguments: list[str], measure) -> argparse.Namespace:
     parser = command_line()
     config = argparse.Namespace(json="", arguments=arguments, measure=measure, max_judge_tokens=0)
     parser.parse_args(arguments, config)
-    if config.command is alpacaeval and bool(config.annotations) == bool(config.model and config.data):
-        parser.error("give --model and --data to answer; when alpaca_eval has judged, --annotations alone")
     temperature, samples = getattr(config, "temperature", 1.0), getattr(config, "samples", 1)
     if temperature < 0 or temperature == 0 and samples > 1:
         parser.error(f"--temperature {temperature:g}: {samples} samples need one above 0, else all are the greedy "

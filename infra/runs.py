@@ -232,13 +232,10 @@ def tidy_checkpoints(run: Path, keep: int) -> None:
 
 
 def load_checkpoint(folder: Path, policy, optimizer) -> None:
-    """Weights, moments and the number of updates. The weight decay of this run's flags stays."""
-    weight_decay = optimizer.defaults["weight_decay"]
+    """Weights, moments and the number of updates."""
     state = trainer_state(policy, optimizer)
     dcp.load(state, checkpoint_id=folder / "trainer")
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    for group in optimizer.param_groups:
-        group["weight_decay"] = weight_decay
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:

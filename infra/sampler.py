@@ -2,9 +2,9 @@
 
 After every sync each tensor of the sampler is compared with the trainer's, by a sketch of it: the product of a matrix
 with a fixed random vector, one number a row. A sketch moves when any number of the matrix does, or when two matrices,
-rows or columns change places, and it costs what one token costs. The sampler may keep several matrices in one, or in
-a form that only multiplication reads: their sketches can be compared all the same. Drift cannot see as much: with bf16
-its noise is .02 nats a token, and a sampler one small step behind moves it by .008.
+rows or columns change places, and it costs what one token costs. The sampler may keep several matrices in one, in a
+form that only multiplication reads, or a part of each on every rank: their sketches can be compared all the same. Drift
+cannot see as much: with bf16 its noise is .02 nats a token, and a sampler one small step behind moves it by .008.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from infra.chat import answer_text, stop_ids
 from infra.policy import Policy, full_weights, model_config
-from infra.ranks import GPU, all_reduce, ranks_here
+from infra.ranks import GPU, all_reduce, exchange, ranks_here
 
 SAMPLED_AT_ONCE = 8192  # tokens of one forward pass; a GPU reads a longer prompt in parts
 BLOCK = 32  # tokens of one piece of the cache on a CPU, its smallest: the answers to a prompt share whole pieces
@@ -34,14 +34,14 @@ def largest_drift(precision: str) -> float:
 
 
 def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences: int | None = None,
-                  gpu_memory: float | None = None, sleeps: bool = True):
+                  gpu_memory: float | None = None, sleeps: bool = True, tensor_parallel: int = 1):
     """vLLM in this process, with the weights of a folder.
 
     max_tokens: of the longest sequence. chat_template: the trainer's, which says what ends an answer. sequences: the
     most that are sampled at a time; vLLM takes memory and CUDA graphs for as many.
     gpu_memory: in training, the share of the GPU that the sampler may take while it is awake. It then joins the group
     of all ranks, and on a GPU it can sleep while the trainer works, unless `sleeps` is False: vLLM lets one sampler of
-    a process do so.
+    a process do so. tensor_parallel: so many neighbouring ranks hold one sampler together, a part of each matrix each.
     """
     if not GPU:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two ranks share one core
@@ -55,7 +55,9 @@ def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences
                    load_format="safetensors", logprobs_mode="processed_logprobs", use_tqdm_on_load=False)
     if gpu_memory is not None:
         options.update(distributed_executor_backend="external_launcher", enable_sleep_mode=GPU and sleeps,
-                       gpu_memory_utilization=gpu_memory)
+                       gpu_memory_utilization=gpu_memory, tensor_parallel_size=tensor_parallel)
+    if tensor_parallel > 1:  # vLLM's own all-reduce has crashed beside a sampler that sleeps (its issue 45611)
+        options.update(disable_custom_all_reduce=True)
     if sequences is not None:
         options.update(max_num_seqs=sequences)
     if GPU:
@@ -67,6 +69,11 @@ def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences
                        kv_cache_memory_bytes=cpu_cache_bytes(folder, max_tokens))
     sampler = LLM(folder, **options)
     sampler.get_tokenizer().chat_template = chat_template
+    sampler.sharers = None
+    if tensor_parallel > 1:
+        from vllm.distributed.parallel_state import get_tp_group
+
+        sampler.sharers = get_tp_group().cpu_group
     return sampler
 
 
@@ -96,11 +103,13 @@ def generate(sampler, prompts: list[list[int]], *, n: int, max_tokens: list[int]
              temperature: float, progress: bool = False) -> list[list[Sample]]:
     """n answers to each prompt: token ids in, token ids and their log-probs out, nothing truncated.
 
-    One seed a prompt, from which vLLM derives one for each of its n answers: a rerun samples the same tokens.
+    One seed a prompt, from which vLLM derives one for each of its n answers: a rerun samples the same tokens. Ranks
+    that share a sampler all ask it for the answers of all of them, and each takes its own.
     """
     from vllm import SamplingParams
 
-    if not prompts:
+    asked, own = of_all_sharers(sampler, list(zip(prompts, max_tokens, seeds, strict=True)))
+    if not asked:  # after all sharers have met: one of them may have a prompt
         return []
     # Padded ids exist in the head but mean nothing, so they are forbidden. A list of the allowed ids would say the
     # same, and vLLM goes through it for every answer: 1.7 times as long for 49,152 ids and 24 tokens an answer.
@@ -108,21 +117,30 @@ def generate(sampler, prompts: list[list[int]], *, n: int, max_tokens: list[int]
     padded = range(len(tokenizer), sampler.model_config.get_vocab_size())
     stops = stop_ids(tokenizer)
     params = []
-    for limit, seed in zip(max_tokens, seeds):
+    for _, limit, seed in asked:
         # vLLM's own text and its dictionary of log-probs, made token by token, would take longer than the rest of its
         # work outside the model: they are left out, and the text is made once, below.
         params.append(SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
                                      logprobs=0, flat_logprobs=True, detokenize=False, stop_token_ids=stops,
                                      logit_bias=dict.fromkeys(padded, -math.inf) or None))
-    outputs = sampler.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=progress)
+    outputs = sampler.generate([{"prompt_token_ids": ids} for ids, _, _ in asked], params, use_tqdm=progress)
     answers = []
-    for output in outputs:
+    for output in outputs[own]:
         answers.append([])
         for sample in output.outputs:
             ids = list(sample.token_ids)
             text = answer_text(tokenizer, ids, stops)
             answers[-1].append(Sample(ids, text, sample.finish_reason == "stop", list(sample.logprobs.logprobs)))
     return answers
+
+
+def of_all_sharers(sampler, requests: list) -> tuple[list, slice]:
+    """(the requests of all ranks that share this sampler, where those of this rank stand)."""
+    if sampler.sharers is None:
+        return requests, slice(None)
+    parts = exchange(requests, sampler.sharers)
+    first = sum(map(len, parts[: dist.get_rank(sampler.sharers)]))
+    return sum(parts, []), slice(first, first + len(requests))
 
 
 def sleep(sampler) -> None:
@@ -165,13 +183,14 @@ LARGEST_DISTANCE = 4e-6
 
 
 @lru_cache(maxsize=16)
-def random_vector(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, generator=generator).to(device, dtype)
+def random_vector(size: int, dtype: torch.dtype, device: torch.device, part: int = 0, parts: int = 1) -> Tensor:
+    """`size` fixed random numbers: part `part` of a vector of `parts` such parts."""
+    generator = torch.Generator().manual_seed(parts * size)
+    return torch.randn(parts * size, generator=generator).chunk(parts)[part].to(device, dtype)
 
 
-def sketch(weight: Tensor) -> Tensor:
-    """One number for each row of a matrix. A vector stands for itself.
+def sketch(weight: Tensor, part: int = 0, parts: int = 1) -> Tensor:
+    """One number for each row of a matrix, or of part `part` of its columns. A vector stands for itself.
 
     Of bf16 in fp64, which rounds nothing away: wide matrices on a GPU would else need a wider limit. Of fp32 in fp32,
     as the sampler of a CPU multiplies.
@@ -183,7 +202,7 @@ def sketch(weight: Tensor) -> Tensor:
     if weight.ndim == 1:
         return weight.float()
     dtype = torch.float64 if weight.dtype == torch.bfloat16 else torch.float32
-    vector = random_vector(weight.shape[1], dtype, weight.device)
+    vector = random_vector(weight.shape[1], dtype, weight.device, part, parts)
     return torch.cat([rows.to(dtype) @ vector for rows in weight.split(2048)])  # never a whole copy
 
 
@@ -194,27 +213,60 @@ def sketched(weights, dtype: torch.dtype, sketches: dict[str, Tensor]):
         yield name, weight
 
 
-def sampler_sketches(model: nn.Module) -> dict[str, tuple[list[str], Tensor]]:
-    """Of a model of vLLM: {its name of a tensor: (the trainer's names of its parts, its sketch)}.
+@dataclass
+class Held:
+    """One tensor of the sampler, which may be made of several of the trainer's, and be shared with other ranks."""
+
+    parts: list[str]  # the trainer's names of its parts
+    sizes: list[int]  # rows of each part that this rank holds
+    sketch: Tensor
+    rank: int  # of this rank among those that share the sampler
+    sharers: int
+
+    def expected(self, trainer: dict[str, Tensor]) -> Tensor:
+        """The trainer's sketch of the same rows. A part of which all sharers together hold more than there is stands
+        with several of them, one after another: so do key heads where there are fewer than sharers, and vectors."""
+        rows = []
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            copies = max(1, self.sharers * size // len(trainer[part]))
+            first = self.rank // copies * size
+            rows.append(trainer[part][first : first + size])
+        return torch.cat(rows)
+
+
+def sampler_sketches(model: nn.Module) -> dict[str, Held]:
+    """Of a model of vLLM: {its name of a tensor: what is held}.
 
     On a CPU vLLM multiplies by a packed copy and keeps no other, but for the head and the embedding: then the copy is
     asked for its product. The embedding is read by row, and so its plain tensor counts.
     """
     found = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        if weight.numel():
-            found[name] = sketch(weight.detach())
-    for name, module in model.named_modules():
-        if hasattr(module, "cpu_linear") and name != "model.embed_tokens":
+    for path, module in model.named_modules():
+        rank, sharers, products = getattr(module, "tp_rank", 0), getattr(module, "tp_size", 1), {}
+        by_column = sharers > 1 and hasattr(module, "input_is_parallel")  # then the sharers' products add up
+        part = (rank, sharers) if by_column else (0, 1)
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.numel():
+                own = sketch(weight.detach(), *part)
+                products[name] = sum_of_sharers(own) if by_column and weight.ndim == 2 else own
+        if hasattr(module, "cpu_linear") and path != "model.embed_tokens":
             is_head = hasattr(module, "embedding_dim")
             columns = module.embedding_dim if is_head else module.input_size_per_partition
-            vector = random_vector(columns, torch.float32, torch.device("cpu"))
-            found[f"{name}.weight, packed"] = module.cpu_linear(vector[None], module.weight, None)[0]
-    sketches = {}
-    for name, own in found.items():
-        parts = trainer_names(name.removesuffix(", packed"), model.packed_modules_mapping)
-        sketches[name] = (parts, own)
-    return sketches
+            vector = random_vector(columns, torch.float32, torch.device("cpu"), *part)
+            own = module.cpu_linear(vector[None], module.weight, None)[0]
+            products["weight, packed"] = sum_of_sharers(own) if by_column else own
+        for name, own in products.items():
+            parts = trainer_names(f"{path}.{name.removesuffix(', packed')}", model.packed_modules_mapping)
+            sizes = getattr(module, "output_partition_sizes", [len(own)])
+            found[f"{path}.{name}"] = Held(parts, sizes, own, rank, sharers)
+    return found
+
+
+def sum_of_sharers(product: Tensor) -> Tensor:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    dist.all_reduce(product, group=get_tp_group().device_group)
+    return product
 
 
 def trainer_names(name: str, packed: dict[str, list[str]]) -> list[str]:
@@ -228,18 +280,18 @@ def trainer_names(name: str, packed: dict[str, list[str]]) -> list[str]:
     return [f"{before}{dot}{part}.{kind}" for part in packed.get(module, [module])]
 
 
-def differences(trainer: dict[str, Tensor], sampler: dict[str, tuple[list[str], Tensor]]) -> dict[str, float]:
+def differences(trainer: dict[str, Tensor], sampler: dict[str, Held]) -> dict[str, float]:
     """{the sampler's name of a tensor: its relative distance from the trainer's}; infinite where one has no other."""
     trainer = dict(trainer)
     trainer.setdefault("lm_head.weight", trainer["model.embed_tokens.weight"])  # then the head is the embedding
     found, missing = {}, trainer.keys() - {"lm_head.weight"}
-    for name, (parts, own) in sampler.items():
-        missing -= set(parts)
+    for name, own in sampler.items():
+        missing -= set(own.parts)
         found[name] = math.inf
-        if trainer.keys() >= set(parts):
-            expected = torch.cat([trainer[part] for part in parts])
-            if len(own) >= len(expected):  # the sampler pads the vocabulary
-                distance = (own[: len(expected)].to(expected.device) - expected).norm()
+        if trainer.keys() >= set(own.parts):
+            expected = own.expected(trainer)
+            if len(own.sketch) >= len(expected):  # the sampler pads the vocabulary
+                distance = (own.sketch[: len(expected)].to(expected.device) - expected).norm()
                 relative = (distance / expected.norm().clamp(min=1e-30)).item()
                 found[name] = relative if math.isfinite(relative) else math.inf
     return found | dict.fromkeys(missing, math.inf)

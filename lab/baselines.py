@@ -58,7 +58,7 @@ class RewardModel(nn.Module):
         from transformers import AutoModelForSequenceClassification
 
         self.lm = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype="auto", use_safetensors=True, trust_remote_code=False)
+            folder, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
         self.compute = getattr(torch, precision)
 
     def forward(self, sequences: list[list[int]]) -> Tensor:
@@ -126,7 +126,7 @@ def reward_model(config: Baseline) -> None:
     heldout, _ = data.load_source("preference", config.heldout)
     torch.manual_seed(config.seed)  # of the new head
     model = policy.shard_policy(RewardModel(folder, config.precision))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     on_rank_0(f"making {run}", lambda: run.mkdir(parents=True, exist_ok=True))
     for step in tqdm(range(config.steps), disable=dist.get_rank() != 0):
         clock, rows = ranks.Clock(), pairs_of_step(config, sources, step)
@@ -180,9 +180,11 @@ def rm_gen(config: Baseline) -> None:
     check_judge(config, "ForCausalLM", "urpo.py --mix 1:1:0")
     tokenizer = chat.load_tokenizer(config.judge, config.chat_template)
     longest = config.max_judge_tokens + config.max_referee_tokens
-    on_rank_0("reading the judge", lambda: policy.check_model(config.judge, vocabulary=len(tokenizer), tokens=longest))
+    on_rank_0("reading the judge", lambda: policy.check_model(
+        config.judge, vocabulary=len(tokenizer), tokens=longest, tensor_parallel=config.tensor_parallel))
     judge = start_sampler(config.judge, max_tokens=longest, chat_template=tokenizer.chat_template, sleeps=False,
-                          sequences=config.batch // dist.get_world_size() * config.group, gpu_memory=config.gpu_memory)
+                          sequences=urpo.sequences_at_once(config), gpu_memory=config.gpu_memory,
+                          tensor_parallel=config.tensor_parallel)
 
     def score(config, sampler, policy_tokenizer, groups, step) -> None:
         urpo.self_score(config, judge, tokenizer, groups, step)
@@ -296,7 +298,7 @@ def sft(config: Baseline) -> None:
     log = runs.Log(asdict(config), program="sft", rows=data.checksums(sources), may_change=urpo.MAY_CHANGE,
                    about={"sources": told})
     model = policy.load_policy(folder, vocabulary=len(tokenizer), precision=config.precision)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     policy.check_packing(model)
     if log.saved:
         runs.load_checkpoint(log.saved, model, optimizer)

@@ -9,16 +9,15 @@ holds memory against an update under fake tensors, and time against published st
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Literal
-
-import pandas
 
 import data
 import urpo
 from infra import ranks
-from infra.policy import LOGIT_CHUNK, empty_model, model_config
+from infra.policy import LOGIT_CHUNK, check_heads, empty_model, model_config
 from infra.ranks import InputError
 from infra.sampler import BLOCK, SAMPLED_AT_ONCE
 from infra.settings import parse, setting
@@ -37,10 +36,14 @@ class Plan(urpo.Config):
 FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "tie_word_embeddings")
 SHAPES = {  # of the bases that the README names
-    "Qwen/Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
-    "Qwen/Qwen2.5-1.5B": ("qwen2", 151936, 1536, 8960, 28, 12, 2, True),
     "Qwen/Qwen2.5-0.5B": ("qwen2", 151936, 896, 4864, 24, 14, 2, True),
+    "Qwen/Qwen2.5-1.5B": ("qwen2", 151936, 1536, 8960, 28, 12, 2, True),
+    "Qwen/Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
+    "Qwen/Qwen2.5-14B": ("qwen2", 152064, 5120, 13824, 48, 40, 8, False),
+    "Qwen/Qwen2.5-32B": ("qwen2", 152064, 5120, 27648, 64, 40, 8, False),
+    "Qwen/Qwen2.5-72B": ("qwen2", 152064, 8192, 29568, 80, 64, 8, False),
     "OctoThinker/OctoThinker-8B-Hybrid-Base": ("llama", 128256, 4096, 14336, 32, 32, 8, False),
+    "meta-llama/Llama-3.1-70B": ("llama", 128256, 8192, 28672, 80, 64, 8, False),
 }
 
 
@@ -58,6 +61,7 @@ def planned_shape(model: str) -> SimpleNamespace:
         layer=layer,  # parameters of one layer
         root=lm.num_parameters() - layers * layer,  # those outside the layers: embedding, head, last norm
         hidden=config.hidden_size, inner=config.intermediate_size, vocabulary=config.vocab_size,
+        config=config, key_heads=config.num_key_value_heads,
         key_values=2 * layers * config.num_key_value_heads * head)  # that one token keeps, all layers together
 
 
@@ -89,14 +93,15 @@ def update_peak(shape, config, world: int) -> float:
 
 def gpu_memory(shape, config, world: int) -> dict[str, dict[str, float]]:
     """{what: {part: GiB}} of one rank from the second step on."""
-    state, weights = 4 * shape.parameters / world / 2**30, 2 * shape.parameters / 2**30
+    state = 0 if config.offload else 4 * shape.parameters / world / 2**30
+    weights = 2 * shape.parameters / config.tensor_parallel / 2**30
     largest = 6 * shape.vocabulary * shape.hidden / 2**30  # one whole tensor, in fp32 and in bf16
     rows = {
         "parameters": dict.fromkeys(PARTS, state),
         "gradients": {"update": state},
         "moments": dict.fromkeys(PARTS, 2 * state),
         "sampler weights": {"sync": weights},
-        "KV cache and its work": {"sync": config.gpu_memory * config.gpu_gib - weights},
+        "KV cache and its work": {"sync": max(0.0, config.gpu_memory * config.gpu_gib - weights)},
         "CUDA, NCCL, graphs": dict.fromkeys(PARTS, OTHER),
         "peak of the update": {"update": update_peak(shape, config, world)},
         "a tensor on its way": {"sync": largest},
@@ -105,11 +110,12 @@ def gpu_memory(shape, config, world: int) -> dict[str, dict[str, float]]:
 
 
 def cache_tokens(shape, config, world: int) -> float:
-    """Tokens whose keys and values the sampler's cache holds. Negative: not even the work beside it has room."""
-    sequences = config.batch // world * config.group
-    work = 4 * SAMPLED_AT_ONCE * (2 * shape.inner + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
-    room = config.gpu_memory * config.gpu_gib * 2**30 - 2 * shape.parameters - work
-    return room / (2 * shape.key_values)
+    """Tokens whose keys and values the cache of a sampler holds."""
+    sharers = config.tensor_parallel
+    sequences = config.batch // world * config.group * sharers
+    work = 4 * SAMPLED_AT_ONCE * (2 * shape.inner / sharers + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
+    room = max(0.0, config.gpu_memory * config.gpu_gib * 2**30 - 2 * shape.parameters / sharers - work)
+    return room * min(sharers, shape.key_heads) / (2 * shape.key_values)  # a key head is held at least once
 
 
 # Rates of one H100, stated, not measured by us. The cost formula and where they come from: docs/gpu.md.
@@ -117,27 +123,37 @@ MATMUL = 989e12  # FLOP a second of bf16, by the data sheet
 BANDWIDTH = 3.35e12  # bytes a second, by the data sheet
 UPDATE_SHARE, FORWARD_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.30, 0.25, 0.5, 0.7  # of these two, reached
 DECODE_OVERHEAD = 0.004  # seconds of a decode step outside the model
+REDUCE_SECONDS = 20e-6  # of one all-reduce between ranks that share a sampler: two a layer
+HOST_LINK, HOST_MEMORY = 25e9, 200e9  # bytes a second: of a GPU to its host (PCIe 4), of a node's own memory
 SYNC_SECONDS, GATHER = 2.0, 100e9  # a wake-up; bytes a second of weights gathered and loaded
 ANSWER_SHARE = 0.4  # of its limit is the mean length of an answer; measured runs of others: .2 to .5
 PROMPT_SHARE = {"preference": 0.4, "reasoning": 0.05, "instruction": 0.05}  # of --max_prompt_tokens
 
 
-def decode_seconds(shape, answers: float, mean_tokens: float, longest: float, context: float) -> float:
+def decode_seconds(shape, answers: float, mean_tokens: float, longest: float, context: float, sharers: int) -> float:
     """Seconds in which one GPU samples `answers` answers at a time, until the longest of them ends.
 
-    A decode step reads all weights once, and the keys and values of every answer that still runs.
+    A decode step reads all weights once, and the keys and values of every answer that still runs. So many GPUs that
+    share a sampler have as many times the answers, read a part of each, and add up their products in every layer.
     """
-    weights, cache = 2 * shape.parameters, 2 * shape.key_values * (context + mean_tokens / 2)
-    full = (weights + answers * cache) / (DECODE_SHARE * BANDWIDTH) + DECODE_OVERHEAD
-    last = weights / (DECODE_SHARE * BANDWIDTH) + DECODE_OVERHEAD
+    weights, cache = 2 * shape.parameters / sharers, 2 * shape.key_values * (context + mean_tokens / 2)
+    overhead = DECODE_OVERHEAD + (2 * shape.layers * REDUCE_SECONDS if sharers > 1 else 0.0)
+    full = (weights + answers * cache) / (DECODE_SHARE * BANDWIDTH) + overhead
+    last = weights / (DECODE_SHARE * BANDWIDTH) + overhead
     return mean_tokens * full + (longest - mean_tokens) * last
 
 
-def step_seconds(shape, world: int, kinds: list[tuple], judged: tuple, minibatches: int) -> dict[str, float]:
+def host_seconds(shape, world: int, rows: float, minibatches: int) -> float:
+    """What --offload adds to an update, seconds: for each row of a rank its weights to the GPU twice and its gradient
+    back, in fp32; then AdamW on the host, which reads and writes 28 bytes a parameter, for 8 ranks of a node."""
+    return (rows * 12 / HOST_LINK + minibatches * 28 * 8 / HOST_MEMORY) * shape.parameters / world
+
+
+def step_seconds(shape, world: int, kinds: list[tuple], judged: tuple, minibatches: int, sharers: int = 1) -> dict:
     """Seconds of the parts that cost anything, on so many H100, when all groups have a signal.
 
     kinds: (prompts, G, prompt tokens, mean answer tokens, limit of an answer) of each kind of a batch.
-    judged: (judgements, tokens of a judge's prompt).
+    judged: (judgements, tokens of a judge's prompt). sharers: GPUs of one sampler.
     """
     prompts = sum(count for count, *_ in kinds)
     answers = sum(count * group for count, group, *_ in kinds)
@@ -146,10 +162,10 @@ def step_seconds(shape, world: int, kinds: list[tuple], judged: tuple, minibatch
     longest = max(limit for *_, limit in kinds)
     prefill = 2 * shape.parameters / (PREFILL_SHARE * MATMUL * world)
     rollout = prompt_tokens * prefill + decode_seconds(
-        shape, answers / world, answer_tokens / answers, longest, prompt_tokens / prompts)
+        shape, answers / world, answer_tokens / answers, longest, prompt_tokens / prompts, sharers)
     count, judge_tokens = judged
     judging = count * judge_tokens * prefill
-    judging += decode_seconds(shape, count / world, 100, 400, judge_tokens) if count else 0.0
+    judging += decode_seconds(shape, count / world, 100, 400, judge_tokens, sharers) if count else 0.0
     flop = (prompt_tokens + answer_tokens) * 2 * shape.parameters
     forward = flop / (FORWARD_SHARE * MATMUL * world)
     return {"rollout": rollout, "self_score": judging, "old_logprobs": forward * (minibatches - 1) / minibatches,
@@ -168,16 +184,27 @@ def planned_seconds(shape, config, world: int) -> dict[str, float]:
     listed = config.judge_list or config.group  # answers in a judge's prompt, cut where they do not fit
     tokens = listed * ANSWER_SHARE * config.max_answer_tokens + PROMPT_SHARE["instruction"] * config.max_prompt_tokens
     judged = (counts["instruction"] * config.judgements * config.group // listed, min(tokens, config.max_judge_tokens))
-    return step_seconds(shape, world, kinds, judged, config.minibatches)
+    seconds = step_seconds(shape, world, kinds, judged, config.minibatches, config.tensor_parallel)
+    if config.offload:
+        tokens = sum(count * (prompt + group * mean) for count, group, prompt, mean, _ in kinds)
+        rows = max(config.minibatches, tokens / world / longest_row(config))
+        seconds["update"] += host_seconds(shape, world, rows, config.minibatches)
+    return seconds
 
 
 def does_not_fit(shape, config, world: int) -> str:
     """"" or what is too large for a GPU: a part of the step, or the sampler's longest sequence."""
-    together = gpu_memory(shape, config, world)["together"]
+    memory = gpu_memory(shape, config, world)
+    together, sampler = memory.pop("together"), memory["sampler weights"]["sync"]
+    if sampler > config.gpu_memory * config.gpu_gib:
+        return (f"a sampler's weights take {sampler:.1f} GiB of each GPU that holds it, and --gpu_memory "
+                f"{config.gpu_memory} gives {config.gpu_memory * config.gpu_gib:.1f}")
     worst = max(together, key=together.get)
     if together[worst] > config.gpu_gib:
-        return f"part {worst} needs {together[worst]:.1f} GiB of a GPU with {config.gpu_gib:.1f} GiB"
-    held = max(0.0, cache_tokens(shape, config, world))
+        most = max(memory, key=lambda what: memory[what].get(worst, 0.0))
+        return (f"part {worst} needs {together[worst]:.1f} GiB of a GPU with {config.gpu_gib:.1f} GiB, of which "
+                f"{memory[most][worst]:.1f} are {most}")
+    held = cache_tokens(shape, config, world)
     longest = -(-data.longest_sequence(config) // BLOCK) * BLOCK + BLOCK  # in blocks, of which vLLM holds one back
     if held < longest:
         return (f"the sampler's cache holds {held:.0f} tokens, and the longest prompt with its answer may take "
@@ -185,29 +212,54 @@ def does_not_fit(shape, config, world: int) -> str:
     return ""
 
 
+def advice(shape, plan: Plan) -> str:
+    """The first of the few settings that exist under which it fits, with the time of a step."""
+    several = product((1, 2, 4, 8), (plan.offload, True), (1, 2, 4, 8), (0.6, 0.5, 0.4, 0.3, 0.7, 0.8))
+    for more, offload, sharers, memory in several:
+        tried = replace(plan, nodes=more * plan.nodes, offload=offload, tensor_parallel=sharers, gpu_memory=memory)
+        world = tried.nproc * tried.nodes
+        try:
+            urpo.check(tried, world)
+            check_heads(plan.model, shape.config, sharers)
+        except InputError:  # these do not split
+            continue
+        if plan.nproc % sharers == 0 and not does_not_fit(shape, tried, world):
+            flags = []
+            for name, value in vars(tried).items():
+                if value != getattr(plan, name):
+                    flags.append(f"--{name} {value}")
+            return f"{' '.join(flags)}, about {sum(planned_seconds(shape, tried, world).values()):.0f} s a step"
+    return "nothing that this plan tries"
+
+
 def show(plan: Plan) -> str:
+    import pandas
+
     world, shape = plan.nproc * plan.nodes, planned_shape(plan.model)
     urpo.check(plan, world)
+    check_heads(plan.model, shape.config, plan.tensor_parallel)
     memory = pandas.DataFrame.from_dict(gpu_memory(shape, plan, world), orient="index", columns=PARTS)
-    seconds = planned_seconds(shape, plan, world)
-    total, parts = sum(seconds.values()), ", ".join(f"{part} {value:.0f}" for part, value in seconds.items())
     answer = plan.max_prompt_tokens / plan.group + max(plan.max_answer_tokens, plan.max_referee_tokens)
-    held = max(0.0, cache_tokens(shape, plan, world)) / answer
-    loading = plan.nproc * (2 * shape.parameters / 2**30 + 5)  # each rank reads the whole model in bf16
+    host = plan.nproc * (5 + (16 * shape.parameters / world / 2**30 if plan.offload else 0))  # 5: a process
     fault = does_not_fit(shape, plan, world)
+    if fault:
+        verdict = f"does NOT fit: {fault}\nwhat fits: {advice(shape, plan)}"
+    else:
+        seconds = planned_seconds(shape, plan, world)
+        total, parts = sum(seconds.values()), ", ".join(f"{part} {value:.0f}" for part, value in seconds.items())
+        verdict = (f"a step: about {total:.0f} s on H100s, within a factor of two ({parts})\n"
+                   f"the run: {plan.steps * total / 3600:.0f} hours for {plan.steps} steps\n\nit fits")
     return f"""{plan.model}: {shape.parameters / 1e9:.2f}B parameters on {world} GPUs of {plan.gpu_gib:g} GiB
 
 GiB of one rank, in the two parts that need the most
 {memory.to_string(float_format="%.2f", na_rep="-")}
 
-cache of a rank: {held:.0f} answers of full length at a time, of {plan.batch // world * plan.group} a step
+cache of a sampler: {cache_tokens(shape, plan, world) / answer:.0f} answers of full length at a time, of \
+{plan.batch // world * plan.group * plan.tensor_parallel} a step
 longest packed row: {longest_row(plan)} tokens
-host memory of a node: {loading:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} GB a checkpoint
+host memory of a node: {host:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} GB a checkpoint
 
-a step: about {total:.0f} s on H100s, within a factor of two ({parts})
-the run: {plan.steps * total / 3600:.0f} hours for {plan.steps} steps
-
-{f"does NOT fit: {fault}" if fault else "it fits"}"""
+{verdict}"""
 
 
 def main() -> None:

@@ -325,12 +325,8 @@ def main(arguments: list[str]) -> None:
             for flag in data.FLAGS.values():
                 files += [f"--{flag}", str(FOLDER / "heldout" / f"{flag}.jsonl")]
             eval.main(["heldout", *files, *flags], measure=measure)
-        case ["gold", run]:
-            import pandas
-
-            print(pandas.DataFrame(gold_of_run(Path(run))).to_string(index=False, float_format="%.2f", na_rep="-"))
         case _:
-            raise InputError("python -m lab.toy takes nothing, or `heldout --model M`, or `gold runs/NAME`")
+            raise InputError("python -m lab.toy takes nothing, or `heldout --model M`")
 
 
 if __name__ == "__main__":

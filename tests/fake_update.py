@@ -51,7 +51,7 @@ def main(case: dict) -> None:
     config = AutoConfig.for_model(**case["config"])
     config._attn_implementation = "fake_flex"
     with FakeTensorMode(allow_non_fake_inputs=True):
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         lm.train()
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         model = policy.shard_policy(policy.Policy(lm, case["vocabulary"], 1.0, torch.bfloat16, recompute=True))

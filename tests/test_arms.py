@@ -1,12 +1,8 @@
 """The comparisons: every arm can be run, what is done is not run again, and the tables say what the CSV says."""
 import fcntl
 import math
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 
 import pandas
 import pytest
@@ -14,7 +10,6 @@ from scipy import stats
 
 import data
 import urpo
-from conftest import ROOT
 from infra.settings import parse
 from lab import arms, baselines
 
@@ -87,20 +82,6 @@ def test_arms_are_run_measured_compared_and_not_run_again(pretended, capsys):
     arms.main(asked)  # what has a line is not run again
     assert ["arms-urpo-0" in call for call in (pretended / "calls").open()] == [True, True]
     assert set(pandas.read_csv(path).arm) == set(table.index)
-
-
-@pytest.mark.slow
-def test_a_signal_ends_what_runs_and_leaves_no_line_of_it(pretended):
-    program = (f"import sys; from pathlib import Path; from lab import arms; sys.executable = {sys.executable!r}\n"
-               f"arms.ROOT = Path.cwd(); arms.main(['--csv', 'arms.csv', '--ranks', '1', '--only', 'sft'])")
-    process = subprocess.Popen([PYTHON, "-c", program], cwd=pretended, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    log = pretended / "runs" / "arms-sft-0.log"
-    while not log.exists() or "started" not in log.read_text():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)  # as Ctrl-C
-    assert process.wait(timeout=60) == 130
-    assert list(pandas.read_csv(pretended / "arms.csv").arm) == ["urpo"]
 
 
 def test_a_wrong_flag_is_refused_before_all_runs_and_so_is_a_second_one_of_us(pretended, capsys):

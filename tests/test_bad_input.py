@@ -119,6 +119,7 @@ COMMANDS = [  # arguments, and what the message must say
     ("--batch 12 --mix 1:1:2 --warmup_steps 0", ["--both_orders", "--batch 24"]),
     ("--gpu_memory 1.5", ["--gpu_memory 1.5", "at most 1"]),
     ("--clip_low 1.1", ["--clip_low 1.1", "must hold 1"]),
+    ("--tensor_parallel 2", ["--tensor_parallel 2", "1 ranks", "use 1"]),
     ("--judge_list 1", ["--judge_list 1", "2 to 4"]),
     ("--judge_list 2 --judgements 3", ["--judgements 3", "for example 4"]),
     ("--judge_list 2 --judgements 8", ["--judgements 8", "6"]),
@@ -210,6 +211,13 @@ def test_a_message_quotes_anything_on_one_line_without_escapes_and_not_at_any_le
 
 
 # ---- the command itself, in a process of its own ----
+
+@pytest.mark.parametrize("program", ["urpo.py", "eval.py"])
+def test_another_python_without_torch_is_told_which_one_to_use(program):
+    code = f"import runpy, sys; sys.modules['torch'] = None; runpy.run_path({str(ROOT / program)!r})"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and ".venv/bin/python" in done.stderr
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, arguments, part", [

@@ -152,12 +152,6 @@ def test_sft_lowers_its_loss_and_its_checkpoint_loads(trained):
     assert (trained / "sft" / "checkpoints" / "last" / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
-def test_a_mistake_is_one_line(tmp_path, taught_model):
-    arguments = ("--mix", "0:1:1", "--heldout", f"{taught_model}/preferences.jsonl")
-    assert "0 rows of P" in baseline(tmp_path, taught_model, "reward_model", *arguments, status=2)
-
-
 @pytest.mark.parametrize("command, architecture, message", [
     (baselines.rm_score, "LlamaForCausalLM", "ForSequenceClassification"),
     (baselines.rm_gen, "LlamaForSequenceClassification", "ForCausalLM"),

@@ -1,9 +1,6 @@
 """`eval.py` rewardbench, reasoning, alpacaeval: figures beside those of others, and the commands without a sampler."""
 import itertools
 import json
-import math
-import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,59 +92,18 @@ def test_reasoning_measures_each_set_and_their_average(tmp_path, answering):
     assert figures[sets[0]]["mean@4"]["count"] == 1  # a repeated question is no independent trial
 
 
-def test_alpacaeval_writes_what_the_package_reads(tmp_path, answering, capsys):
-    from alpaca_eval import utils
-
+def test_alpacaeval_writes_the_fields_that_the_package_reads(tmp_path, answering, capsys):
     asked = [{"instruction": text, "dataset": "helpful_base"} for text in ("Hi?", "Why?", "Hi?")]
     (tmp_path / "set.json").write_text(json.dumps(asked))
     outputs = tmp_path / "model_outputs.json"
     answering(lambda prompt, _: f"to {prompt}")
     main(["alpacaeval", "--model", "m", "--data", str(tmp_path / "set.json"), "--outputs", str(outputs)])
-    frame = utils.load_or_convert_to_dataframe(outputs)
-    assert list(frame["output"]) == ["to Hi?", "to Why?", "to Hi?"] and utils.get_generator_name(None, frame) == "m"
+    assert json.loads(outputs.read_text()) == [
+        {"instruction": text, "output": f"to {text}", "generator": "m"} for text in ("Hi?", "Why?", "Hi?")]
     assert "1 to an instruction that stood in --data before" in capsys.readouterr().out
 
 
-@pytest.fixture
-def annotations(tmp_path):
-    """annotations.json as the package writes it: longer answers win more often, and one judgement is missing."""
-    import pandas
-
-    rng, rows = random.Random(0), []
-    for _ in range(120):
-        own, other = rng.randint(5, 400), rng.randint(5, 400)
-        won = rng.random() < 1 / (1 + math.exp(-(own - other) / 150 - 0.5))
-        rows.append({"instruction": "q", "output_1": "x" * other, "generator_1": "base", "output_2": "x" * own,
-                     "generator_2": "own", "annotator": "judge", "preference": 2.0 if won else 1.0})
-    rows[7]["preference"] = None
-    pandas.DataFrame(rows).to_json(tmp_path / "annotations.json", orient="records", indent=2)
-    return tmp_path / "annotations.json"
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_win_rates_of_annotations_are_those_of_the_alpaca_eval_package(annotations, tmp_path, monkeypatch, capsys):
-    """The package fetches how hard its instructions are, and what gamed models won: here both are made up."""
-    import pandas
-    from alpaca_eval.metrics import glm_winrate
-
-    gamed = pandas.DataFrame({"model": "gamed", "index": range(805), "instruction_difficulty": 0.0, "preference": 0.5,
-                              "std_delta_len": 0.1, "not_gamed_baseline": False})
-    gamed.to_csv(tmp_path / "gamed.csv", index=False)
-    monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: tmp_path / "gamed.csv")
-    main(["alpacaeval", "--annotations", str(annotations), "--json", str(tmp_path / "out.json")])
-    assert "own over base" in capsys.readouterr().out
-    found = json.loads((tmp_path / "out.json").read_text())["figures"]["alpacaeval"]
-    told = glm_winrate.get_length_controlled_winrate(pandas.read_json(annotations), save_weights_dir=None)
-    assert found["win rate"]["value"] == pytest.approx(told["win_rate"] / 100, abs=5e-5)
-    assert found["length-controlled"]["value"] == pytest.approx(told["length_controlled_winrate"] / 100, abs=5e-5)
-    wins = [row["preference"] - 1 for row in json.loads(annotations.read_text()) if row["preference"]]
-    assert found["win rate"]["value"] == pytest.approx(sum(wins) / len(wins), abs=5e-5)
-    assert found["win rate"]["count"] == len(wins) == 119
-    assert found["win rate"]["low"] < found["win rate"]["value"] < found["win rate"]["high"]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_is_refused_names_the_remedy(tmp_path, capsys, measuring, annotations, monkeypatch):
+def test_what_is_refused_names_the_remedy(tmp_path, capsys, measuring):
     good = tmp_path / "good.json"
     good.write_text(json.dumps([{"instruction": "q", "output": "good"}]))
     (tmp_path / "bad.json").write_text('[{"output": "q"}]')
@@ -157,14 +113,7 @@ def test_what_is_refused_names_the_remedy(tmp_path, capsys, measuring, annotatio
             (["--data", "pairs"], ["rewardbench", "--model", "m", "--data", ties]),
             (["--data"], ["reasoning", "--model", "m"]),
             (["entry 0", "'instruction'"], ["alpacaeval", "--model", "m", "--data", tmp_path / "bad.json"]),
-            (["entry 0", "'output_1'"], ["alpacaeval", "--annotations", good]),
-            (["--annotations", "network"], ["alpacaeval", "--annotations", annotations]),  # tests have none
-            (["--model", "--annotations"], ["alpacaeval", "--model", "m"]),
-            (["--model", "--annotations"],
-             ["alpacaeval", "--model", "m", "--data", good, "--annotations", annotations]),
             (["--outputs", "name a file"], ["alpacaeval", "--model", "m", "--data", good, "--outputs", tmp_path])]:
         err = fails(arguments, capsys)
         assert all(word in err for word in words), (words, err)
     assert sorted(tmp_path.iterdir()) == before
-    monkeypatch.setitem(sys.modules, "alpaca_eval.metrics", None)
-    assert "pip install alpaca-eval" in fails(["alpacaeval", "--annotations", annotations], capsys)

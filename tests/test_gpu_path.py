@@ -120,10 +120,13 @@ def test_a_cuda_build_that_sees_no_gpu_names_the_driver_and_does_not_train_on_th
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run tests/gpu/first_ten_minutes.py itself")
-def test_the_script_for_the_first_gpu_says_why_it_does_nothing_here():
-    done = subprocess.run([sys.executable, ROOT / "tests" / "gpu" / "first_ten_minutes.py"], capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and done.stdout.startswith("skipped: this torch sees no GPU"), done.stderr[-2000:]
+@pytest.mark.parametrize("flags, checks", [([], 0), (["--rehearse", "--trainer"], 13)])
+def test_the_script_for_the_first_gpu_is_rehearsed_on_a_cpu_or_says_why_it_does_nothing(tmp_path, flags, checks):
+    script = [sys.executable, ROOT / "tests" / "gpu" / "first_ten_minutes.py", "--out", tmp_path / "out.json"]
+    done = subprocess.run([*script, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("ok  ") == checks and "FAIL" not in done.stdout, done.stdout
+    assert checks or done.stdout.startswith("skipped: this torch sees no GPU")
 
 
 def test_the_readme_says_not_yet_run_until_there_are_figures_of_a_gpu():

@@ -2,7 +2,6 @@
 
 The parsers' outcomes, input by input, stand in test_rewards.py; refusals of bad input in test_bad_input.py.
 """
-import ast
 import json
 import os
 import re
@@ -192,11 +191,6 @@ TEXT = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=25).map(
 VALUE = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT, lambda inner: st.lists(
     inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS) | TEXT, inner, max_size=4), max_leaves=8)
 ROW = st.dictionaries(st.sampled_from(FIELDS), VALUE, max_size=5).map(json.dumps)
-MATHS = st.lists(st.sampled_from([
-    "x", "1", "9", "99", "+", "-", "^", "^{", "{", "}", "(", ")", "\\frac{", "\\sqrt{", "\\log", "!", "=", ",", "\\pi",
-    "\\infty", "\\sum_{n=1}^{9}", "\\int", "\\cup", "[", "]", "\\{", "\\}", "\\cdot", "|", "\\le", "\\binom{9}{4}",
-    "&", "\\\\", "\\begin{pmatrix}", "\\end{pmatrix}", "_", "\\text{a}", "\x00", "'", "\ud800"]),
-    min_size=2, max_size=14).map("".join)
 
 
 def whole_and_repeated(text):
@@ -235,13 +229,6 @@ def test_a_row_is_a_prompt_or_a_message_of_one_line(drawn, kind):
         else:
             assert prompt.kind == kind and prompt.instruction.strip()
             data.prompt_text(prompt).encode()  # tokenizers take UTF-8, so no half surrogate pair may come through
-
-
-@pytest.mark.slow
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(MATHS, st.sampled_from(["x^2", "\\frac{x}{3}", "(0,1]", "\\{1,2\\}"]))
-def test_an_answer_that_reaches_math_verify_earns_0_or_1(text, answer):
-    assert verify_answer(f"\\boxed{{{text}}}", answer) in (0, 1)
 
 
 # ---- math_verify: in a process of its own, stopped by the kernel ----
@@ -321,25 +308,7 @@ def test_no_answer_reaches_the_interpreter_a_file_or_a_process(monkeypatch, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- files and versions ----
-
-def test_no_script_evaluates_text_unpickles_or_trusts_remote_code():
-    sources = {str(path): path.read_text() for pattern in ("*.py", "infra/*.py", "lab/*.py")
-               for path in ROOT.glob(pattern)}
-    for script, source in {**sources, "the sandbox": answers.SANDBOX}.items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call):
-                called, where = ast.unparse(node.func), (script, node.lineno)
-                assert called not in ("eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen",
-                                      "yaml.load", "parse_expr", "sympify", "np.load", "numpy.load"), where
-                for option in node.keywords:
-                    assert option.arg != "shell", where
-                    if option.arg in ("trust_remote_code", "weights_only", "use_safetensors"):
-                        assert ast.unparse(option.value) == str(option.arg != "trust_remote_code"), where
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
-                assert not names & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, script
-
+# ---- files ----
 
 def test_a_runs_name_cannot_leave_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """lab/plan.py: memory against fake tensors, time against published steps (docs/gpu.md), the verdict, the command."""
 import json
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 import urpo
 from conftest import ROOT
+from infra.settings import parse
 from lab import plan
 
 SEVEN_B = plan.planned_shape("Qwen/Qwen2.5-7B")
@@ -20,7 +22,7 @@ def settings(**changes) -> plan.Plan:
 # ---- memory ----
 
 FAKE = {  # model, ranks, tokens of a prompt, of an answer
-    "layer": ("Qwen/Qwen2.5-7B", 8, 512, 1984),  # 16,384 tokens: a layer at work is the peak
+    "layer": ("Qwen/Qwen2.5-32B", 8, 512, 1984),  # 16,384 tokens: a layer at work is the peak
     "root": ("Qwen/Qwen2.5-7B", 8, 512, 192),  # 2,048 tokens: the whole gradient of embedding and head is
     "head": ("Qwen/Qwen2.5-1.5B", 1, 512, 960),  # one GPU: the logits are
 }
@@ -100,6 +102,29 @@ def test_a_judges_prompt_costs_the_answers_that_it_lists_and_never_more_than_its
 def test_what_does_not_fit_is_the_largest_part_or_else_the_cache(changes, world, fault):
     found = plan.does_not_fit(SEVEN_B, settings(**changes), world)
     assert fault in found and bool(found) == bool(fault)
+
+
+TABLE = re.findall(r"^\| ([\d.]+)B, (\d+)( \(24\))? \| (.*?) \| ([\d.]+), ([\d.]+) \| (\d+) s \|",
+                   (ROOT / "docs" / "gpu.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("size, cards, small, flags, update, sync, seconds", TABLE)
+def test_a_row_of_the_table_of_models_and_cards_is_what_the_plan_says(size, cards, small, flags, update, sync, seconds):
+    asked = [flag for flag in flags.strip("`").split() if flags != "none"]
+    config = parse(plan.Plan, urpo.PRESETS, [*asked, "--model", f"Qwen/Qwen2.5-{size}B"], "")
+    config.gpu_gib, shape = 24.0 if small else 79.6, plan.planned_shape(config.model)
+    assert plan.does_not_fit(shape, config, int(cards)) == ""
+    together = plan.gpu_memory(shape, config, int(cards))["together"]
+    found = [f"{together['update']:.1f}", f"{together['sync']:.1f}"]
+    assert [*found, f"{sum(plan.planned_seconds(shape, config, int(cards)).values()):.0f}"] == [update, sync, seconds]
+
+
+def test_70b_by_hand(monkeypatch, capsys):
+    """70.55e9 parameters at 2 bytes are 131.4 GiB; at 4 bytes over 32 cards 8.21."""
+    assert len(TABLE) == 8
+    text = planned(monkeypatch, capsys, "--model meta-llama/Llama-3.1-70B --nodes 4 --gpu_gib 79.6")
+    assert "sampler's weights take 131.4 GiB" in text and re.search(r"parameters +8.21", text)
+    assert "what fits: --tensor_parallel 4 --offload True, about 139 s" in text and "a step: " not in text
 
 
 # ---- the command ----

@@ -11,6 +11,7 @@ from conftest import VOCABULARY, assert_same_gradients, gradients, packed, plain
 from infra import policy as policies
 from infra import ranks, rows
 from infra.ranks import InputError
+from tiny_run import run_program
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -70,28 +71,75 @@ def test_a_model_whose_attention_does_what_a_packed_row_does_not_is_refused(make
 
 # ---- weights ----
 
-def test_of_a_bf16_folder_only_the_layer_about_to_be_sharded_is_in_fp32_and_no_number_is_lost(
-        tmp_path, tiny_model, process_group, monkeypatch):
-    import torch.distributed.fsdp as fsdp
+def test_weights_are_the_folders_in_fp32_and_one_that_is_missing_or_of_another_shape_is_named(
+        tmp_path, tiny_model, process_group):
+    from safetensors.torch import load_file, save_file
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
-    shard, seen, whole, root = fsdp.fully_shard, [], [], []
-
-    def spy(module, **options):
-        for part, found in ((module, whole), (root[0], seen)):
-            found.append({str(p.dtype) for p in part.parameters() if not isinstance(p, policies.DTensor)})
-        return shard(module, **options)
-
-    monkeypatch.setattr(fsdp, "fully_shard", spy)
-    shard_policy = policies.shard_policy
-    monkeypatch.setattr(policies, "shard_policy", lambda policy: root.append(policy) or shard_policy(policy))
     policy = policies.load_policy(str(tmp_path), vocabulary=VOCABULARY, precision="float32")
-    assert whole == [{"torch.float32"}] * 3  # two layers, each just before its turn, then the rest
-    assert seen[:2] == [{"torch.float32", "torch.bfloat16"}] * 2
     for name, weight in policies.full_weights(policy):
         assert weight.dtype == torch.float32 and torch.equal(weight, model.state_dict()[name].float()), name
+    weights = load_file(tmp_path / "model.safetensors")
+    norm = weights.pop("model.norm.weight")
+    for more, said in (({}, "hold None for model.norm.weight"), ({"model.norm.weight": norm[:9]}, r"hold \[9\] for")):
+        save_file(weights | more, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=f"{said}.*save_pretrained"):
+            policies.load_policy(str(tmp_path), vocabulary=VOCABULARY, precision="float32")
+
+
+def test_heads_that_do_not_split_over_the_sharers_of_a_sampler_name_numbers_that_do():
+    qwen = SimpleNamespace(num_attention_heads=28, num_key_value_heads=4)
+    for number in (1, 2, 4, 28):
+        policies.check_heads("m", qwen, number)
+    with pytest.raises(InputError, match="--tensor_parallel 3: m has 28 .* 4 of keys, which go to 1, 2, 4, 28 ranks"):
+        policies.check_heads("m", qwen, 3)
+
+
+def test_offload_changes_no_digit(tiny_model, process_group):
+    found = []
+    for offload in (False, True):
+        policy = policies.load_policy(tiny_model, vocabulary=VOCABULARY, precision="float32", offload=offload)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+        for row in policies.accumulate(policy, [packed(random_groups(2, seed)) for seed in (1, 2)]):
+            policy(row).square().sum().backward()
+        norm = policies.clip_gradient(policy, 0.1)
+        optimizer.step()
+        found.append([torch.tensor(norm), *(weight for _, weight in policies.full_weights(policy))])
+    assert all(map(torch.equal, *found))
+
+
+LOAD = """
+import json, resource
+from infra import policy as policies, ranks
+if __name__ == "__main__":
+    ranks.start_ranks()
+    policies.load_policy({tiny!r}, vocabulary=512, precision="float32")  # all code that loading needs
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    policy = policies.load_policy("model", vocabulary=512, precision="float32")
+    own = sum(weight.to_local().numel() * 4 for weight in policy.parameters()) / 1024
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    total = ranks.all_reduce(grown - own) / 2**20
+    if policies.dist.get_rank() == 0:
+        print("\\nGiB", total, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_load_a_model_of_a_gigabyte_in_at_most_1_3_of_it_beside_what_they_keep(tmp_path, tiny_model):
+    """With the pages of its file that they have read, which the kernel shares and can drop."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=32768, hidden_size=1024, intermediate_size=4096, num_hidden_layers=28, num_attention_heads=8,
+            num_key_value_heads=8)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size / 2**30
+    used = float(run_program(tmp_path, LOAD.format(tiny=tiny_model), ranks=2).rpartition("\nGiB ")[2].split()[0])
+    assert size > 0.95 and used < 1.3 * size
 
 
 # ---- ranks ----

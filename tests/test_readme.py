@@ -157,18 +157,27 @@ def test_the_recipes_of_kl_a_tracker_and_a_fourth_kind(fork, taught_model, tmp_p
     row = json.dumps({"instruction": "Name a bird.", "words": -1})
     (tmp_path / "briefs.jsonl").write_text(f"{row}\n{row}\n")
     run(tmp_path, taught_model, *"--briefs briefs.jsonl --mix 0:0:0:1 --batch 8 --steps 2 --kl 1".split(),
-        "--weight_decay", "50", ranks=1, program=tmp_path / "urpo.py")
+        "--lr", "1.5", ranks=1, program=tmp_path / "urpo.py")
     log = lines(tmp_path / "runs" / "e2e" / "log.jsonl")
     assert [line["brief"]["zero_spread"] for line in log] == [1, 1] and [line["updates"] for line in log] == [2, 2]
     assert 0 <= log[0]["loss"] < log[1]["loss"]
     assert lines(tmp_path / "said") == [{key: line[key] for key in line if key != "step"} for line in log]
 
 
-def test_the_tables_of_the_speed_page_are_what_the_benchmark_printed(monkeypatch, capsys):
+@pytest.mark.slow
+def test_our_sides_of_the_benchmark_run_at_real_lengths(taught_model, tmp_path):
+    command = [sys.executable, ROOT / "tests/bench/speed.py", "--model", taught_model, "--out", tmp_path / "out",
+               "--parts", "rollout", "growth", "--repeats", "1", "--cases", "a", "512 prompt tokens"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out").read_text())
+    assert found["rollout"]["a"]["rollout"]["seconds"] > 0 and found["growth"]["512 prompt tokens"]["ours"]["rest"] > 0
+
+
+def test_the_table_of_the_speed_page_is_what_the_benchmark_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [*sys.path])
     speed = runpy.run_path(str(ROOT / "tests" / "bench" / "speed.py"), run_name="speed")
     found = json.loads((ROOT / "docs" / "speed.json").read_text())
-    for part in found.keys() & speed["PARTS"].keys():
-        speed["show"](part, found[part])
+    speed["show"]("step", found["step"])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert printed and all(line in PAGES["docs/speed.md"] for line in printed)

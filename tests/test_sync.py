@@ -23,7 +23,7 @@ class Sampler(nn.Module):
 
     def __init__(self, weights, dtype):
         super().__init__()
-        self.held = {}
+        self.held, self.sizes = {}, {}
         for name, weight in weights.items():
             parts = next((parts for parts in PACKED.values() for part in parts if f".{part}." in name), None)
             if parts is None:
@@ -32,11 +32,18 @@ class Sampler(nn.Module):
                 packed = next(packed for packed in PACKED if PACKED[packed] is parts)
                 rows = [weights[name.replace(parts[0], part)] for part in parts]
                 self.held[name.replace(parts[0], packed)] = torch.cat(rows).to(dtype)
+                self.sizes[name.replace(parts[0], packed)] = list(map(len, rows))
         for name in ("lm_head.weight", "model.embed_tokens.weight"):
             self.held[name] = torch.cat([self.held[name], torch.zeros(64, self.held[name].shape[1], dtype=dtype)])
 
-    def named_parameters(self, remove_duplicate=True):
-        return iter(self.held.items())
+    def named_modules(self):
+        for name, weight in self.held.items():
+            path, _, kind = name.rpartition(".")
+            module = nn.Module()
+            module.register_parameter(kind, nn.Parameter(weight, requires_grad=False))
+            if name in self.sizes:
+                module.output_partition_sizes = self.sizes[name]
+            yield path, module
 
 
 @pytest.fixture
@@ -154,6 +161,74 @@ def test_sync_with_a_real_sampler_notices_each_fault(taught_model, smol_tokenize
                             ("swapped layers", "layers.")):
             assert str(result[fault]).startswith("sync: ") and part in result[fault], (fault, result)
     assert "lm_head.weight" in tied["stale head"]  # which has to be packed by hand
+
+
+# ---- a sampler that several ranks share ----
+
+SHARED = """
+import json, random
+import torch
+import torch.distributed as dist
+from infra import policy as policies, ranks, sampler as samplers
+
+def texts():
+    '''Answers to six prompts; the last of several ranks has none of its own.'''
+    rng, found = random.Random(0), {}
+    prompts = [[rng.randrange(20, 500) for _ in range(rng.randint(3, 60))] for _ in range(6)]
+    own = [i for i in range(6) if i % max(1, dist.get_world_size() - 1) == dist.get_rank()]
+    answers = samplers.generate(sampler, [prompts[i] for i in own], n=2, max_tokens=[12] * len(own), seeds=own,
+                                temperature=1.0)
+    for part in ranks.exchange({i: [sample.ids for sample in samples] for i, samples in zip(own, answers)}):
+        found |= part
+    return sorted(found.items())
+
+def seen(name):
+    '''What differs when the trainer's rows of one tensor change places.'''
+    changed = sketches | {name: sketches[name].roll(1)}
+    found = samplers.differences(changed, sampler.apply_model(samplers.sampler_sketches)[0])
+    return [held for held, distance in found.items() if distance > samplers.LARGEST_DISTANCE]
+
+if __name__ == "__main__":
+    ranks.start_ranks()
+    sampler = samplers.start_sampler("model", max_tokens=128, chat_template="", gpu_memory=0.5, sequences=64,
+                                     tensor_parallel=dist.get_world_size())
+    policy, sketches = policies.load_policy("model", vocabulary=512, precision="float32"), {}
+    before = texts()
+    for weight in policy.parameters():
+        weight.data.mul_(1.1)
+    said = dict(sync=samplers.sync(sampler, policy), texts=[before, texts()], seen={})
+    for _ in samplers.sketched(policies.full_weights(policy), torch.float32, sketches):
+        pass
+    for part in ("mlp.down_proj.weight", "mlp.up_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.bias"):
+        said["seen"][part] = seen(f"model.layers.1.{part}")
+    if dist.get_rank() == 0:
+        print("\\nsaid", json.dumps(said), flush=True)
+    dist.barrier()
+    samplers.os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_four_ranks_that_share_a_sampler_get_the_tokens_of_one_and_notice_each_fault(smol_tokenizer, tmp_path):
+    """Of four query heads each rank has one, of two key heads every two ranks one; biases, and a head of its own."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=512, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=512))
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(weight)
+    for one in (model, smol_tokenizer):
+        one.save_pretrained(tmp_path / "model")
+    alone, four = [json.loads(run_program(tmp_path, SHARED, ranks=ranks).rpartition("\nsaid ")[2].splitlines()[0])
+                   for ranks in (1, 4)]
+    assert alone["texts"] == four["texts"] and alone["texts"][0] != alone["texts"][1]
+    for said in (alone, four):
+        assert said["sync"] <= samplers.LARGEST_DISTANCE / 2
+        for part, names in said["seen"].items():
+            held = {"up_proj": "gate_up_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+            name = ".".join(held.get(word, word) for word in part.split("."))
+            assert names and all(found.removesuffix(", packed") == f"model.layers.1.{name}" for found in names)
 
 
 # ---- options and calls ----

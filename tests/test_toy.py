@@ -1,9 +1,7 @@
 """lab/toy.py: the examples of the laptop's world, their files, and the hidden gold of an answer."""
 import json
 import random
-import sys
 import zlib
-from types import SimpleNamespace
 
 import pytest
 
@@ -148,16 +146,7 @@ def test_heldout_files_begin_with_the_rows_of_all_figures_reported_so_far(folder
             assert all(toy.read_instruction(prompt.instruction)[1] for prompt in prompts)
 
 
-def test_heldout_measures_this_worlds_files_by_its_gold(monkeypatch):
-    called, files = [], []
-    monkeypatch.setitem(sys.modules, "eval", SimpleNamespace(main=lambda *args, **named: called.append((args, named))))
-    toy.main(["heldout", "--model", "M"])
-    for flag in data.FLAGS.values():
-        files += [f"--{flag}", str(toy.FOLDER / "heldout" / f"{flag}.jsonl")]
-    assert called == [((["heldout", *files, "--model", "M"],), {"measure": toy.measure})]
-
-
-def test_the_gold_of_a_run(tmp_path, capsys):
+def test_the_gold_of_a_run(tmp_path):
     rows = [(0, "reasoning", "1 + 1?", ["2", "3"], [1.0, 0.0]), (1, "instruction", "Say hi.", ["hi", "ho"], [1.0, 2.0])]
     for ask, rewards in ((".", [9.0, 2.0]), (".", None), (" in capital letters only.", [2.0, 2.0])):
         rows.append((1, "instruction", "Tell me about dogs" + ask, ["Dogs bark at cats.", "Cats bark at"], rewards))
@@ -168,12 +157,7 @@ def test_the_gold_of_a_run(tmp_path, capsys):
     assert toy.gold_of_run(tmp_path) == [
         {"step": 0, "gold": None, "all_four": None, "judge_tau": None},
         {"step": 1, "gold": 0.5, "all_four": 2 / 6, "judge_tau": 0.5}]
-    toy.main(["gold", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["0", "-", "-", "-"] and lines[2].split() == ["1", "0.50", "0.33", "0.50"]
-
-
-def test_mistakes_are_named_with_their_remedy():
-    for arguments in (["gold", "nowhere"], ["rows"]):
-        with pytest.raises(InputError, match="runs/"):
-            toy.main(arguments)
+    with pytest.raises(InputError, match="runs/"):
+        toy.gold_of_run("nowhere")
+    with pytest.raises(InputError, match="heldout --model"):
+        toy.main(["rows"])

@@ -2,10 +2,11 @@
 
     python tests/gpu/first_ten_minutes.py                        one card
     torchrun --nproc_per_node=2 tests/gpu/first_ten_minutes.py   two cards, all but the first check
+    python tests/gpu/first_ten_minutes.py --trainer              the trainer alone: no vLLM, no hub, no download
     python tests/gpu/first_ten_minutes.py --rehearse             on a CPU with toy/model: that it works itself
 
-It prints one line a check, goes on after a check that fails, and on a GPU writes docs/gpu.json. Without one it says so
-and ends: nothing is called good that was not run.
+It prints one line a check, and goes on after a check that fails. --out FILE keeps the lines as JSON; `docs/gpu.json` is
+what the README quotes. Without a GPU it says so and ends: nothing is called good that was not run.
 """
 import argparse
 import json
@@ -14,6 +15,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +28,9 @@ from torch._dynamo.utils import counters
 
 import urpo
 from data import Group, Prompt
-from infra import chat, policy, ranks, rows, sampler
-from infra.ranks import DEVICE, GPU
-from lab import toy
+from infra import chat, policy, ranks, rows, runs, sampler
+from infra.ranks import GPU
+from lab import plan, toy
 
 RESULTS = []
 PROMPTS = ["What is 17 + 25?", "Name three rivers of Europe.", "Write a sentence about owls.", "Is 91 a prime number?"]
@@ -112,41 +114,154 @@ class Bench:
         return f"ids below {size}; equal seeds repeat"
 
 
-def attend(prompt: int, lengths: list[int]):
-    """(row, query, key, value, output) of transformers' own compiled FlexAttention over a row of one group."""
-    from transformers.integrations.flex_attention import flex_attention_forward
-
-    answers, logprobs = [[0] * length for length in lengths], [[0.0] * length for length in lengths]
-    row = row_of([Group(0, None, [0] * prompt, answers, advantages=[1.0] * len(lengths), sampler_logprobs=logprobs)])
-    shape = dict(device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    query, key, value = (torch.randn(1, heads, len(row.ids_T), 64, **shape) for heads in (14, 2, 2))
-    output, _ = flex_attention_forward(SimpleNamespace(training=True), query, key, value, rows.block_mask(row),
-                                       scaling=0.125, row=row, dropout=0.0)
-    return row, query, key, value, output.transpose(1, 2)
+# ---- the trainer alone, with random weights in the shapes of a base
 
 
-def attention(tokens: int) -> str:
-    """Compiled FlexAttention, forward and backward, against dense attention of some of the queries."""
-    row, query, key, value, found = attend(tokens // 4, [(tokens - tokens // 4) // 6] * 6)
-    index_T = torch.arange(len(row.ids_T), device=DEVICE)
-    some = torch.randperm(len(index_T), device=DEVICE)[:2048]  # all of 16,384 would fill a card
-    seen = rows.visible(row)(0, 0, some[:, None], index_T[None, :])
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query[:, :, some], key, value, attn_mask=seen, enable_gqa=True)
-    gain = torch.randn_like(expected)
-    own = torch.autograd.grad((found[:, :, some] * gain).sum(), (query, key, value))
-    for one, other in zip(own, torch.autograd.grad((expected * gain).sum(), (query, key, value))):
-        assert (one - other).norm() <= 0.03 * other.norm(), "a gradient differs by more than 3 %, or is not finite"
-    return near((found[:, :, some] - expected).abs().max().item(), 0.05, f"{len(index_T)} tokens, largest difference")
+def random_weights(policy, folder: str) -> None:
+    """In the place of policy.read_weights."""
+    with torch.no_grad():
+        for weight in policy.parameters():
+            own = weight.to_local()
+            own.fill_(1.0) if own.ndim == 1 else own.normal_(std=0.02)
 
 
-def recompiles() -> str:
-    """How many graphs rows of 30 lengths compile, as part 6 meets them."""
-    rng, before = random.Random(0), counters["stats"].get("unique_graphs", 0)
-    for _ in range(30):
-        *_, output = attend(rng.randint(20, 400), [rng.randint(5, 200) for _ in range(8)])
-        output.sum().backward()
-    return near(counters["stats"].get("unique_graphs", 0) - before, 8, "graphs of 30 lengths")
+def group_of(tokens: int, answers: int = 8) -> Group:
+    """Random token ids: a prompt of a sixteenth of all, and so many answers."""
+    rng, prompt = random.Random(tokens), max(2, tokens // 16)
+    length = (tokens - prompt) // answers
+    ids, *texts = [[rng.randrange(3, 500) for _ in range(size)] for size in [prompt] + [length] * answers]
+    return Group(0, None, ids, texts, advantages=[1.0, -1.0] * (answers // 2),
+                 sampler_logprobs=[[-6.0] * length] * answers)
+
+
+def clock(work) -> tuple[float, float, float]:
+    """(seconds until the work is done, seconds until Python was, GiB that it took at most). After one turn before."""
+    work()
+    held = 0
+    if GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    started = time.perf_counter()
+    work()
+    host = time.perf_counter() - started
+    if GPU:
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - started
+    return wall, host, (torch.cuda.max_memory_allocated() - held) / 2**30 if GPU else 0.0
+
+
+class Trainer:
+    """A policy of random weights. `shape` holds what plan.SHAPES does."""
+
+    def start(self, shape: tuple, precision: str = "bfloat16", recompute: bool = True) -> str:
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(**dict(zip(plan.FIELDS, shape)), max_position_embeddings=65536)
+        self.folder, policy.read_weights = tempfile.mkdtemp(), random_weights
+        config.save_pretrained(self.folder)
+        self.policy = policy.load_policy(
+            self.folder, vocabulary=config.vocab_size, precision=precision, recompute=recompute)
+        self.shape = plan.planned_shape(self.folder)
+        return f"{self.shape.parameters / 1e9:.2f}B parameters, {self.shape.layers} layers, {precision}"
+
+    @torch.no_grad()
+    def look(self, row) -> None:
+        self.policy(row)
+
+    def learn(self, row) -> None:
+        for one in policy.accumulate(self.policy, [row]):
+            (-one.weight_N * one.advantage_N * self.policy(one)).sum().backward()
+
+    def forward(self, tokens: int) -> str:
+        row = row_of([group_of(tokens)])
+        wall, host, _ = clock(lambda: self.look(row))
+        share = 2 * self.shape.parameters * len(row.ids_T) / wall / plan.MATMUL
+        return f"{wall:.2f} s, Python {host:.2f} s; {share:.2f} of 989 TFLOP/s, planned {plan.FORWARD_SHARE}"
+
+    def both(self, tokens: int) -> str:
+        row = row_of([group_of(tokens)])
+        wall, host, gib = clock(lambda: self.learn(row))
+        self.policy.zero_grad()
+        share = 6 * self.shape.parameters * len(row.ids_T) / wall / plan.MATMUL
+        config = plan.Plan(row_tokens=tokens, max_prompt_tokens=1, max_answer_tokens=1, max_referee_tokens=1)
+        planned = plan.update_peak(self.shape, config, 1)
+        return (f"{wall:.2f} s, Python {host:.2f} s; {share:.2f} of 989 TFLOP/s, planned {plan.UPDATE_SHARE}; "
+                f"{gib:.1f} GiB, planned {planned:.1f}")
+
+    def packed(self, limit: float) -> str:
+        """Log-probs and gradients of a packed row of two groups against those of separate sequences."""
+        groups = [group_of(700, 4), group_of(400, 4)]
+        self.learn(row_of(groups))
+        found = [weight.grad.full_tensor().clone() for weight in self.policy.parameters()]
+        packed_N = self.policy(row_of(groups)).detach()
+        self.policy.zero_grad()
+        plain = []
+        for group in groups:
+            for answer, advantage in zip(group.answers, group.advantages):
+                logprob_N = self.policy.plain_logprobs(group.prompt_ids + answer, len(answer))
+                (-1e-3 * advantage * logprob_N).sum().backward()
+                plain.append(logprob_N.detach())
+        far = [(own - weight.grad.full_tensor()).norm() / weight.grad.full_tensor().norm().clamp(min=1e-12)
+               for own, weight in zip(found, self.policy.parameters())]
+        self.policy.zero_grad()
+        distance = (packed_N - torch.cat(plain)).abs().mean().item()
+        return f"{near(distance, limit, 'nats a token')}; {near(max(far).item(), 3 * limit, 'gradients, relative')}"
+
+    def graphs(self) -> str:
+        """How many graphs rows of 30 lengths compile."""
+        rng, before, started = random.Random(0), counters["stats"].get("unique_graphs", 0), time.perf_counter()
+        for _ in range(30):
+            self.learn(row_of([group_of(rng.randint(100, 2000))]))
+        found = near(counters["stats"].get("unique_graphs", 0) - before, 8, "graphs of 30 lengths")
+        return f"{found}, {time.perf_counter() - started:.0f} s"
+
+    def mask(self, tokens: int) -> str:
+        row = row_of([group_of(tokens)])
+        return "{:.3f} s, Python {:.3f} s, {:.1f} GiB".format(*clock(lambda: rows.block_mask(row)))
+
+    def update(self, tokens: int) -> str:
+        """An optimiser step, saved and loaded again."""
+        row, optimizer = row_of([group_of(tokens)]), torch.optim.AdamW(self.policy.parameters(), fused=True)
+        self.learn(row)
+        started = time.perf_counter()
+        urpo.step_optimizer(CONFIG, self.policy, optimizer)
+        seconds = [time.perf_counter() - started]
+        weight = next(self.policy.parameters()).full_tensor().clone()
+        saved, tokenizer = Path(self.folder, "checkpoints", "step_1"), SimpleNamespace(save_pretrained=lambda folder: 0)
+        runs.save_checkpoint(saved, self.policy, optimizer, tokenizer, settings={"keep": 0})
+        seconds.append(time.perf_counter() - started)
+        random_weights(self.policy, "")
+        runs.load_checkpoint(saved, self.policy, optimizer)
+        seconds.append(time.perf_counter() - started)
+        assert torch.equal(weight, next(self.policy.parameters()).full_tensor()), "another weight was loaded"
+        return "AdamW {:.2f} s, with saving {:.0f} s, with loading {:.0f} s".format(*seconds)
+
+
+def train_alone(rehearsed: bool) -> None:
+    """All checks of the trainer. What a CPU has of it, and in tiny sizes, when it is rehearsed."""
+    seven, small = plan.SHAPES["Qwen/Qwen2.5-7B"], plan.SHAPES["Qwen/Qwen2.5-1.5B"]
+    sizes, more = (16384, 20480), (8192, 32768)
+    if rehearsed:
+        seven, small = ("qwen2", 512, 64, 128, 2, 4, 2, False), ("qwen2", 512, 64, 128, 2, 4, 2, True)
+        sizes, more = (256, 320), (128, 512)
+    ranks.start_ranks()
+    bench = Trainer()
+    if check("T1. random weights in the shape of 7B", lambda: bench.start(seven)):
+        for tokens in sizes:
+            check(f"T2. forward, {tokens} tokens", lambda: bench.forward(tokens))
+            check(f"T3. forward and backward, {tokens} tokens", lambda: bench.both(tokens))
+    two_layers = (*seven[:4], 2, *seven[5:])
+    for precision, limit in (("bfloat16", 0.05), ("float32", 1e-3 if GPU else 1e-5)):
+        if check(f"T4. two layers of it in {precision}", lambda: bench.start(two_layers, precision, recompute=False)):
+            check("T4. a packed row equals separate sequences", lambda: bench.packed(limit))
+    if GPU:
+        check(f"T5. the mask of {sizes[0]} tokens", lambda: bench.mask(sizes[0]))
+        check("T6. graphs over 30 lengths of a row", bench.graphs)
+    if check("T7. random weights in the shape of 1.5B", lambda: bench.start(small)):
+        check("T7. an optimiser step, save, load", lambda: bench.update(sizes[0]))
+        for tokens in more:
+            check(f"T8. forward and backward, {tokens} tokens", lambda: bench.both(tokens))
 
 
 def train(model: str) -> str:
@@ -169,12 +284,27 @@ def train(model: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Qwen/Qwen2.5-0.5B; rehearsed with toy/model")
+    parser.add_argument("--trainer", action="store_true", help="without a sampler")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU")
+    parser.add_argument("--out", type=Path, help="keep the lines there, as JSON")
     args = parser.parse_args()
     if not GPU and not args.rehearse:
         print(f"skipped: this torch sees no GPU. {ranks.missing_gpu()}".strip())
         return
-    model = args.model or (str(ROOT / "toy" / "model") if args.rehearse else "Qwen/Qwen2.5-0.5B")
+    if args.trainer:
+        train_alone(args.rehearse)
+    else:
+        with_sampler(args.model or (str(ROOT / "toy" / "model") if args.rehearse else "Qwen/Qwen2.5-0.5B"))
+    if RESULTS:  # on rank 0
+        print(f"{sum(result['good'] for result in RESULTS)} of {len(RESULTS)} checks are good", flush=True)
+        if args.out:
+            device = torch.cuda.get_device_name() if GPU else "a CPU: this says nothing of a GPU"
+            about = {"device": device, "torch": torch.__version__, "checks": RESULTS}
+            args.out.write_text(json.dumps(about, indent=1) + "\n")
+    os._exit(0)
+
+
+def with_sampler(model: str) -> None:
     bench = Bench()
     if "RANK" not in os.environ:  # under torchrun this script itself takes the cards
         check("1. urpo.py: two steps, save, resume, one step", lambda: train(model))
@@ -183,16 +313,6 @@ def main() -> None:
         check("4. padded ids, equal seeds", bench.padded_ids)
         for number in (1, 2, 3):
             check(f"5. an optimiser step, sleep, wake, memory, cycle {number}", lambda: bench.cycle(number))
-    if GPU:
-        for tokens in (300, 1000, 16384):
-            check(f"6. compiled attention against dense attention, {tokens} tokens", lambda: attention(tokens))
-        check("6. graphs over 30 lengths of a row", recompiles)
-    if RESULTS:  # on rank 0
-        print(f"{sum(result['good'] for result in RESULTS)} of {len(RESULTS)} checks are good", flush=True)
-        if GPU:
-            about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": RESULTS}
-            (ROOT / "docs" / "gpu.json").write_text(json.dumps(about, indent=1) + "\n")
-    os._exit(0)
 
 
 if __name__ == "__main__":
