@@ -31,6 +31,7 @@ class Plan(urpo.Config):
     gpu_gib: float = setting(79.0, "GiB of one GPU", above=0)
     nproc: int = setting(8, "ranks of a node, a GPU each", above=0)
     nodes: int = setting(1, "machines", above=0)
+    judge: bool = setting(False, "a frozen judge has a sampler of its own, which never sleeps: lab.baselines rm_gen")
 
 
 FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -102,6 +103,7 @@ def gpu_memory(shape, config, world: int) -> dict[str, dict[str, float]]:
         "moments": dict.fromkeys(PARTS, 2 * state),
         "sampler weights": {"sync": weights},
         "KV cache and its work": {"sync": max(0.0, config.gpu_memory * config.gpu_gib - weights)},
+        "frozen judge": dict.fromkeys(PARTS, config.judge * config.gpu_memory * config.gpu_gib),
         "CUDA, NCCL, graphs": dict.fromkeys(PARTS, OTHER),
         "peak of the update": {"update": update_peak(shape, config, world)},
         "a tensor on its way": {"sync": largest},

@@ -94,6 +94,8 @@ def test_a_judges_prompt_costs_the_answers_that_it_lists_and_never_more_than_its
 @pytest.mark.parametrize("changes, world, fault", [
     (dict(gpu_gib=79.6), 8, ""),
     (dict(gpu_gib=79.0), 2, "part sync"),
+    (dict(gpu_gib=79.6, judge=True), 8, "47.8 are frozen judge"),
+    (dict(gpu_gib=79.6, judge=True, gpu_memory=0.35), 8, ""),
     (dict(gpu_gib=79.0, gpu_memory=0.3), 2, ""),
     (dict(gpu_gib=24.0), 8, "part update"),
     (dict(gpu_gib=40.0, gpu_memory=0.43), 8, "cache"),  # vLLM does not start unless it holds 24,576 + 1,024 tokens

@@ -157,9 +157,9 @@ def test_the_recipes_of_kl_a_tracker_and_a_fourth_kind(fork, taught_model, tmp_p
     row = json.dumps({"instruction": "Name a bird.", "words": -1})
     (tmp_path / "briefs.jsonl").write_text(f"{row}\n{row}\n")
     run(tmp_path, taught_model, *"--briefs briefs.jsonl --mix 0:0:0:1 --batch 8 --steps 2 --kl 1".split(),
-        "--lr", "1.5", ranks=1, program=tmp_path / "urpo.py")
+        "--lr", "1.5", "--minibatches", "1", ranks=1, program=tmp_path / "urpo.py")
     log = lines(tmp_path / "runs" / "e2e" / "log.jsonl")
-    assert [line["brief"]["zero_spread"] for line in log] == [1, 1] and [line["updates"] for line in log] == [2, 2]
+    assert [line["brief"]["zero_spread"] for line in log] == [1, 1] and [line["updates"] for line in log] == [1, 1]
     assert 0 <= log[0]["loss"] < log[1]["loss"]
     assert lines(tmp_path / "said") == [{key: line[key] for key in line if key != "step"} for line in log]
 
