@@ -62,7 +62,7 @@ def planned_shape(model: str) -> SimpleNamespace:
         layer=layer,  # parameters of one layer
         root=lm.num_parameters() - layers * layer,  # those outside the layers: embedding, head, last norm
         hidden=config.hidden_size, inner=config.intermediate_size, vocabulary=config.vocab_size,
-        config=config, key_heads=config.num_key_value_heads,
+        config=config,
         key_values=2 * layers * config.num_key_value_heads * head)  # that one token keeps, all layers together
 
 
@@ -117,7 +117,8 @@ def cache_tokens(shape, config, world: int) -> float:
     sequences = config.batch // world * config.group * sharers
     work = 4 * SAMPLED_AT_ONCE * (2 * shape.inner / sharers + 4 * shape.hidden) + 16 * sequences * shape.vocabulary
     room = max(0.0, config.gpu_memory * config.gpu_gib * 2**30 - 2 * shape.parameters / sharers - work)
-    return room * min(sharers, shape.key_heads) / (2 * shape.key_values)  # a key head is held at least once
+    parts = min(sharers, shape.config.num_key_value_heads)  # a key head is held at least once
+    return room * parts / (2 * shape.key_values)
 
 
 # Rates of one H100, stated, not measured by us. The cost formula and where they come from: docs/gpu.md.
@@ -145,10 +146,11 @@ def decode_seconds(shape, answers: float, mean_tokens: float, longest: float, co
     return mean_tokens * full + (longest - mean_tokens) * last
 
 
-def host_seconds(shape, world: int, rows: float, minibatches: int) -> float:
+def host_seconds(shape, config, world: int, rows: float) -> float:
     """What --offload adds to an update, seconds: for each row of a rank its weights to the GPU twice and its gradient
-    back, in fp32; then AdamW on the host, which reads and writes 28 bytes a parameter, for 8 ranks of a node."""
-    return (rows * 12 / HOST_LINK + minibatches * 28 * 8 / HOST_MEMORY) * shape.parameters / world
+    back, in fp32; then AdamW on the host, which reads and writes 28 bytes a parameter of all ranks of a node."""
+    adamw = config.minibatches * 28 * config.nproc / HOST_MEMORY
+    return (rows * 12 / HOST_LINK + adamw) * shape.parameters / world
 
 
 def step_seconds(shape, world: int, kinds: list[tuple], judged: tuple, minibatches: int, sharers: int = 1) -> dict:
@@ -190,7 +192,7 @@ def planned_seconds(shape, config, world: int) -> dict[str, float]:
     if config.offload:
         tokens = sum(count * (prompt + group * mean) for count, group, prompt, mean, _ in kinds)
         rows = max(config.minibatches, tokens / world / longest_row(config))
-        seconds["update"] += host_seconds(shape, world, rows, config.minibatches)
+        seconds["update"] += host_seconds(shape, config, world, rows)
     return seconds
 
 

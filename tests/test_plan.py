@@ -114,7 +114,7 @@ TABLE = re.findall(r"^\| ([\d.]+)B, (\d+)( \(24\))? \| (.*?) \| ([\d.]+), ([\d.]
 def test_a_row_of_the_table_of_models_and_cards_is_what_the_plan_says(size, cards, small, flags, update, sync, seconds):
     asked = [flag for flag in flags.strip("`").split() if flags != "none"]
     config = parse(plan.Plan, urpo.PRESETS, [*asked, "--model", f"Qwen/Qwen2.5-{size}B"], "")
-    config.gpu_gib, shape = 24.0 if small else 79.6, plan.planned_shape(config.model)
+    config.gpu_gib, config.nproc, shape = 24.0 if small else 79.6, min(8, int(cards)), plan.planned_shape(config.model)
     assert plan.does_not_fit(shape, config, int(cards)) == ""
     together = plan.gpu_memory(shape, config, int(cards))["together"]
     found = [f"{together['update']:.1f}", f"{together['sync']:.1f}"]

@@ -273,8 +273,8 @@ def main() -> None:
         for name in [name for name in cases if not options.cases or name in options.cases]:
             print(f"{what}, case {name}", file=sys.stderr, flush=True)
             found["runs"][f"{part} {name}"] = about()
-            turns = options.repeats if len(sides) > 1 else 1  # a curve needs fewer than a ratio
-            found.setdefault(part, {})[name] = measure(sides, dict(zip(SIZES, cases[name])), turns)
+            repeats = options.repeats if len(sides) > 1 else 1  # a curve needs fewer than a ratio
+            found.setdefault(part, {})[name] = measure(sides, dict(zip(SIZES, cases[name])), repeats)
             options.out.write_text(json.dumps(found, indent=1) + "\n")
         show(part, found[part])
 
