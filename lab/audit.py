@@ -1,7 +1,6 @@
 """Why the rewards of a run are what they are: its record derived again, by the functions of training.
 
-    python -m lab.audit runs/urpo --all                    every reward, advantage and figure of the log
-    python -m lab.audit runs/urpo --step 3 --prompt 5      one prompt in words
+    python -m lab.audit runs/urpo
 
 The numbers are made again from the texts; the texts are decoded from the token ids; prompts, and the judges' prompts,
 are built and encoded again; and prompts are drawn again from the sources, by the seed and the mix. Each difference is
@@ -24,43 +23,34 @@ from data import Group
 from infra import chat
 from infra.ranks import InputError, stop
 from infra.runs import read_about, read_log
-from rewards import read_judgements, step_figures
+from rewards import step_figures
 
 
-def audit(run: Path, step: int | None = None, prompt: int | None = None) -> bool:
-    """Check every number of a run; or with `step` and `prompt` print this one in words, and check it.
-
-    False if there is a difference. Raises InputError where nothing can be derived.
-    """
-    path, repairs, wrong = run / "rollouts.jsonl", [], []
+def audit(run: Path) -> bool:
+    """Check every number of a run. False if there is a difference. Raises InputError where nothing can be derived."""
+    repairs, wrong = [], []
     lines, found, answers = read_log(run, repairs), [], 0  # found: the steps in rollouts.jsonl
-    config, tokenizers, sources = witnesses(run, with_sources=step is None)
-    for at, pairs in groupby(data.read_groups(path, repairs), key=lambda pair: pair[0]):
-        found.append(at)
+    config, tokenizers, sources = witnesses(run)
+    for step, pairs in groupby(data.read_groups(run / "rollouts.jsonl", repairs), key=lambda pair: pair[0]):
+        found.append(step)
         groups = []
         for _, group in pairs:
-            if step is None or (at, group.index) == (step, prompt):
-                derived, differences = derive(config, at, group)
-                wrong += differences + record_differences(config, at, group, *tokenizers)
-                groups.append(derived)
-                answers += len(group.texts)
-                if step is not None:
-                    print(in_words(at, derived), end="")
+            derived, differences = derive(config, step, group)
+            wrong += differences + record_differences(config, step, group, *tokenizers)
+            groups.append(derived)
+            answers += len(group.texts)
         for line in lines:
-            if step is None and line["step"] == at:
+            if line["step"] == step:
                 wrong += step_differences(config, line, groups, sources)
-    if step is None:
-        wrong += missing_steps([line["step"] for line in lines], found, repairs)
-    elif not answers:
-        raise InputError(f"{path}: no prompt {prompt} of step {step}; it holds steps {found}")
+    wrong += missing_steps([line["step"] for line in lines], found, repairs)
     for line in repairs + wrong:
         print(line, file=sys.stderr)
-    if step is None and not wrong:
+    if not wrong:
         print(f"{run}: all {answers} rewards and advantages are as the texts make them")
     return not wrong
 
 
-def witnesses(run: Path, with_sources: bool) -> tuple:
+def witnesses(run: Path) -> tuple:
     """(settings, tokenizers of the model and of its judge, rows by kind) of a run.
 
     None, and a note, for what is not there any more, or is another one by now. The model's tokenizer is that of the
@@ -83,10 +73,9 @@ def witnesses(run: Path, with_sources: bool) -> tuple:
         judge = None
         print(f"not compared: the judge's prompts ({error})")
     try:
-        if with_sources:
-            sources, _ = data.load_sources(config, tokenizer)
-            if data.checksums(sources) != about.get("rows"):
-                raise InputError("others than when the run began")
+        sources, _ = data.load_sources(config, tokenizer)
+        if data.checksums(sources) != about.get("rows"):
+            raise InputError("others than when the run began")
     except InputError as error:
         sources = None
         print(f"not compared: prompts with their sources ({error})")
@@ -190,42 +179,11 @@ def missing_steps(steps: list[int], found: list[int], repairs: list[str]) -> lis
     return wrong
 
 
-def in_words(step: int, group: Group) -> str:
-    """One group: what was asked, what was answered, what that earned, and who judged it how."""
-    prompt, rewards, read = group.prompt, group.rewards, read_judgements(group)
-    truth = list(prompt.truth) or prompt.answer or "unknown, so the model itself judges"
-    text = f"step {step}, prompt {group.index}: {prompt.kind}\n{indented(data.prompt_text(prompt))}truth: {truth!r}\n"
-    for i, answer in enumerate(group.texts):
-        earned = f"{rewards[i]:.4g}" if rewards else "none, no judgement can be read"
-        text += f"answer {i + 1}: reward {earned}, advantage {group.advantages[i]:.4g}\n{indented(answer)}"
-        if prompt.kind == "preference":
-            text += f"scores: {read[i] or 'unreadable'}\n"
-    for judgement, scores in zip(group.judgements, read):
-        order = [answer + 1 for answer in judgement["order"]]
-        text += f"judge prompt over answers {order}, in this order\n{indented(judgement['prompt'] or 'none')}"
-        text += f"judge text\n{indented(judgement['text'])}scores: {scores or 'unreadable'}\n"
-    return text
-
-
-def indented(text: str) -> str:
-    return "".join(f"    | {line}\n" for line in printable(text).split("\n"))
-
-
-def printable(text: str) -> str:
-    """A text of a run as a terminal may show it: its control characters are spelled out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="its folder, for example runs/urpo")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--all", action="store_true", help="check every number of the run")
-    what.add_argument("--step", type=int, help="show one prompt of this step")
-    parser.add_argument("--prompt", type=int, default=0, help="its position in the batch, from 0")
-    args = parser.parse_args(arguments)
     try:
-        if not audit(args.run, args.step, args.prompt):
+        if not audit(parser.parse_args(arguments).run):
             sys.exit(1)
     except InputError as error:
         stop(error)

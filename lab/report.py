@@ -24,7 +24,6 @@ from infra.ranks import InputError, stop
 from infra.results import read_result, table
 from infra.runs import read_about, read_log, write_whole
 from lab import toy
-from lab.audit import printable
 
 # Title of a panel, which says what to look for -> its figures of log.jsonl; "gold" and the two like it are of the
 # laptop's world. A figure of a kind has the kind's name and colour.
@@ -135,6 +134,11 @@ def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
         for left, right in zip_longest(*columns, fillvalue=""):
             lines.append(f"  {left.ljust(width + 2)}{right}".rstrip())
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """A text of a run as a terminal may show it: its control characters are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -47,7 +47,7 @@ def test_the_audit_derives_every_number_of_the_run_again(finished, capsys):
     assert len(recorded) == 6 * 12 and all(group.entropy > 0 for _, group in recorded)
     signal = {group.prompt.kind for _, group in recorded if group.has_signal}
     assert {"preference", "instruction"} <= signal, "the taught model should earn rewards that differ"
-    audit.main([str(finished), "--all"])
+    audit.main([str(finished)])
     out, err = capsys.readouterr()
     assert "288 rewards and advantages" in out and "not compared" not in out and not err
 
