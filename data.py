@@ -28,7 +28,6 @@ from infra.chat import break_control_strings, encode_chat
 from infra.ranks import InputError, exchange
 from infra.runs import read_lines
 from infra.sources import LeftOut, first_field, progress, question_of, source_records, text_of
-from infra.tournament import judge_orders, judge_strides
 
 # Each kind of prompt, in the order of --mix P:R:I, and the setting that names its sources.
 FLAGS = {"preference": "preferences", "reasoning": "reasoning", "instruction": "instructions"}
@@ -162,6 +161,37 @@ def encode_judgement(config, tokenizer, instruction: str, answers) -> tuple[list
         raise InputError(f"a referee prompt over {len(answers)} answers needs {len(encode(0))} tokens and "
                          f"--max_judge_tokens is {limit}: raise it, or lower --group")
     return encode(length), sum(length < len(end) - 1 for end in ends)
+
+
+def judge_strides(size: int, listed: int) -> list[int]:
+    """The steps around a ring of `size` answers that meet `listed` different ones before one comes again."""
+    strides = []
+    for stride in range(1, size):
+        if listed <= size // math.gcd(size, stride):
+            strides.append(stride)
+    return strides
+
+
+def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) -> list[list[int]]:
+    """Which answers each judgement of a group sees, and in which order (our choice). No list comes twice.
+
+    The answers stand in a ring p, shuffled. List (d, j) is p[j], p[j + d], p[j + 2d], ... around the ring, `listed`
+    of them. One stride d and all j together show every answer `listed` times, once in each position. The first
+    judgements * size / listed of these lists are taken, so every answer is judged `judgements` times. With all answers
+    in one list, the orders are that of the ring, begun at another answer each time. Fewer judgements let fewer pairs
+    meet; of six answers in lists of three, opposite ones of the ring never do.
+
+    Here every pair of four answers meets, and each answer stands first as often as last:
+
+    >>> judge_orders(4, 2, 4, random.Random(1))
+    [[1, 2], [2, 0], [0, 3], [3, 1], [1, 0], [2, 3], [0, 1], [3, 2]]
+    """
+    ring = rng.sample(range(size), size)
+    orders = []
+    for stride in judge_strides(size, listed):
+        for first in range(size):
+            orders.append([ring[(first + place * stride) % size] for place in range(listed)])
+    return orders[: judgements * size // listed]
 
 
 def judgement_orders(config, index: int, step: int) -> list[list[int]]:

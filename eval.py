@@ -4,7 +4,6 @@
     python eval.py rewardbench --model M                           as a judge of labelled pairs
     python eval.py reasoning --model M --data openai/gsm8k:main    pass@1, mean@k, pass@k, maj@k
     python eval.py alpacaeval --model M --data alpaca_eval.json    answers, for the alpaca_eval package to judge
-    python eval.py compare before.json after.json                  two results of one command, and the change
 
 Prompts, referee's template, parsers and sampler are those of training. One rule holds everywhere: unknown is not
 zero. What was not measured, or cannot be read, is None, and "-" in a table.
@@ -16,7 +15,6 @@ import argparse
 import json
 import shlex
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from itertools import compress
 from statistics import multimode
@@ -37,8 +35,7 @@ from infra.results import (
     interval,
     known,
     pass_at_k,
-    read_records,
-    read_result,
+    read_texts,
     summary,
     table,
     weighted_mean,
@@ -115,7 +112,7 @@ def ask(config, folder: str, tokenizer, rows: list[Prompt], samples: int = 0) ->
     sampled = [[]] * len(ids)
     if samples:
         sampled = generate(sampler, ids, n=samples, temperature=config.temperature, **options)
-    found = [Asked(*own) for own in zip(rows, greedy, sampled)]
+    found = list(map(Asked, rows, greedy, sampled))
     judged = [asked for asked in found if asked.row.kind == "preference"]
     for asked, one, many in zip(judged, greedy[len(rows) :], sampled[len(rows) :]):
         asked.mirrored_greedy, asked.mirrored = one, many
@@ -123,7 +120,7 @@ def ask(config, folder: str, tokenizer, rows: list[Prompt], samples: int = 0) ->
 
 
 def finish(config, figures: dict, printed: str, **more) -> None:
-    """The end of every command that measures: its table, and with --json a file that `compare` reads."""
+    """The end of every command that measures: its table, and with --json a file."""
     print(printed)
     if not config.json:
         return
@@ -223,14 +220,6 @@ def row_figures(config, asked: Asked) -> dict:
     return figures
 
 
-def commonest_line(pairs: list[Asked]) -> dict:
-    """The share of the most frequent pair of scores: a judge that does not read has 1."""
-    lines = Counter()
-    for asked in pairs:
-        lines.update(map(tuple, known(verdicts([*asked.sampled, *asked.mirrored]))))
-    return figure(max(lines.values()) / lines.total() if lines else None, lines.total())
-
-
 def record(asked: Asked) -> dict:
     """One row in the JSON: what was asked, and the texts of all answers."""
     row = asked.row
@@ -249,7 +238,7 @@ PARTS = {"reasoning": "reasoning", "instruction": "instructions", "preference": 
 
 
 def heldout(config) -> None:
-    """Answers and judgements on held-out rows: a table, and JSON for `compare` and the reports.
+    """Answers and judgements on held-out rows: a table, and JSON for the reports.
 
     Each prompt is answered once greedily, and --samples times at --temperature.
     """
@@ -266,8 +255,6 @@ def heldout(config) -> None:
         own = [asked for asked in found if asked.row.kind == kind]
         if own:
             figures[part] = summary([row_figures(config, asked) for asked in own])
-            if kind == "preference":
-                figures[part]["commonest line"] = commonest_line(own)
     finish(config, figures, table({config.model: {"figures": figures}}, "n"), answers=list(map(record, found)))
 
 
@@ -430,7 +417,7 @@ def alpacaeval(config) -> None:
     `alpaca_eval --model_outputs FILE` then asks its judge, and prints the win rates, plain and length-controlled.
     """
     folder, tokenizer = open_model(config)
-    rows = [Prompt("instruction", found["instruction"]) for found in read_records(config.data, "instruction")]
+    rows = [Prompt("instruction", text) for text in read_texts(config.data, "instruction")]
     fits = fitting(config, tokenizer, rows, f"--data {config.data}")
     outputs, cut = [], []
     for asked in ask(config, folder, tokenizer, list(compress(rows, fits))):
@@ -445,19 +432,6 @@ def alpacaeval(config) -> None:
     told = (f"{config.outputs}: {len(outputs)} answers, {sum(cut)} cut off at --max_answer_tokens, "
             f"{len(rows) - len(set(rows))} to an instruction that stood in --data before")
     finish(config, {"alpacaeval": {"cut off": interval(cut)}}, told)
-
-
-# ------------------------------------------------------------------------------- compare
-
-
-def compare(config) -> None:
-    """Two results of one command side by side, the change, and what differs in how they were measured."""
-    before, after = read_result(config.before), read_result(config.after)
-    print(table({"before": before, "after": after}, "change"))
-    for name in before["settings"] | after["settings"]:
-        a, b = before["settings"].get(name), after["settings"].get(name)
-        if a != b:
-            print(f"not measured alike: --{name} {a} before, {b} after")
 
 
 # ------------------------------------------------------------------------------- command line
@@ -476,7 +450,7 @@ def command_line() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     parts = {}
-    for command in (heldout, rewardbench, reasoning, alpacaeval, compare):
+    for command in (heldout, rewardbench, reasoning, alpacaeval):
         name, about = command.__name__, command.__doc__
         part = commands.add_parser(name, help=about.splitlines()[0], description=about, allow_abbrev=False,
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -490,7 +464,7 @@ def command_line() -> argparse.ArgumentParser:
             add(f"--{limit}", type=positive, default=getattr(training, limit), help="as in training")
         add("--seed", type=int, default=0, help="of sampling")
         add("--chat_template", default="", help="a file with a template, for a base that has none")
-        add("--json", default="", help="write the figures here, for compare")
+        add("--json", default="", help="write the figures here")
     for name, samples, rows in (("heldout", 4, 64), ("reasoning", 8, None)):
         add = parts[name]
         add("--samples", type=positive, default=samples, help="answers to each prompt, beside a greedy one")
@@ -509,8 +483,6 @@ def command_line() -> argparse.ArgumentParser:
     add = parts["alpacaeval"]
     add("--data", required=True, help="alpaca_eval.json of hub tatsu-lab/alpaca_eval")
     add("--outputs", default="model_outputs.json", help="the file for the answers")
-    parts["compare"]("before")
-    parts["compare"]("after")
     return parser
 
 

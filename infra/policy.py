@@ -122,10 +122,9 @@ def check_attention(folder: str, config, tokens: int) -> None:
 def check_heads(folder: str, config, tensor_parallel: int) -> None:
     """Refuse a number of sharers of one sampler that its attention heads cannot be dealt to."""
     heads = config.num_attention_heads
-    key_heads, fine = getattr(config, "num_key_value_heads", None) or heads, []
-    for ranks in range(1, heads + 1):
-        if heads % ranks == 0 and (key_heads % ranks == 0 or ranks % key_heads == 0):
-            fine.append(ranks)
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    fine = [ranks for ranks in range(1, heads + 1)
+            if heads % ranks == 0 and (key_heads % ranks == 0 or ranks % key_heads == 0)]
     if tensor_parallel not in fine:
         raise InputError(f"--tensor_parallel {tensor_parallel}: {folder} has {heads} attention heads and {key_heads} "
                          f"of keys, which go to {', '.join(map(str, fine))} ranks")

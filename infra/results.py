@@ -103,11 +103,6 @@ def table(results: dict[str, dict], last: str = "") -> str:
     """Results side by side, a column each: value [95 % interval]. Last column: "change" from first to last, or "n".
 
     results: {heading: {"figures": {part: {name: figure}}}}.
-
-    >>> a, b = ({"figures": {"reasoning": {"accuracy": interval(v)}}} for v in ([1, 0, 0, 0], [1, 1, 1, 0]))
-    >>> print(table({"before": a, "after": b}, "change"))
-                                   before              after change
-    reasoning accuracy  0.25 [0.05, 0.70]  0.75 [0.30, 0.95]  +0.50
     """
     measured = [pandas.DataFrame(result["figures"]).unstack().dropna() for result in results.values()]
     shown = pandas.concat([cells.map(cell_text) for cells in measured], axis=1, keys=results)
@@ -148,13 +143,13 @@ def read_result(path: str | Path) -> dict:
     return content
 
 
-def read_records(path: str | Path, *fields: str) -> list[dict]:
-    """A JSON list of objects that have a text in each of some fields, as the `alpaca_eval` package reads and writes."""
-    records = read_json(path)
+def read_texts(path: str | Path, field: str) -> list[str]:
+    """The texts in one field of a JSON list of objects, as the `alpaca_eval` package has it."""
+    records, texts = read_json(path), []
     if not isinstance(records, list) or not records:
-        raise InputError(f"{path}: expected a list of objects with {', '.join(fields)}")
+        raise InputError(f"{path}: expected a list of objects with {field}")
     for i, record in enumerate(records):
-        for field in fields:
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                raise InputError(f"{path}: entry {i} (from 0) has no text in field {field!r}; correct or remove it")
-    return records
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise InputError(f"{path}: entry {i} (from 0) has no text in field {field!r}; correct or remove it")
+        texts.append(record[field])
+    return texts

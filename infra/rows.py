@@ -170,15 +170,7 @@ def rebalance(groups: list, minibatches: int) -> list:
 
 
 def share_evenly(groups: list, world: int) -> list[list]:
-    """Groups to `world` ranks, equally many to each: the longest first, each to the idlest rank.
-
-    >>> from types import SimpleNamespace
-    >>> groups = []
-    >>> for tokens, signal in ((9, True), (7, True), (6, True), (8, False)):
-    ...     groups.append(SimpleNamespace(tokens=tokens, has_signal=signal))
-    >>> [[group.tokens for group in hand] for hand in share_evenly(groups, 2)]
-    [[9, 8], [7, 6]]
-    """
+    """Groups to `world` ranks, equally many to each: the longest first, each to the idlest rank."""
 
     def cost(group):
         return group.tokens * group.has_signal  # without signal it stands in no row

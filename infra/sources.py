@@ -79,12 +79,7 @@ SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}  # th
 
 
 def transcript(name: str, turns: list[dict]) -> str:
-    """A conversation up to the last turn of the user, as HH-RLHF writes it. A lone question stays as it is.
-
-    >>> transcript("prompt", [{"role": "user", "content": "I own 3 cats."}, {"role": "assistant", "content": "Nice."},
-    ...                       {"role": "user", "content": "How many?"}])
-    'I own 3 cats.\\n\\nAssistant: Nice.\\n\\nHuman: How many?'
-    """
+    """A conversation up to the last turn of the user, as HH-RLHF writes it. A lone question stays as it is."""
     lines, asked = [], 0
     for turn in turns:
         if turn.get("role") not in SPEAKERS:

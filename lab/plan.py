@@ -218,20 +218,17 @@ def does_not_fit(shape, config, world: int) -> str:
 
 def advice(shape, plan: Plan) -> str:
     """The first of the few settings that exist under which it fits, with the time of a step."""
-    several = product((1, 2, 4, 8), (plan.offload, True), (1, 2, 4, 8), (0.6, 0.5, 0.4, 0.3, 0.7, 0.8))
-    for more, offload, sharers, memory in several:
-        tried = replace(plan, nodes=more * plan.nodes, offload=offload, tensor_parallel=sharers, gpu_memory=memory)
+    for more, *values in product((1, 2, 4, 8), (plan.offload, True), (1, 2, 4, 8), (0.6, 0.5, 0.4, 0.3, 0.7, 0.8)):
+        changes = dict(zip(("nodes", "offload", "tensor_parallel", "gpu_memory"), (more * plan.nodes, *values)))
+        tried = replace(plan, **changes)
         world = tried.nproc * tried.nodes
         try:
             urpo.check(tried, world)
-            check_heads(plan.model, shape.config, sharers)
+            check_heads(plan.model, shape.config, tried.tensor_parallel)
         except InputError:  # these do not split
             continue
-        if plan.nproc % sharers == 0 and not does_not_fit(shape, tried, world):
-            flags = []
-            for name, value in vars(tried).items():
-                if value != getattr(plan, name):
-                    flags.append(f"--{name} {value}")
+        if plan.nproc % tried.tensor_parallel == 0 and not does_not_fit(shape, tried, world):
+            flags = [f"--{name} {value}" for name, value in vars(tried).items() if value != getattr(plan, name)]
             return f"{' '.join(flags)}, about {sum(planned_seconds(shape, tried, world).values()):.0f} s a step"
     return "nothing that this plan tries"
 

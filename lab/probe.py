@@ -19,7 +19,7 @@ from infra.ranks import InputError, stop
 from infra.results import summary, table
 from infra.sampler import start_sampler
 from infra.settings import parse, setting
-from rewards import kendall_tau, kind_figures, mean
+from rewards import kind_figures, mean
 
 FIGURES = ("reward", "format", "tau", "score_std", "distinct", "first_position", "finished")  # of those of log.jsonl
 
@@ -37,8 +37,6 @@ def row_figures(groups: list[Group]) -> dict[str, float | None]:
     for name, value in kind_figures(groups).items():
         if name in FIGURES:
             figures[name] = value
-    if groups[0].judgements and groups[0].rewards:
-        figures["tau with length"] = kendall_tau(groups[0].rewards, list(map(len, groups[0].texts)))
     return figures
 
 

@@ -35,12 +35,8 @@ PANELS = {
     "distinct answers in a group: at 1 all are equal": "preference.distinct reasoning.distinct instruction.distinct",
     "entropy, nats a token: at 0 no exploration": "preference.entropy reasoning.entropy instruction.entropy",
     "first_position: away from 0 is bias": "preference.first_position instruction.first_position",
-    "mean self-score, 1 to 10: proves nothing": "instruction.reward",
-    "tokens an answer": "preference.length reasoning.length instruction.length",
-    "gradient_share by kind": "preference.gradient_share reasoning.gradient_share instruction.gradient_share",
     "drift from the sampler should stay low, nats a token": "drift_mean drift_max",
     "share of clipped tokens, below .05": "clipped_low clipped_high",
-    "gradient norm before its clip: no spikes": "grad_norm",
     "open answers by hidden gold should rise": "gold all_four",
     "self-scores against hidden gold (tau): above 0": "judge_tau",
     "seconds of a step": "seconds.rollout seconds.self_score seconds.old_logprobs seconds.update seconds.sync",
@@ -71,12 +67,12 @@ def read_figures(run: Path, repairs: list[str]) -> pandas.DataFrame:
 
 def draw_curves(run: Path, log: pandas.DataFrame, settings: dict) -> bytes:
     """A PNG of all panels, each with a line where the warm-up ends."""
-    drawing, picture = Figure(figsize=(18, 15), layout="constrained"), io.BytesIO()
+    drawing, picture = Figure(figsize=(18, 12), layout="constrained"), io.BytesIO()
     title = f"{run.resolve().name}, from model {settings.get('model', 'unknown')}; vertical line: end of the warm-up"
     drawing.suptitle(title, parse_math=False, wrap=True)
     drawing.supxlabel("step")
     warmup = settings.get("warmup_steps", 0)
-    for axis, (title, figures) in zip(drawing.subplots(4, 4, sharex=True).flat, PANELS.items()):
+    for axis, (title, figures) in zip(drawing.subplots(3, 4, sharex=True).flat, PANELS.items()):
         axis.set_title(title, fontsize=10)
         axis.locator_params(axis="x", integer=True)
         measured = log[figures.split()].dropna(axis="columns", how="all")
@@ -107,15 +103,7 @@ def measured_held_out(run: Path) -> str:
 
 
 def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
-    """Of each kind the first prompt whose first sampled answer changed, with both answers in columns.
-
-    >>> row = {"kind": "reasoning", "asked": "2 + 2?", "responses": [], "truth": "4"}
-    >>> print(side_by_side([{**row, "sampled": ["5"]}], [{**row, "sampled": ["4"]}]))
-    <BLANKLINE>
-    reasoning, held out: 2 + 2? (truth: 4)
-      before                                                after
-      5                                                     4
-    """
+    """Of each kind the first prompt whose first sampled answer changed, with both answers in columns."""
     lines, shown = [], set()
     for old, new in zip(before, after):
         kind, texts = old["kind"], [*old["sampled"][:1], *new["sampled"][:1]]

@@ -1,4 +1,4 @@
-"""eval.py: the figures of hand-made judgements, heldout, compare, what is refused; and lab/probe.py.
+"""eval.py: the figures of hand-made judgements, heldout, what is refused; and lab/probe.py.
 
 A made-up `generate` stands for the sampler, but for one slow test with the real one.
 """
@@ -55,22 +55,12 @@ def test_intervals():
     assert weighted_mean([([None], 5), ([0.5], 1)]) == {"value": 0.5, "low": None, "high": None, "count": 1}
 
 
-def test_compare_and_its_table(tmp_path, capsys):
+def test_the_table_of_two_results():
     def result(values, **settings):
         return {"figures": {"reasoning": {"solved": interval(values), "nothing": interval([])}}, "settings": settings}
 
     text = table({"a": result([1, 0]), "b": {"figures": {"referee": {"format": interval([1, 1])}}}}, "change")
     assert [line.split().count("-") for line in text.splitlines()[1:]] == [2, 3, 2]  # "-" is what only one has
-    a = write_lines(tmp_path / "a", result([0, 0], rows=2, samples=4))
-    b = write_lines(tmp_path / "b", result([1, 1], rows=2, samples=8))
-    main(["compare", a, b])
-    out = capsys.readouterr().out
-    assert "+1.00" in out and "--samples 4 before, 8 after" in out and "--rows" not in out
-    (tmp_path / "bad").write_text("{")
-    assert "not JSON" in fails(["compare", a, tmp_path / "bad"], capsys)
-    (tmp_path / "bad").write_text("[1]")
-    assert "--json" in fails(["compare", tmp_path / "bad", a], capsys)
-    assert "check the name" in fails(["compare", a, tmp_path / "absent"], capsys)
 
 
 def model(prompt, _):
@@ -105,7 +95,7 @@ def test_heldout_from_files_to_json(tmp_path, answering, files):
                                        "tokens an answer": 1}
     assert found["figures"]["instructions"]["a five"]["count"] == 1  # unknown instructions are no failures
     assert figures["referee"]["both orders"] == figures["referee"]["both orders, greedy"] == 1
-    assert figures["referee"]["commonest line"] == 0.5 and figures["referee"]["longer wins"] == 1
+    assert figures["referee"]["longer wins"] == 1
     assert found["figures"]["referee"]["both orders"]["count"] == 2
     assert [(row["kind"], row["asked"]) for row in found["answers"]] == [
         ("reasoning", "2 + 3?"), ("reasoning", "2 + 2?"), ("instruction", "Say five."),
@@ -123,7 +113,7 @@ def test_without_a_measure_only_the_length_of_open_answers_is_known_and_an_unrea
     found = json.loads((tmp_path / "a.json").read_text())["figures"]
     assert list(found["instructions"]) == ["tokens an answer"] and found["referee"]["unparsed"]["value"] == 1
     assert {part["tokens an answer"]["count"] for name, part in found.items() if name != "referee"} == {1}
-    for name in ("order consistency", "first-position preference", "commonest line"):
+    for name in ("order consistency", "first-position preference"):
         assert found["referee"][name]["value"] is None and found["referee"][name]["count"] == 0
 
 
