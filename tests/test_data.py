@@ -152,6 +152,12 @@ def test_shares_of_all_ranks_make_up_the_batch_whatever_their_number(world, mini
         assert members == set(range(m * size, (m + 1) * size))
 
 
+def test_request_seeds_differ_by_role_prompt_step_and_seed():
+    seeds = [data.request_seed(seed, step, index, role) for seed in (0, 1) for step in range(10) for index in range(20)
+             for role in ("answer", "judge/0", "judge/1")]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**32 for seed in seeds)
+
+
 def ultrafeedback(*scores) -> dict:
     completions = [{"response": f"r{i}", "fine-grained_score": score} for i, score in enumerate(scores)]
     return {"source": "flan", "instruction": "q", "completions": completions}
@@ -217,6 +223,12 @@ def test_every_row_is_measured_by_one_rank_and_known_to_all(monkeypatch, count):
     parts[2] = (data.checksum([*rows, 10]), parts[2][1])  # of another file
     with pytest.raises(InputError, match="the ranks have read different rows"):
         data.each_row_fits(None, None, rows)
+
+
+def test_the_checksum_of_the_rows_changes_with_any_row_and_with_their_order():
+    rows = SOURCES["reasoning"][:3]
+    found = {str(part): data.checksums({"reasoning": part})["reasoning"] for part in (rows, rows[::-1], rows[:2])}
+    assert len(set(found.values())) == 3
 
 
 # ---- a group's way to disk and back ----

@@ -56,10 +56,8 @@ def test_intervals():
 
 
 def test_the_table_of_two_results():
-    def result(values, **settings):
-        return {"figures": {"reasoning": {"solved": interval(values), "nothing": interval([])}}, "settings": settings}
-
-    text = table({"a": result([1, 0]), "b": {"figures": {"referee": {"format": interval([1, 1])}}}}, "change")
+    a = {"figures": {"reasoning": {"solved": interval([1, 0]), "nothing": interval([])}}}
+    text = table({"a": a, "b": {"figures": {"referee": {"format": interval([1, 1])}}}}, "change")
     assert [line.split().count("-") for line in text.splitlines()[1:]] == [2, 3, 2]  # "-" is what only one has
 
 

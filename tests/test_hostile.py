@@ -2,6 +2,7 @@
 
 The parsers' outcomes, input by input, stand in test_rewards.py; refusals of bad input in test_bad_input.py.
 """
+import ast
 import json
 import os
 import re
@@ -309,6 +310,24 @@ def test_no_answer_reaches_the_interpreter_a_file_or_a_process(monkeypatch, tmp_
 
 
 # ---- files ----
+
+def test_no_script_evaluates_text_unpickles_or_trusts_remote_code():
+    sources = {str(path): path.read_text() for pattern in ("*.py", "infra/*.py", "lab/*.py")
+               for path in ROOT.glob(pattern)}
+    for script, source in {**sources, "the sandbox": answers.SANDBOX}.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call):
+                called, where = ast.unparse(node.func), (script, node.lineno)
+                assert called not in ("eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen",
+                                      "yaml.load", "parse_expr", "sympify", "np.load", "numpy.load"), where
+                for option in node.keywords:
+                    assert option.arg != "shell", where
+                    if option.arg in ("trust_remote_code", "weights_only", "use_safetensors"):
+                        assert ast.unparse(option.value) == str(option.arg != "trust_remote_code"), where
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
+                assert not names & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, script
+
 
 def test_a_runs_name_cannot_leave_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -111,16 +111,15 @@ def test_offload_changes_no_digit(tiny_model, process_group):
 
 
 LOAD = """
-import json, resource
+import resource
 from infra import policy as policies, ranks
 if __name__ == "__main__":
     ranks.start_ranks()
     policies.load_policy({tiny!r}, vocabulary=512, precision="float32")  # all code that loading needs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     policy = policies.load_policy("model", vocabulary=512, precision="float32")
-    own = sum(weight.to_local().numel() * 4 for weight in policy.parameters()) / 1024
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    total = ranks.all_reduce(grown - own) / 2**20
+    own = before + sum(weight.to_local().numel() * 4 for weight in policy.parameters()) / 1024
+    total = ranks.all_reduce(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - own) / 2**20
     if policies.dist.get_rank() == 0:
         print("\\nGiB", total, flush=True)
 """

@@ -197,8 +197,7 @@ if __name__ == "__main__":
     for weight in policy.parameters():
         weight.data.mul_(1.1)
     said = dict(sync=samplers.sync(sampler, policy), texts=[before, texts()], seen={})
-    for _ in samplers.sketched(policies.full_weights(policy), torch.float32, sketches):
-        pass
+    dict(samplers.sketched(policies.full_weights(policy), torch.float32, sketches))
     for part in ("mlp.down_proj.weight", "mlp.up_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.bias"):
         said["seen"][part] = seen(f"model.layers.1.{part}")
     if dist.get_rank() == 0:
@@ -232,7 +231,6 @@ def test_four_ranks_that_share_a_sampler_get_the_tokens_of_one_and_notice_each_f
 
 
 # ---- options and calls ----
-
 def test_a_cpu_reads_the_longest_prompt_in_one_part_and_its_cache_holds_four_such(monkeypatch, tiny_model):
     """A prompt read in two parts crashes a seeded request there."""
     import vllm
