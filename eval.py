@@ -17,6 +17,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from itertools import compress
+from pathlib import Path
 from statistics import multimode
 
 import urpo  # first: it says what to do where torch is missing
@@ -240,22 +241,26 @@ PARTS = {"reasoning": "reasoning", "instruction": "instructions", "preference": 
 def heldout(config) -> None:
     """Answers and judgements on held-out rows: a table, and JSON for the reports.
 
-    Each prompt is answered once greedily, and --samples times at --temperature.
+    Each prompt is answered once greedily, and --samples times at --temperature. Of several files of a kind each has
+    figures of its own.
     """
     folder, tokenizer = open_model(config)
-    rows, figures = [], {}
-    for kind in PARTS:
-        source = getattr(config, data.FLAGS[kind])
-        rows += [] if source == "none" else load_rows(config, tokenizer, kind, source)
+    rows, part_of = [], []
+    for kind, part in PARTS.items():
+        sources = getattr(config, data.FLAGS[kind])
+        for source in sources:
+            found = load_rows(config, tokenizer, kind, source)
+            rows += found
+            part_of += [part if len(sources) == 1 else f"{part}, {Path(source).stem}"] * len(found)
     if not rows:
         raise InputError("nothing to measure: give a file to --preferences, --reasoning or --instructions; "
                          "`python -m lab.toy heldout --model M` measures on the laptop's")
-    found = ask(config, folder, tokenizer, rows, config.samples)
-    for kind, part in PARTS.items():
-        own = [asked for asked in found if asked.row.kind == kind]
-        if own:
-            figures[part] = summary([row_figures(config, asked) for asked in own])
-    finish(config, figures, table({config.model: {"figures": figures}}, "n"), answers=list(map(record, found)))
+    found, parts = ask(config, folder, tokenizer, rows, config.samples), {}
+    for part, asked in zip(part_of, found):
+        parts.setdefault(part, []).append(row_figures(config, asked))
+    figures = {part: summary(rows) for part, rows in parts.items()}
+    answers = [{"part": part} | record(asked) for part, asked in zip(part_of, found)]
+    finish(config, figures, table({config.model: {"figures": figures}}, "n"), answers=answers)
 
 
 # ------------------------------------------------------------------------------- rewardbench
@@ -471,7 +476,7 @@ def command_line() -> argparse.ArgumentParser:
         add("--temperature", type=float, default=training.temperature, help="of these samples")
         add("--rows", type=positive, default=rows, help="the first so many of each source")
     for flag in data.FLAGS.values():
-        parts["heldout"](f"--{flag}", default="none", help="a .jsonl file or hub id")
+        parts["heldout"](f"--{flag}", nargs="+", default=[], help=".jsonl files or hub ids")
     add = parts["rewardbench"]
     add("--data", dest="preferences", default="allenai/reward-bench", help="hub id, or .jsonl of {prompt, chosen, "
         "rejected} with an optional subset")

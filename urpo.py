@@ -125,18 +125,18 @@ PRESETS = {
     # A bf16 sampler is .01 to .02 nats a token away from the trainer, which the cap corrects. A checkpoint of 7B takes
     # 107 GB, so two stay.
     "paper": dict(importance_cap=2.0, keep=2),
-    # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs too. There are eight for four
-    # answers: each stands in four of them, and every two meet. P is shown in both orders, so that no position pays.
-    # There is more I, since self-scores are noisy.
+    # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs too: eight for eight answers,
+    # each in two of them. Half of a step is P, since the judge has most to learn, in both orders, so that no position
+    # pays.
     "smol": dict(
         model=f"{TOY}/model",
         preferences=[f"{TOY}/preferences.jsonl"],
         reasoning=[f"{TOY}/reasoning.jsonl"],
         instructions=[f"{TOY}/instructions.jsonl"],
-        steps=24, warmup_steps=8, mix="1:1:2", batch=24, group=4,
-        max_prompt_tokens=800, max_answer_tokens=48, max_referee_tokens=40, max_judge_tokens=800,
-        both_orders=True, judgements=4, judge_list=2,
-        lr=1e-5, precision="float32", row_tokens=1024,
+        steps=24, warmup_steps=8, mix="2:1:1", batch=24, group=8,
+        max_prompt_tokens=800, max_answer_tokens=64, max_referee_tokens=40, max_judge_tokens=800,
+        both_orders=True, judgements=2, judge_list=2,
+        lr=3e-5, precision="float32", row_tokens=1024,
         save_every=8, keep=2),
 }
 # What a resumed run may change: how it goes on. Everything else decides which prompts come, or what `lab.audit`

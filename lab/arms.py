@@ -51,15 +51,19 @@ ARMS = {
     "start_half": (1, "-m lab.toy heldout --model toy/half"),
     "half": (3, "urpo.py --model toy/half"),
 }
-FIGURES = {  # column of the CSV -> (part, figure) of heldout-after.json; each but the last has a greedy twin
-    "referee": ("referee", "both orders"),
+FIGURES = {  # column of the CSV -> (part, figure) of heldout-after.json; each has a greedy twin
+    "constraints": ("referee, constraints", "single order"),
+    "constraints_both": ("referee, constraints", "both orders"),
+    "flaws": ("referee, flaws", "single order"),
+    "flaws_both": ("referee, flaws", "both orders"),
+    "bank": ("referee, bank", "single order"),
     "reasoning": ("reasoning", "solved"),
     "gold": ("instructions", "on topic, whole, in order"),
+    "kept": ("instructions", "keeps the constraint"),
     "all_four": ("instructions", "all four"),
 }
 for column, (part, name) in list(FIGURES.items()):
     FIGURES[f"{column}_greedy"] = (part, f"{name}, greedy")
-FIGURES["pairs"] = ("referee", "expected score")  # by the mean of eight scores, or a reward model's one
 COLUMNS = ["arm", "seed", "status", "minutes", "gib", *FIGURES, "command", "commit"]
 
 

@@ -43,7 +43,7 @@ class Baseline(urpo.Config):
     """The settings of urpo.py, and those of the baselines."""
 
     judge: str = setting("", "rm_gen and rm_score: folder of the frozen judge")
-    heldout: str = setting(f"{urpo.TOY}/heldout/preferences.jsonl", "reward_model: pairs that measure it in the end")
+    heldout: str = setting(f"{urpo.TOY}/heldout/constraints.jsonl", "reward_model: pairs that measure it in the end")
     errors: float = setting(1.0, "sft: times how often the demonstrator errs; 0: never", least=0)
 
 
@@ -147,7 +147,7 @@ def reward_model(config: Baseline) -> None:
     with torch.no_grad():
         parts = [margins(score_rows(model, tokenizer, [row]), [row]) for row in heldout]
     right_N = pair_measures(torch.cat(parts))["accuracy"]
-    figures = {"referee": {"expected score": interval(right_N.tolist())}}
+    figures = {"referee, constraints": {"single order": interval(right_N.tolist())}}
     result = {"model": f"{run}/model", "settings": {"preferences": config.heldout}, "figures": figures}
 
     def save():
@@ -229,25 +229,11 @@ def rm_score(config: Baseline) -> None:
 # ------------------------------------------------------------------------------- SFT
 
 
-ERRORS = {"preference": 0.4, "reasoning": 0.4, "instruction": 0.6}  # as in the half-taught base (docs/toy.md)
-
-
-def worked_ranking(truth) -> str:
-    """The score line that a ranking should get: its true ranks, spread evenly over the scores 9 to 2.
-
-    >>> worked_ranking((20.0, 0.0, 10.0, 0.0))
-    '<scores>9, 2, 6, 2</scores>'
-    """
-    ranks = sorted(set(truth), reverse=True)
-    step = 7 / max(1, len(ranks) - 1)
-    return data.score_line([round(9 - step * ranks.index(score)) for score in truth])
-
-
 def demonstrations(sources: dict) -> dict[str, dict]:
     """{question or instruction: its record in the toy world, with a worked and a flawed answer}. Refuses other rows."""
     worked = {}
     for kind, name in (("reasoning", "question"), ("instruction", "instruction")):
-        for record in toy.records(kind, "train", toy.TRAINING):
+        for record in toy.training_records(kind):
             worked[record[name]] = record
         for row in sources.get(kind, []):
             if row.instruction not in worked:
@@ -263,9 +249,9 @@ def demonstrate(config: Baseline, tokenizer, group: Group, worked: dict, rng) ->
     """
     prompt = group.prompt
     for _ in range(config.group):
-        errs = rng.random() < config.errors * ERRORS[prompt.kind]
+        errs = rng.random() < config.errors * toy.ERRORS[prompt.kind]
         if prompt.kind == "preference":
-            text = worked_ranking(prompt.truth[::-1] if errs else prompt.truth)
+            text = toy.worked_ranking(prompt.truth[::-1] if errs else prompt.truth)
         else:
             text = worked[prompt.instruction]["flawed" if errs else "worked"]
         ids = tokenizer.encode(text, add_special_tokens=False) + chat.stop_ids(tokenizer)[:1]

@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 
 from data import score_line
 from infra.ranks import InputError, stop
-from infra.results import read_result, table
+from infra.results import cell_text, figure, read_result, table
 from infra.runs import read_about, read_log, write_whole
 from lab import toy
+from rewards import parse_scores, verify_answer
 
 # Title of a panel, which says what to look for -> its figures of log.jsonl; "gold" and the two like it are of the
 # laptop's world. A figure of a kind has the kind's name and colour.
@@ -41,6 +42,7 @@ PANELS = {
     "self-scores against hidden gold (tau): above 0": "judge_tau",
     "seconds of a step": "seconds.rollout seconds.self_score seconds.old_logprobs seconds.update seconds.sync",
 }
+HEADLINE = ("single order", "solved", "keeps the constraint", "all four")  # what the table shows of a result
 COLORS = {"preference": "tab:blue", "reasoning": "tab:orange", "instruction": "tab:green"}
 
 
@@ -99,19 +101,47 @@ def measured_held_out(run: Path) -> str:
     if len(results) != 2:
         return table(results) if results else ""
     before, after = results.values()
-    return table(results, "change") + "\n" + side_by_side(before.get("answers", []), after.get("answers", []))
+    shown = headline(before["figures"], after["figures"]) or table(results, "change")
+    return shown + "\n" + side_by_side(before.get("answers", []), after.get("answers", []))
+
+
+def headline(before: dict, after: dict) -> str:
+    """One line a figure of HEADLINE: before and after, sampled and greedy. Empty where nothing of it was measured."""
+    rows = {}
+    for part, cells in before.items():
+        for name in HEADLINE:
+            if name in cells:
+                found = [figures.get(part, {}).get(name + greedy, figure(None, 0))
+                         for greedy in ("", ", greedy") for figures in (before, after)]
+                rows[f"{part}: {name}"] = map(cell_text, found)
+    columns = ["sampled: before", "after", "greedy: before", "after"]
+    return pandas.DataFrame.from_dict(rows, orient="index", columns=columns).to_string() if rows else ""
+
+
+def is_right(row: dict, text: str) -> bool:
+    """Whether an answer to a held-out row is right, by the truth or by hidden gold."""
+    if row["kind"] == "reasoning":
+        return verify_answer(text, row["truth"]) == 1
+    if row["kind"] == "preference":
+        scores = parse_scores(text, 2, True)
+        return scores is not None and scores[0] > scores[1]
+    return (toy.measure(row["asked"], text) or {}).get("all four", False)
 
 
 def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
-    """Of each kind the first prompt whose first sampled answer changed, with both answers in columns."""
-    lines, shown = [], set()
+    """Of each part one prompt with its first sampled answer before and after: the first that became right, if any."""
+    found = {}
     for old, new in zip(before, after):
-        kind, texts = old["kind"], [*old["sampled"][:1], *new["sampled"][:1]]
-        if kind in shown or old["asked"] != new["asked"] or len(set(texts)) < 2:
-            continue
-        shown.add(kind)
+        texts = [*old["sampled"][:1], *new["sampled"][:1]]
+        if old["asked"] == new["asked"] and len(set(texts)) == 2:
+            learnt = [is_right(old, text) for text in texts] == [False, True]
+            if old["kind"] not in found or learnt > found[old["kind"]][0]:
+                found[old["kind"]] = learnt, old, texts
+    lines = []
+    for kind, (learnt, old, texts) in found.items():
         truth = score_line(old["truth"]) if kind == "preference" else old["truth"]
-        lines += ["", printable(f"{kind}, held out: {old['asked']}" + (f" (truth: {truth})" if truth else ""))]
+        title = f"{kind}, held out{', the first that became right' * learnt}: {old['asked']}"
+        lines += ["", printable(title + (f" (truth: {truth})" if truth else ""))]
         for number, response in enumerate(old["responses"], 1):
             lines.append(f"  response {number}: {printable(response)}")
         columns = []

@@ -2,7 +2,7 @@
 
     python -m lab.toy                         writes toy/*.jsonl for training and toy/heldout/*.jsonl for measuring
     python -m lab.toy heldout --model M       eval.py heldout on the latter; other flags go to eval.py
-    python -m lab.toy gold runs/NAME          how good the open answers of each step are, and how true the self-scores
+    python -m lab.toy bank heldout.json       lab/bank.jsonl: pairs of the answers that a model gave there
 
 An example depends on its split, kind and number alone. The two splits share no topic and no question.
 """
@@ -16,46 +16,46 @@ import re
 import sys
 import zlib
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, permutations
 from pathlib import Path
 
 import data
 from infra.ranks import InputError, stop
+from infra.results import read_result
 from infra.runs import write_whole
 from rewards import kendall_tau, mean
 
 FOLDER = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "toy"))  # as a message shows it
-TRAINING, HELDOUT = 4096, 256  # examples of each kind in a file; of held-out ones at most
-# The forms of an instruction: its wording, and its constraint as `complies` checks it. Examples fill in {word}.
-FORMS = (
-    ("Tell me about {topic}.", ""),
-    ("What should a child know about {topic}?", ""),
-    ("Describe {topic} in one sentence.", "sentences:1"),
-    ("Write exactly two sentences about {topic}.", "sentences:2"),
-    ("Tell me about {topic} in lower case letters only.", "lower"),
-    ("Tell me about {topic} in capital letters only.", "upper"),
-    ("List exactly three facts about {topic}, each on a line that starts with a dash.", "items:3"),
-    ("Write about {topic} and use the word {word}.", "contains:{word}"),
-    ("Write about {topic} without the word {word}.", "avoids:{word}"),
-    ("Write about {topic} in at most 10 words.", "at_most:10"),
-    ("Write at least 14 words about {topic}.", "at_least:14"),
-    ("Write about {topic} and end with an exclamation mark.", "ends:!"),
-    ("Tell me about {topic} and start with the word Well.", "starts:well"),
-)
-# The true score of a response: shuffled words, another topic, cut short, breaks the constraint alone, good.
-SALAD, OTHER_TOPIC, CUT, BREAKS, GOOD = range(5)
+BANK = Path(__file__).with_name("bank.jsonl")  # pairs of the base's own answers, with their hidden gold
+TRAINING, HELDOUT = 4096, 256  # examples of each kind in a file, at most
+# The forms of an instruction: its constraint, as `complies` checks it, and its two wordings.
+FORMS = {
+    "sentences:1": ("Describe {topic} in one sentence.", "Write a single sentence about {topic}."),
+    "sentences:2": ("Write exactly two sentences about {topic}.", "Tell me about {topic} in two sentences."),
+    "lower": ("Tell me about {topic} in lower case letters only.", "Write about {topic} without any capital letter."),
+    "items:3": ("List three facts about {topic}, each on a line that starts with a dash.",
+                "Give three facts about {topic} as a list with dashes."),
+    "ends:!": ("Write about {topic} and end with an exclamation mark.",
+               "Tell me about {topic}, with an exclamation mark at the end."),
+    "starts:well": ("Tell me about {topic} and start with the word Well.",
+                    "Write about {topic}. Begin with the word Well."),
+}
+# The true score of a response: another topic, cut short, breaks the constraint alone, good.
+OTHER_TOPIC, CUT, BREAKS, GOOD = range(4)
+# How often the demonstrator errs whom the base imitates last, so that it knows more than it says.
+ERRORS = {"preference": 0.0, "reasoning": 0.3, "instruction": 0.6}
 
 
 @lru_cache(maxsize=None)
-def topics(split: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """(topic, its four sentences) of one split. Every fourth line of topics.txt is held out: training never sees it."""
-    found = []
+def topics(split: str) -> dict[str, tuple[str, ...]]:
+    """{topic: its four sentences} of one split. Every fourth line of topics.txt is held out: training never sees it."""
+    found = {}
     lines = Path(__file__).with_name("topics.txt").read_text(encoding="utf-8").splitlines()
     for i, line in enumerate(lines):
         name, _, text = line.partition(": ")
         if (i % 4 == 3) == (split == "heldout"):
-            found.append((name, tuple(re.split(r"(?<=\.) ", text))))
-    return tuple(found)
+            found[name] = tuple(re.split(r"(?<=\.) ", text))
+    return found
 
 
 def complies(check: str, text: str) -> bool:
@@ -63,21 +63,14 @@ def complies(check: str, text: str) -> bool:
     name, _, wanted = check.partition(":")
     number = int(wanted) if wanted.isdecimal() else 0
     text = text.strip()
-    words = [word.lower() for word in re.findall(r"[\w']+", text)]
     kept = {
-        "": len(words) > 2,
-        "sentences": len(re.split(r"(?<=[.!?])\s+", text)) == number and text[-1:] in ".!?",
+        "sentences": len(re.split(r"(?<=[.!?])\s+", text)) == number and text[-1:] in ".!?" and text[:1] != "-",
         "lower": text == text.lower(),
-        "upper": text == text.upper(),
         "items": [line[:2] for line in text.splitlines()] == ["- "] * number,
-        "contains": wanted.lower() in words,
-        "avoids": wanted.lower() not in words,
-        "at_most": len(words) <= number,
-        "at_least": len(words) >= number,
         "ends": text.endswith(wanted),
         "starts": text.lower().startswith(wanted),
     }
-    return bool(words) and kept[name]  # an empty text complies with nothing
+    return bool(re.search(r"\w", text)) and kept[name]  # an empty text complies with nothing
 
 
 # ------------------------------------------------------------------------------- hidden gold
@@ -89,15 +82,16 @@ GOLD = ("on topic", "whole", "in order", "keeps the constraint")  # what makes a
 def read_instruction(text: str) -> tuple[str, str] | None:
     """(topic, constraint) of an instruction of this world, read from its words; None for any other text.
 
-    >>> read_instruction("Write about the moon and use the word tides."), read_instruction("Say hi.")
-    (('the moon', 'contains:tides'), None)
+    >>> read_instruction("Describe the moon in one sentence."), read_instruction("Say hi.")
+    (('the moon', 'sentences:1'), None)
     """
-    names = dict(topics("train") + topics("heldout"))
-    for wording, check in FORMS:
-        pattern = re.escape(wording).replace(r"\{topic\}", "(?P<topic>.+)").replace(r"\{word\}", "(?P<word>[a-z]+)")
-        found = re.fullmatch(pattern, text)
-        if found and found["topic"] in names:
-            return found["topic"], check.format(**found.groupdict())
+    names = topics("train") | topics("heldout")
+    for check, wordings in FORMS.items():
+        for wording in wordings:
+            before, after = wording.split("{topic}")
+            topic = text.removeprefix(before).removesuffix(after)
+            if topic in names and text == before + topic + after:
+                return topic, check
     return None
 
 
@@ -114,8 +108,8 @@ def measure(instruction: str, text: str) -> dict[str, bool] | None:
     topic, whole when it ends as a sentence does, and in order when all its sentences begin with a capital letter
     (not asked of an answer in lower case) and no word follows a full stop without a blank.
 
-    >>> list(measure("Tell me about dogs.", "Cats need every").values())
-    [False, False, True, True, False, False]
+    >>> list(measure("Write a single sentence about dogs.", "Cats need every").values())
+    [False, False, True, False, False, False]
     """
     read, text = read_instruction(instruction), text.strip()
     if read is None:
@@ -135,154 +129,215 @@ def measure(instruction: str, text: str) -> dict[str, bool] | None:
 # ------------------------------------------------------------------------------- examples
 
 
-def write_answer(rng: random.Random, sentences, style: str) -> str:
-    """One to three of a topic's sentences, in the style of one form."""
-    name = style.partition(":")[0]
-    picked = rng.sample(sentences, 3 if name == "items" else rng.randint(1, 3))
+def write_answer(sentences, check: str, number: int) -> str:
+    """The first of a topic's sentences, `number` of them where the constraint leaves it open, in the form it asks."""
+    name, _, wanted = check.partition(":")
+    picked = sentences[: int(wanted) if wanted.isdecimal() else number]
     text = " ".join(picked)
     styles = {
         "items": "\n".join("- " + line for line in picked),
         "lower": text.lower(),
-        "upper": text.upper(),
         "ends": text[:-1] + "!",
         "starts": "Well, " + text[0].lower() + text[1:],
     }
     return styles.get(name, text)
 
 
-def write_response(rng: random.Random, level: int, name: str, sentences, check: str, split: str) -> str:
-    """One response of a known level, such as CUT. Tries until `complies` agrees with the level."""
-    for _ in range(200):
-        source, style = sentences, check
-        if level == OTHER_TOPIC:
-            source = rng.choice([other for topic, other in topics(split) if topic != name])
-        if level == BREAKS:  # the right topic, in the form of another instruction
-            style = rng.choice(FORMS)[1]
-        text = write_answer(rng, source, style)
-        words = text.split()
-        if level == SALAD:
-            return " ".join(rng.sample(words, len(words)))
-        if level == CUT and len(words) >= 7:  # keeps four words or more: fewer could stand in both splits
-            return " ".join(words[: rng.randint(4, len(words) - 3)])
-        if level == OTHER_TOPIC:
-            return text
-        if level in (BREAKS, GOOD) and complies(check, text) == (level == GOOD):
-            return text
-    raise ValueError(f"no text of level {level} for the constraint {check!r} about {name}")
+def cut_short(rng: random.Random, text: str) -> str:
+    """The text up to a word in its midst: four words or more."""
+    ends = [found.start() for found in re.finditer(r"(?<=\w) ", text)]
+    return text[: rng.choice(ends[3:])]
 
 
-def choose_form(rng: random.Random, split: str):
-    """A random topic and form: (topic, its sentences, instruction, check)."""
-    name, sentences = rng.choice(topics(split))
-    wording, check = rng.choice(FORMS)
-    words = re.findall(r"\b[a-z]{5,}\b", " ".join(sentences))
-    word = rng.choice([word for word in words if word not in name])
-    return name, sentences, wording.format(topic=name, word=word), check.format(word=word)
+def contrast(rng: random.Random, split: str, level: int, turned: bool) -> tuple[str, str, str]:
+    """(instruction, its good response, one of the level BREAKS, OTHER_TOPIC or CUT).
 
-
-def preference(rng: random.Random, split: str, n: int = 0) -> dict:
-    """One good response and n - 1 flawed ones, so the order is known: the true score is the level.
-
-    n = 0 draws 2 to 5, half of the time 2. Length must not tell the better one. So a coin says whether longer
-    responses shall be better, and they are drawn again, up to 40 times, until they agree with the coin and are not all
-    one text.
+    The second response to one instruction is the good one to another, `turned`, whose constraint or topic differs. So
+    who reads the responses alone is right as often as a coin. A pair with a cut response is turned by its lengths.
     """
-    n = n or rng.choice((2, 2, 2, 3, 4, 5))
-    name, sentences, wording, check = choose_form(rng, split)
-    flaws = [SALAD, OTHER_TOPIC, CUT, BREAKS] if check else [SALAD, OTHER_TOPIC, CUT]
-    repeated = rng.choices(flaws, k=max(0, n - 1 - len(flaws)))  # for n above 5
-    levels = [GOOD] + rng.sample(flaws, n - 1 - len(repeated)) + repeated
-    rng.shuffle(levels)
-    longer_shall_win = rng.random() < 0.5
-    for _ in range(40):
-        responses = [write_response(rng, level, name, sentences, check, split) for level in levels]
-        agreement = kendall_tau(list(map(len, responses)), levels, "strict")
-        if len(set(responses)) > 1 and (agreement == 0 or (agreement > 0) == longer_shall_win):
-            break
-    return {"prompt": wording, "responses": responses, "scores": list(map(float, levels))}
-
-
-def instruction(rng: random.Random, split: str) -> dict:
-    """A short open-ended instruction, most with a constraint that `complies` can check."""
-    name, sentences, wording, check = choose_form(rng, split)
-    worked = write_response(rng, GOOD, name, sentences, check, split)
-    level = rng.choice((OTHER_TOPIC, CUT, BREAKS) if check else (OTHER_TOPIC, CUT))  # each of them is fluent
-    flawed = write_response(rng, level, name, sentences, check, split)
-    return {"instruction": wording, "worked": worked, "flawed": flawed}
-
-
-def reasoning(rng: random.Random, split: str) -> dict:
-    """A question on one rung of a ladder. A hash of what it asks decides the split.
-
-    0, 1, 2: one-digit sums, differences, products; 3: the largest of four; 4: two-digit sums; 5, 6: word problems.
-    """
-    level = rng.randrange(7)
     while True:
-        a, b = rng.randint(1, 9), rng.randint(1, 9)
-        rng.randint(1, 9)  # moves the generator on, so that all examples stay as they are
-        who = rng.choice(("Tom", "Mia", "Ben", "Ana", "Leo", "Eva", "Sam", "Zoe"))
-        what = rng.choice(("apples", "books", "coins", "pens", "eggs", "cards", "shells", "stamps"))
-        if level == 4:
-            a, b = rng.randint(10, 49), rng.randint(10, 49)
-        worked, answer, question = f"{a} + {b}", a + b, ""
-        asked = f"{level}/{what if level > 4 else ''}/{sorted((a, b))}"  # must not stand in both splits
-        if level == 1:
-            a, b = max(a, b), min(a, b)
-            worked, answer = f"{a} - {b}", a - b
-        elif level == 2:
-            worked, answer = f"{a} * {b}", a * b
-        elif level == 3:
-            numbers = rng.sample(range(1, 100), 4)
-            listed = ", ".join(map(str, numbers))
-            worked, answer, asked = f"max({listed})", max(numbers), f"3//{listed}"
-            question = f"Which number is the largest: {listed}?"
-        elif level == 5 and rng.random() < 0.5:
-            question = f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?"
-        elif level == 5:
-            worked, answer = f"{a} * {b}", a * b
-            question = f"{who} buys {a} boxes with {b} {what} in each. How many {what} does {who} have?"
-        elif level == 6:
-            c = rng.randint(1, a + b)
-            worked, answer = f"{a} + {b} - {c}", a + b - c
-            question = f"{who} has {a} {what}, finds {b} more and gives {c} away. How many {what} are left?"
-        if (zlib.crc32(asked.encode()) % 5 == 0) == (split == "heldout"):
+        name, other = rng.sample(list(topics(split)), 2)
+        check, form = rng.sample(list(FORMS), 2)
+        pairs = [(name, check), {BREAKS: (name, form), OTHER_TOPIC: (other, check), CUT: (name, check)}[level]]
+        same, numbers = rng.random() < 0.5, [rng.randint(1, 3), rng.randint(1, 3)]
+        asked, texts = [], []
+        for (topic, constraint), number in zip(pairs, numbers):
+            sentences = rng.sample(topics(split)[topic], 4)
+            if texts and level == BREAKS and same:  # the same sentences: only their form differs
+                sentences = first
+            first = sentences
+            asked.append(rng.choice(FORMS[constraint]).format(topic=topic))
+            texts.append(write_answer(sentences, constraint, number))
+        if level == CUT and len(texts[1].split()) > 6:
+            texts[1] = cut_short(rng, texts[1])
+            if len(texts[0]) != len(texts[1]) and turned == (len(texts[0]) > len(texts[1])):
+                return asked[0], *texts
+        elif level != CUT and [measure(asked[i], texts[j])["all four"] for i in (0, 1) for j in (0, 1)] == [1, 0, 0, 1]:
+            return (asked[1], *texts[::-1]) if turned else (asked[0], *texts)
+
+
+def preference(number: int, split: str, levels=(BREAKS,) * 3 + (OTHER_TOPIC, CUT)) -> dict:
+    """Example `number` of two responses, the better one first. Examples 2k and 2k + 1 are a contrast set."""
+    rng = random.Random(f"{split}/preference/{number // 2}")
+    level = rng.choice(levels)
+    asked, good, bad = contrast(rng, split, level, turned=number % 2 == 1)
+    return {"prompt": asked, "responses": [good, bad], "scores": [float(GOOD), float(level)]}
+
+
+@lru_cache(maxsize=None)
+def instructions(split: str) -> list[tuple[str, str, str]]:
+    """All (topic, constraint, wording) of a split, shuffled."""
+    asked = []
+    for topic in topics(split):
+        for check, wordings in FORMS.items():
+            asked += [(topic, check, wording.format(topic=topic)) for wording in wordings]
+    return random.Random(split).sample(asked, len(asked))
+
+
+def instruction(number: int, split: str) -> dict:
+    """An open-ended instruction, none twice before all have come; with a good answer and a bad one."""
+    asked = instructions(split)
+    topic, check, text = asked[number % len(asked)]
+    rng = random.Random(f"{split}/instruction/{number}")
+    worked = flawed = write_answer(rng.sample(topics(split)[topic], 4), check, rng.randint(1, 3))
+    while measure(text, flawed)["all four"]:  # it breaks the constraint, or one in six is cut short
+        form = rng.choice(list(FORMS))
+        flawed = write_answer(rng.sample(topics(split)[topic], 4), form, rng.randint(1, 3))
+        if form == check and rng.random() < 0.8 and len(flawed.split()) > 6:
+            flawed = cut_short(rng, flawed)
+    return {"instruction": text, "worked": worked, "flawed": flawed}
+
+
+def worked_ranking(truth) -> str:
+    """The score line that a ranking should get: its true ranks, spread evenly over the scores 9 to 2.
+
+    >>> worked_ranking((20.0, 0.0, 10.0, 0.0))
+    '<scores>9, 2, 6, 2</scores>'
+    """
+    ranks = sorted(set(truth), reverse=True)
+    step = 7 / max(1, len(ranks) - 1)
+    return data.score_line([round(9 - step * ranks.index(score)) for score in truth])
+
+
+def text_question(rng: random.Random, split: str) -> tuple[str, str, str, str]:
+    """(question, worked answer up to its box, answer, a wrong one) about a text of the split."""
+    topic = rng.choice(list(topics(split)))
+    number, check = rng.randint(1, 3), rng.choice(["lower", "ends:!", "starts:well", "items:3", ""])
+    sentences = rng.sample(topics(split)[topic], 4)
+    text = write_answer(sentences, check, number)
+    words = re.findall(r"\w+", text)
+    if check == "items:3":
+        kept = rng.randint(1, 3)
+        text = "\n".join(line[2 * (i >= kept) :] for i, line in enumerate(text.splitlines()))
+        return f"How many lines start with a dash?\n{text}", "Lines with a dash: ", str(kept), str(kept % 3 + 1)
+    if rng.random() < 0.5:
+        return f"Which word is the first?\n{text}", "The first word is ", words[0], words[1]
+    return f"How many sentences are here?\n{text}", "Sentences: ", str(number), str(number % 3 + 1)
+
+
+def reasoning(number: int, split: str) -> dict:
+    """A sum, a difference, a product, the largest of four, a short story, or in one of three a question about a text.
+
+    A hash of the numbers that a question asks about decides its split; a text is of the split's topics.
+    """
+    rng = random.Random(f"{split}/reasoning/{number}")
+    level = rng.randrange(9)
+    if level > 5:
+        question, worked, answer, wrong = text_question(rng, split)
+        return {"question": question, "answer": answer, "worked": f"{worked}\\boxed{{{answer}}}",
+                "flawed": f"{worked}\\boxed{{{wrong}}}"}
+    while True:
+        a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(10, 49)
+        who, what = rng.choice(("Tom", "Mia", "Ben", "Ana")), rng.choice(("apples", "books", "coins", "pens"))
+        numbers = rng.sample(range(10, 100), 4)
+        listed = ", ".join(map(str, numbers))
+        question, worked, answer = (
+            ("", f"{c} + {a * b}", c + a * b),
+            ("", f"{c + a} - {b}", c + a - b),
+            ("", f"{a} * {b}", a * b),
+            (f"Which number is the largest: {listed}?", f"max({listed})", max(numbers)),
+            (f"{who} buys {a} boxes with {b} {what} in each. How many {what} does {who} have?", f"{a} * {b}", a * b),
+            (f"{who} has {c} {what}, finds {a} more and gives {b} away. How many {what} are left?",
+             f"{c} + {a} - {b}", c + a - b),
+        )[level]
+        if (zlib.crc32(re.sub(r"\D+", " ", worked).encode()) % 5 == 0) == (split == "heldout"):
             wrong = answer + rng.choice((-3, -2, -1, 1, 2, 3, 10))
             return {"question": question or f"What is {worked}?", "answer": str(answer),
                     "worked": f"{worked} = \\boxed{{{answer}}}", "flawed": f"{worked} = \\boxed{{{wrong}}}"}
 
 
-def records(kind: str, split: str, count: int, n: int = 0) -> list[dict]:
-    """The first `count` examples of one kind and split. n: how many responses a preference has; 0 draws 2 to 5."""
-    make = {"preference": preference, "reasoning": reasoning, "instruction": instruction}[kind]
-    options = [n] if kind == "preference" else []
-    return [make(random.Random(f"{split}/{kind}/{i}"), split, *options) for i in range(count)]
+MAKERS = {"preference": preference, "reasoning": reasoning, "instruction": instruction}
+
+
+def records(kind: str, split: str, count: int, first: int = 0) -> list[dict]:
+    """`count` examples of one kind and split, from number `first` on."""
+    return [MAKERS[kind](number, split) for number in range(first, first + count)]
 
 
 # ------------------------------------------------------------------------------- commands
 
 
-def heldout_records(kind: str) -> list[dict]:
-    """Examples to measure on, none twice: a repeated one is no independent trial. Instructions have a constraint, and
-    pairs stand better first."""
+def training_records(kind: str) -> list[dict]:
+    """Examples for a run; none of them taught the base. Instructions are few, so it was taught the first half."""
+    made = records(kind, "train", TRAINING)
+    if kind == "instruction":
+        return made[len(instructions("train")) // 2 : len(instructions("train"))]
+    return made
+
+
+def heldout_records(kind: str, levels=()) -> list[dict]:
+    """Examples to measure on, none twice: a repeated one is no independent trial."""
     found = {}
-    for record in records(kind, "heldout", 8 * HELDOUT, 2):
+    for number in range(2 * HELDOUT):
+        record = preference(number, "heldout", levels) if levels else MAKERS[kind](number, "heldout")
         prompt = data.READERS[kind](record)
-        if kind == "instruction" and not read_instruction(prompt.instruction)[1]:
-            continue
-        if kind == "preference" and record["scores"][0] < record["scores"][1]:
-            record["responses"].reverse()
-            record["scores"].reverse()
         found.setdefault((prompt.instruction, prompt.responses), record)
     return list(found.values())[:HELDOUT]
 
 
 def write_file(path: Path, examples: list[dict]) -> None:
-    """Without the answers of a demonstrator, `worked` and `flawed`, which the warm start alone may see."""
+    """Without the answers of a demonstrator, `worked` and `flawed`, which the teacher of the base alone may see."""
     text = ""
     for example in examples:
         text += json.dumps({name: value for name, value in example.items() if name not in ("worked", "flawed")}) + "\n"
     write_whole(path, text)
     print(f"{path}: {len(examples)} examples", flush=True)
+
+
+def own_pairs(path: str) -> list[dict]:
+    """From a JSON of eval.py heldout: pairs of a model's own answers, of which one has more parts of GOLD.
+
+    At most two of an instruction. Labelled by hidden gold, so that its judge can be measured where it will judge.
+    """
+    pairs = []
+    for record in read_result(path)["answers"]:
+        golds, found = {}, []
+        for text in record["sampled"] if record["kind"] == "instruction" else []:
+            golds[text] = sum(measure(record["asked"], text)[name] for name in GOLD)
+        for good, bad in permutations(golds, 2):
+            if golds[good] > golds[bad]:
+                found.append({"prompt": record["asked"], "responses": [good, bad],
+                              "scores": [golds[good], golds[bad]]})
+        pairs += random.Random(record["asked"]).sample(found, min(2, len(found)))
+    return pairs
+
+
+HELDOUT_SETS = {  # the flag of eval.py heldout -> its files in toy/heldout
+    "preferences": ("constraints", "flaws", "bank"),
+    "reasoning": ("reasoning",),
+    "instructions": ("instructions",),
+}
+
+
+def write_all() -> None:
+    for kind, flag in data.FLAGS.items():
+        write_file(FOLDER / f"{flag}.jsonl", training_records(kind))
+    home = FOLDER / "heldout"
+    write_file(home / "constraints.jsonl", heldout_records("preference", (BREAKS,)))
+    write_file(home / "flaws.jsonl", heldout_records("preference", (OTHER_TOPIC, CUT)))
+    write_whole(home / "bank.jsonl", BANK.read_text())
+    write_file(home / "reasoning.jsonl", heldout_records("reasoning"))
+    write_file(home / "instructions.jsonl", heldout_records("instruction"))
 
 
 def gold_of_run(run: Path) -> list[dict]:
@@ -315,18 +370,18 @@ def gold_of_run(run: Path) -> list[dict]:
 def main(arguments: list[str]) -> None:
     match arguments:
         case []:
-            for kind, flag in data.FLAGS.items():
-                write_file(FOLDER / f"{flag}.jsonl", records(kind, "train", TRAINING, 2))
-                write_file(FOLDER / "heldout" / f"{flag}.jsonl", heldout_records(kind))
+            write_all()
+        case ["bank", result]:
+            write_file(BANK, own_pairs(result))
         case ["heldout", *flags]:
             import eval  # of the root, with its sampler
 
             files = []
-            for flag in data.FLAGS.values():
-                files += [f"--{flag}", str(FOLDER / "heldout" / f"{flag}.jsonl")]
+            for flag, names in HELDOUT_SETS.items():
+                files += [f"--{flag}", *(str(FOLDER / "heldout" / f"{name}.jsonl") for name in names)]
             eval.main(["heldout", *files, *flags], measure=measure)
         case _:
-            raise InputError("python -m lab.toy takes nothing, or `heldout --model M`")
+            raise InputError("python -m lab.toy takes nothing, `heldout --model M`, or `bank heldout.json`")
 
 
 if __name__ == "__main__":

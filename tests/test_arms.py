@@ -38,11 +38,11 @@ def test_what_an_arm_needs_comes_before_it_and_every_arm_is_compared_early():
 
 PRETENDER = f"""#!{PYTHON}
 import pathlib, sys, time
-words, known = sys.argv[1:], '{{"both orders": {{"value": 0.25}}, "expected score": {{"value": 0.25}}}}'
+words, known = sys.argv[1:], '{{"both orders": {{"value": 0.25}}, "single order": {{"value": 0.5}}}}'
 print(*words, file=open("calls", "a"))
 if "--json" in words:
     path = pathlib.Path(words[words.index("--json") + 1])
-    text = '{{"figures": {{"referee": %s, "reasoning": {{"solved, greedy": {{"value": 0.5}}}}}}}}' % known
+    text = '{{"figures": {{"referee, flaws": %s, "reasoning": {{"solved, greedy": {{"value": 0.5}}}}}}}}' % known
 else:
     path, text = pathlib.Path("runs", words[words.index("--name") + 1], "log.jsonl"), '{{"peak_memory_gib": 6.125}}'
 (path.parent / "checkpoints" / "last" / "trainer").mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def test_arms_are_run_measured_compared_and_not_run_again(pretended, capsys):
     assert list(table.index) == ["start", "urpo", "mix_1_1_0", "rm_gen", "reward_model", "rm_score"]
     assert table.status["urpo"] == "done" and "drift" in table.status["rm_score"]
     assert table.gib["urpo"] == 6.12 and math.isnan(table.gib["start"]) and math.isnan(table.gold["urpo"])
-    assert (table.referee["urpo"], table.pairs["urpo"], table.reasoning_greedy["urpo"]) == (0.25, 0.25, 0.5)
+    assert (table.flaws_both["urpo"], table.flaws["urpo"], table.reasoning_greedy["urpo"]) == (0.25, 0.5, 0.5)
     assert "--lr 2e-5 --preset smol --name arms-urpo-0 --seed 0" in table.command["urpo"]
     assert not list(pretended.rglob("trainer"))
     assert "--judge runs/arms-mix_1_1_0-0/checkpoints/last/model" in table.command["rm_gen"]
@@ -95,18 +95,18 @@ def test_a_wrong_flag_is_refused_before_all_runs_and_so_is_a_second_one_of_us(pr
 
 
 def lines(**values):
-    return pandas.DataFrame([{"arm": arm, "referee": value} for arm, own in values.items() for value in own])
+    return pandas.DataFrame([{"arm": arm, "flaws": value} for arm, own in values.items() for value in own])
 
 
 def test_the_interval_of_a_difference_is_welchs():
     ours, base = [0.5, 0.62, 0.71], [0.40, 0.44, 0.52, 0.41, 0.47]
-    row = arms.compared(lines(urpo=base, sft=ours), "referee").loc["sft"]
+    row = arms.compared(lines(urpo=base, sft=ours), "flaws").loc["sft"]
     a, b = stats.tvar(ours) / 3, stats.tvar(base) / 5  # variances of the means
     half = stats.t.ppf(0.975, (a + b) ** 2 / (a**2 / 2 + b**2 / 4)) * math.sqrt(a + b)
     assert [row.difference, row.low, row.high] == pytest.approx([0.162, 0.162 - half, 0.162 + half])
 
 
 def test_what_is_not_known_is_no_zero():
-    found = arms.compared(lines(urpo=[0.4, math.nan], sft=[0.5, 0.6], raw=[math.nan]), "referee")
+    found = arms.compared(lines(urpo=[0.4, math.nan], sft=[0.5, 0.6], raw=[math.nan]), "flaws")
     assert list(found.index) == ["urpo", "sft"] and found.difference["sft"] == pytest.approx(0.15)
     assert found.loc["sft", ["low", "high"]].isna().all() and found.seeds["urpo"] == 1

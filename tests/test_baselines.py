@@ -119,7 +119,7 @@ def test_the_reward_model_logs_what_it_is_worth_and_is_measured_held_out(trained
     log = lines(trained / "reward_model" / "log.jsonl")
     assert [line["step"] for line in log] == list(range(6)) and all(0 <= line["accuracy"] <= 1 for line in log)
     measured = json.loads((trained / "reward_model" / "heldout-after.json").read_text())
-    assert measured["figures"]["referee"]["expected score"]["count"] == 6 * 40  # rows of four have six pairs
+    assert measured["figures"]["referee, constraints"]["single order"]["count"] == 6 * 40  # rows of four have six pairs
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tiny_run import write_lines
 PROMPTS = {
     "preference": Prompt("preference", "Rank these.", ("one", "two", "three"), (2.0, 1.0, 0.0)),
     "reasoning": Prompt("reasoning", "What is 2 + 2?", answer="4"),
-    "instruction": Prompt("instruction", "Tell me about dogs."),
+    "instruction": Prompt("instruction", "Write a single sentence about dogs."),
 }
 
 
@@ -91,7 +91,8 @@ def test_what_was_measured_held_out_is_a_table_and_answers_side_by_side(no_pictu
         (folder / f"heldout-{name}.json").write_text(json.dumps(result))
     report.main([str(folder)])
     said = capsys.readouterr().out
-    assert "heldout-before" in said and "+1.00" in said and "\x1b" not in said
+    assert re.search("reasoning: solved +0.00 +1.00 +- +-\n", said) and "\x1b" not in said
+    assert said.count("the first that became right") == 1
     assert re.search(r"it is \\x1b\[31m5 +it is 4", said)
 
 

@@ -32,7 +32,11 @@ OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 def write_rows(folder) -> None:
     """40 rows of each kind, with four candidates."""
     for kind, flag in data.FLAGS.items():
-        write_lines(Path(folder, f"{flag}.jsonl"), *toy.records(kind, "train", 40, 4))
+        rows = toy.records(kind, "train", 40)
+        if kind == "preference":
+            rows = [{"prompt": row["prompt"], "responses": [*row["responses"], "Not now.", f"No. {i}"],
+                     "scores": [*row["scores"], -1, -2]} for i, row in enumerate(rows)]
+        write_lines(Path(folder, f"{flag}.jsonl"), *rows)
 
 
 def urpo_with(model, program=ROOT / "urpo.py") -> list:
