@@ -2,7 +2,7 @@
 
     python eval.py heldout --model M --preferences F --reasoning F --instructions F --json before.json
     python eval.py rewardbench --model M                           as a judge of labelled pairs
-    python eval.py reasoning --model M --data openai/gsm8k:main    pass@1, mean@k, pass@k, maj@k
+    python eval.py reasoning --model M --data openai/gsm8k:main    pass@1, mean@k
     python eval.py alpacaeval --model M --data alpaca_eval.json    answers, for the alpaca_eval package to judge
 
 Prompts, referee's template, parsers and sampler are those of training. One rule holds everywhere: unknown is not
@@ -18,14 +18,12 @@ import sys
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from statistics import multimode
 
 import urpo  # first: it says what to do where torch is missing
 
 # isort: split
 import data
 from data import Prompt, better_first, swapped
-from infra.answers import final_answer, same_answer
 from infra.chat import load_tokenizer
 from infra.policy import check_folder, check_model
 from infra.ranks import InputError
@@ -35,7 +33,6 @@ from infra.results import (
     figure,
     interval,
     known,
-    pass_at_k,
     read_texts,
     summary,
     table,
@@ -357,43 +354,21 @@ def rewardbench(config) -> None:
 # ------------------------------------------------------------------------------- reasoning
 
 
-def majority(texts, answer: str) -> float:
-    """maj@k: is the commonest final answer right? Of several commonest ones each counts its share.
-
-    Equal answers vote together, however they are written. A text without a final answer has no vote.
-
-    >>> majority(["it is 4", "so 5", "4.0", "no idea"], "4"), majority(["4", "5"], "4"), majority(["no idea"], "4")
-    (1.0, 0.5, 0.0)
-    """
-    votes: list[str] = []
-    for given in filter(None, map(final_answer, texts)):
-        same = [other for other in votes if same_answer(given, other)]
-        votes.append(same[0] if same else given)
-    return mean(same_answer(name, answer) for name in multimode(votes)) or 0.0
-
-
 def question_figures(asked: Asked) -> dict:
     """The measures of one question, from one greedy answer and k samples."""
-    true, texts = asked.row.answer, [sample.text for sample in asked.sampled]
-    k, right = len(texts), 0
-    for text in texts:
-        right += verify_answer(text, true) == 1
-    figures = {
+    true, k, right = asked.row.answer, len(asked.sampled), 0
+    for sample in asked.sampled:
+        right += verify_answer(sample.text, true) == 1
+    return {
         "pass@1, greedy": verify_answer(asked.greedy[0].text, true),
         f"mean@{k}": right / k,
-        f"maj@{k}": majority(texts, true),
+        "tokens an answer": mean(len(sample.ids) for sample in asked.sampled),
+        "cut off": mean(not sample.finished for sample in asked.sampled),
     }
-    j = 2
-    while j <= k:
-        figures[f"pass@{j}"] = pass_at_k(k, right, j)
-        j *= 2
-    figures["tokens an answer"] = mean(len(sample.ids) for sample in asked.sampled)
-    figures["cut off"] = mean(not sample.finished for sample in asked.sampled)
-    return figures
 
 
 def reasoning(config) -> None:
-    """pass@1 (greedy), and from k samples mean@k, pass@j and maj@k, for each set; of several sets the plain average."""
+    """pass@1 (greedy), and from k samples mean@k, for each set; of several sets the plain average."""
     folder, tokenizer = open_model(config)
     prompts, source_of = [], []
     for source in config.reasoning:

@@ -178,34 +178,21 @@ def read_judgements(group) -> list[list[float] | None]:
     return verdicts
 
 
-REWARD_RANGE = {
-    "preference": (-1.0, 1.0),
-    "reasoning": (0.0, 1.0),
-    "instruction": (LOWEST_SCORE, HIGHEST_SCORE),
-}
-
-
-def group_advantages(rewards: Tensor, scale: str = "std", reward_range: tuple[float, float] = (0.0, 1.0),
-                     eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """A = (r - mean) / (std + eps) over the last dimension, the G answers to one prompt; float32.
 
     Group-relative advantages are the paper's. The unbiased std and its floor are ours: a group whose std is below
-    1e-6 gets exactly 0. scale="center" is A = r - mean (Dr. GRPO), with `reward_range` mapped to [0, 1] first:
-    otherwise a score of 1 to 10 would weigh nine times as much as a solved question (ours).
+    1e-6 gets exactly 0.
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [7., 7., 7., 7.]]))
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
-    >>> group_advantages(torch.tensor([10., 1.]), "center", REWARD_RANGE["instruction"])
-    tensor([ 0.5000, -0.5000])
     """
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite: leave an unjudged group out, instead of passing nan")
     rewards = rewards.double()
-    centered = rewards - rewards.mean(dim=-1, keepdim=True)
     std = rewards.std(dim=-1, keepdim=True)
-    lowest, highest = reward_range
-    advantages = centered / (std + eps if scale == "std" else highest - lowest)
+    advantages = (rewards - rewards.mean(dim=-1, keepdim=True)) / (std + eps)
     return torch.where(std < SMALLEST_SPREAD, 0.0, advantages).float()
 
 
@@ -304,7 +291,7 @@ def update_figures(tallies: list[Tally], world: int) -> dict:
 
 def step_figures(config, groups: list) -> dict[str, dict]:
     """{kind: its figures} of a step, from the groups of its whole batch, in the order of the batch."""
-    kinds: dict[str, list] = {kind: [] for kind in REWARD_RANGE}
+    kinds: dict[str, list] = {"preference": [], "reasoning": [], "instruction": []}
     for group in groups:
         kinds[group.prompt.kind].append(group)
     shares = gradient_shares(config, groups)

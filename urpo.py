@@ -54,7 +54,6 @@ from infra.rows import Row, build_rows, rebalance
 from infra.sampler import generate, largest_drift, sleep, start_sampler, sync
 from infra.settings import parse, setting
 from rewards import (
-    REWARD_RANGE,
     Tally,
     clipped_objective,
     group_advantages,
@@ -104,7 +103,6 @@ class Config:
     # objective
     clip_low: float = setting(0.8, "lower end of the ratio (paper: 0.8)", least=0)
     clip_high: float = setting(1.28, "upper end of the ratio (paper: 1.28)", least=1)
-    advantage: Literal["std", "center"] = setting("std", "(r - mean) / std of the group | r - mean, r in [0, 1]")
     loss: Literal["token-mean", "sequence-mean"] = setting("token-mean", "over the global minibatch: DAPO | GRPO")
     importance_cap: float = setting(0.0, "0: off; else weight tokens by min(trainer/sampler probability, cap)", least=0)
     # optimiser
@@ -223,8 +221,7 @@ def reward(config: Config, groups: list[Group]) -> None:
         if group.rewards is None:  # of some answer no judgement can be read: the group teaches nothing, counted
             group.advantages = [0.0] * len(group.texts)
         else:
-            rewards, scale = torch.tensor(group.rewards), REWARD_RANGE[group.prompt.kind]
-            group.advantages = group_advantages(rewards, config.advantage, scale).tolist()
+            group.advantages = group_advantages(torch.tensor(group.rewards)).tolist()
 
 
 def build_minibatches(config: Config, groups: list[Group]) -> list[list[Row]]:

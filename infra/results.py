@@ -6,7 +6,6 @@ Unknown is not zero: it is None, and "-" in a table.
 from __future__ import annotations
 
 import json
-import math
 import os
 from operator import itemgetter
 from pathlib import Path
@@ -75,16 +74,6 @@ def weighted_mean(parts) -> dict:
     return figure(statistic(*samples), sum(sizes), *drawn.confidence_interval)
 
 
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """The unbiased estimate of P(at least one of k answers is right) from n >= k answers, `right` of them right:
-    1 - C(n - right, k) / C(n, k). Chen et al. 2021, https://arxiv.org/abs/2107.03374, equation 1.
-
-    >>> pass_at_k(4, 1, 1), pass_at_k(4, 2, 2), pass_at_k(4, 3, 2)
-    (0.25, 0.8333333333333334, 1.0)
-    """
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
-
-
 def columns(rows: list[dict]) -> dict[str, list]:
     """The measures of many rows, a list for each measure."""
     found: dict[str, list] = {}
@@ -100,7 +89,7 @@ def summary(rows: list[dict]) -> dict[str, dict]:
 
 
 def table(results: dict[str, dict], last: str = "") -> str:
-    """Results side by side, a column each: value [95 % interval]. Last column: "change" from first to last, or "n".
+    """Results side by side, a column each: value [95 % interval]. The last column may be "n".
 
     results: {heading: {"figures": {part: {name: figure}}}}.
     """
@@ -108,9 +97,6 @@ def table(results: dict[str, dict], last: str = "") -> str:
     shown = pandas.concat([cells.map(cell_text) for cells in measured], axis=1, keys=results)
     if last == "n":
         shown["n"] = measured[0].map(itemgetter("count"))
-    elif last == "change":
-        before, *_, after = [cells.map(itemgetter("value")).astype(float) for cells in measured]
-        shown["change"] = (after - before).map("{:+.2f}".format, na_action="ignore")
     return shown.to_string(na_rep="-", sparsify=False)
 
 

@@ -38,13 +38,14 @@ BASE = "urpo"  # the arm that others are compared with
 ARMS = {
     "start": (1, "-m lab.toy heldout --model toy/model"),  # before any training
     "urpo": (5, "urpo.py"),
-    "mix_1_1_0": (5, "urpo.py --mix 1:1:0"),  # also the judge of rm_gen: trained by tau on P, and on R
-    "rm_gen": (5, "-m lab.baselines rm_gen --mix 0:1:1 --judge runs/arms-mix_1_1_0-{seed}/checkpoints/last/model"),
-    "reward_model": (5, "-m lab.baselines reward_model --mix 1:1:0 --lr 3e-5"),
+    "no_instructions": (5, "urpo.py --mix 2:1:0"),  # also the judge of rm_gen: trained by tau on P, and on R
+    "rm_gen": (5, "-m lab.baselines rm_gen --mix 0:1:1 "
+                  "--judge runs/arms-no_instructions-{seed}/checkpoints/last/model"),
+    "reward_model": (5, "-m lab.baselines reward_model --mix 2:1:0 --lr 3e-5"),
     "rm_score": (5, "-m lab.baselines rm_score --mix 0:1:1 --judge runs/arms-reward_model-{seed}/model"),
     "sft": (5, "-m lab.baselines sft"),
-    "mix_0_1_1": (5, "urpo.py --mix 0:1:1"),
-    "mix_1_0_1": (3, "urpo.py --mix 1:0:1"),
+    "no_preferences": (5, "urpo.py --mix 0:1:1"),
+    "no_reasoning": (3, "urpo.py --mix 2:0:1"),
     "no_warmup": (3, "urpo.py --warmup_steps 0"),
     "start_raw": (1, "-m lab.toy heldout --model toy/raw"),  # a base without competence, and a half-taught one
     "raw": (3, "urpo.py --model toy/raw"),

@@ -78,8 +78,8 @@ def draw_curves(run: Path, log: pandas.DataFrame, settings: dict) -> bytes:
         axis.set_title(title, fontsize=10)
         axis.locator_params(axis="x", integer=True)
         measured = log[figures.split()].dropna(axis="columns", how="all")
-        for figure, values in measured.items():
-            kind, _, part = figure.partition(".")
+        for name, values in measured.items():
+            kind, _, part = name.partition(".")
             label = part if kind == "seconds" else kind
             axis.plot(values, color=COLORS.get(kind), label=label, marker=".", markersize=3)
         if measured.empty:
@@ -101,7 +101,7 @@ def measured_held_out(run: Path) -> str:
     if len(results) != 2:
         return table(results) if results else ""
     before, after = results.values()
-    shown = headline(before["figures"], after["figures"]) or table(results, "change")
+    shown = headline(before["figures"], after["figures"]) or table(results)
     return shown + "\n" + side_by_side(before.get("answers", []), after.get("answers", []))
 
 

@@ -160,12 +160,10 @@ def contrast(rng: random.Random, split: str, level: int, turned: bool) -> tuple[
         check, form = rng.sample(list(FORMS), 2)
         pairs = [(name, check), {BREAKS: (name, form), OTHER_TOPIC: (other, check), CUT: (name, check)}[level]]
         same, numbers = rng.random() < 0.5, [rng.randint(1, 3), rng.randint(1, 3)]
-        asked, texts = [], []
+        asked, texts, drawn = [], [], []
         for (topic, constraint), number in zip(pairs, numbers):
-            sentences = rng.sample(topics(split)[topic], 4)
-            if texts and level == BREAKS and same:  # the same sentences: only their form differs
-                sentences = first
-            first = sentences
+            drawn.append(rng.sample(topics(split)[topic], 4))
+            sentences = drawn[0 if level == BREAKS and same else -1]  # the same ones: only their form differs
             asked.append(rng.choice(FORMS[constraint]).format(topic=topic))
             texts.append(write_answer(sentences, constraint, number))
         if level == CUT and len(texts[1].split()) > 6:

@@ -31,14 +31,13 @@ BROKEN = ("test_an_update_that_is_not_finite_is_skipped_and_counted_and_the_next
 RATE = ("test_the_rate_follows_the_number_of_updates_that_were_made", {})
 JUDGED = ("test_self_scores_follow_their_answers_through_the_shuffle_and_the_readable_ones_count",
           {"told": [(9, 1), (7, 3), ()], "changes": {"judgements": 2, "judge_list": 2}})
-REWARDS = ("test_rewards_of_all_kinds_and_that_centred_ones_have_one_scale", {})
+REWARDS = ("test_rewards_of_all_kinds_and_that_their_advantages_have_one_scale", {})
 ROLLOUT = ("test_rollout_keeps_ids_texts_and_logprobs_of_every_sample", {})
 LINES = [  # (old, new, check)
     ("        for sample in samples:", "        for sample in samples[:2]:", ROLLOUT),
     ('index, "answer")', '0, "answer")', ROLLOUT),
     ("shown = [group.texts[i] for i in order]", "shown = group.texts", JUDGED),
-    ("REWARD_RANGE[group.prompt.kind]", "(0.0, 1.0)", REWARDS),
-    ("group.advantages = group_advantages(rewards,", "group.advantages = group_advantages(-rewards,", REWARDS),
+    ("group_advantages(torch.tensor(", "group_advantages(-torch.tensor(", REWARDS),
     ("lengths += map(len, group.answers)", "lengths += map(len, group.answers * group.has_signal)", UPDATE),
     ("for rows in minibatches[1:]:", "for rows in minibatches[2:]:", UPDATE),
     ("row.keep_old(logprob_N.detach(), config.importance_cap)", "row.keep_old(logprob_N.detach())", UPDATE),

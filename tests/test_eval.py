@@ -57,8 +57,8 @@ def test_intervals():
 
 def test_the_table_of_two_results():
     a = {"figures": {"reasoning": {"solved": interval([1, 0]), "nothing": interval([])}}}
-    text = table({"a": a, "b": {"figures": {"referee": {"format": interval([1, 1])}}}}, "change")
-    assert [line.split().count("-") for line in text.splitlines()[1:]] == [2, 3, 2]  # "-" is what only one has
+    text = table({"a": a, "b": {"figures": {"referee": {"format": interval([1, 1])}}}})
+    assert [line.split().count("-") for line in text.splitlines()[1:]] == [1, 2, 1]  # "-" is what only one has
 
 
 def model(prompt, _):
@@ -107,12 +107,14 @@ def test_heldout_from_files_to_json(tmp_path, answering, files):
 def test_without_a_measure_only_the_length_of_open_answers_is_known_and_an_unread_judge_is_no_zero(
         tmp_path, answering, files):
     answering(lambda prompt, _: "cannot say")
-    main(["heldout", "--model", "m", *files, "--rows", "1", "--json", str(tmp_path / "a.json")])
+    more = write_lines(tmp_path / "more.jsonl", {"prompt": "Ho", "chosen": "good", "rejected": "bad"})
+    main(["heldout", "--model", "m", *files, more, "--rows", "1", "--json", str(tmp_path / "a.json"),
+          "--preferences", files[1], more])
     found = json.loads((tmp_path / "a.json").read_text())["figures"]
-    assert list(found["instructions"]) == ["tokens an answer"] and found["referee"]["unparsed"]["value"] == 1
-    assert {part["tokens an answer"]["count"] for name, part in found.items() if name != "referee"} == {1}
+    assert found.keys() == {"reasoning", "instructions, I", "instructions, more", "referee, P", "referee, more"}
+    assert list(found["instructions, I"]) == ["tokens an answer"] and found["referee, P"]["unparsed"]["value"] == 1
     for name in ("order consistency", "first-position preference"):
-        assert found["referee"][name]["value"] is None and found["referee"][name]["count"] == 0
+        assert found["referee, P"][name]["value"] is None and found["referee, P"][name]["count"] == 0
 
 
 def test_heldout_refuses_before_a_sampler_is_started(tmp_path, capsys, measuring, files):
@@ -155,7 +157,7 @@ def test_probe_runs_parts_1_to_4_of_a_step(tmp_path, answering, capsys):
     R = write_lines(tmp_path / "R", {"question": "2 + 3?", "answer": "5"})
     I = write_lines(tmp_path / "I", {"instruction": "Say five."})  # noqa: E741
     arguments = ["--model", "m", "--preset", "smol", "--preferences", P, "--reasoning", R, "--instructions", I,
-                 "--judge_list", "0", "--judgements", "1", "--rows", "8"]
+                 "--group", "4", "--judge_list", "0", "--judgements", "1", "--rows", "8"]
     probe.main(arguments)
     out = capsys.readouterr().out
     assert "no gradient from P" in out and "no gradient from R" in out and "a gradient from I: in 100% of 8" in out

@@ -110,11 +110,11 @@ def test_a_demonstrators_worked_answers_are_right_and_flawed_ones_wrong():
 
 def test_no_training_row_taught_the_base():
     for kind in KINDS:
-        taught = itertools.islice(seed.demonstrations(kind, 0.0), 4000)
+        taught = itertools.islice(seed.demonstrations(kind, 0.0), 500)  # more than all stages take
         asked = {(prompt.instruction, frozenset(prompt.responses)) for prompt, _ in taught}
         rows = [data.READERS[kind](record) for record in toy.training_records(kind)]
         drawn = [(row.instruction, frozenset(row.responses)) for row in rows]
-        assert sum(row in asked for row in drawn) < 0.1 * len(drawn)  # short sums repeat
+        assert sum(row in asked for row in drawn) < 0.25 * len(drawn)  # there are few products
 
 
 # ---- files and commands ----

@@ -114,16 +114,17 @@ def test_an_unreadable_judgement_gives_no_reward_and_no_advantage_and_a_cut_one_
     assert figures["unjudged"] == 1 == figures["cut"] and figures["reward"] is None and figures["format"] == 0
 
 
-def test_rewards_of_all_kinds_and_that_centred_ones_have_one_scale():
+def test_rewards_of_all_kinds_and_that_their_advantages_have_one_scale():
     """The best answer of two against the worst one: the same advantage on P, R and I. A cut ranking earns -1."""
     judgement = {"order": [0, 1], "cut": 0, "text": "<scores>10, 1</scores>", "finished": True}
     ranking = "<scores>8, 6</scores>"
     groups = [Group(0, SHARE[0][1], [1], [[1]] * 2, texts=[ranking] * 2, finished=[True, False]),
               Group(1, SHARE[1][1], [1], [[1]] * 2, texts=["\\boxed{2}", "3"], finished=[True] * 2),
               Group(2, SHARE[2][1], [1], [[1]] * 2, texts=["hi", ""], finished=[True] * 2, judgements=[judgement])]
-    urpo.reward(tiny_config(advantage="center", group=2), groups)
+    urpo.reward(tiny_config(group=2), groups)
     assert [group.rewards for group in groups] == [[1, -1], [1, 0], [10, 1]]
-    assert [group.advantages for group in groups] == [[0.5, -0.5]] * 3
+    for group in groups:
+        assert group.advantages == pytest.approx([0.5**0.5, -0.5**0.5], abs=1e-5)
 
 
 # ---- 4. minibatches, 5. old_logprobs, 6. update: all of it once more, in float64 ----
