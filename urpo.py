@@ -131,10 +131,10 @@ PRESETS = {
         preferences=[f"{TOY}/preferences.jsonl"],
         reasoning=[f"{TOY}/reasoning.jsonl"],
         instructions=[f"{TOY}/instructions.jsonl"],
-        steps=24, warmup_steps=8, mix="2:1:1", batch=24, group=8,
+        steps=20, warmup_steps=6, mix="2:1:1", batch=24, group=8,
         max_prompt_tokens=800, max_answer_tokens=64, max_referee_tokens=40, max_judge_tokens=800,
         both_orders=True, judgements=2, judge_list=2,
-        lr=3e-5, precision="float32", row_tokens=1024,
+        lr=2e-5, precision="float32", row_tokens=1024,
         save_every=8, keep=2),
 }
 # What a resumed run may change: how it goes on. Everything else decides which prompts come, or what `lab.audit`

@@ -79,14 +79,15 @@ def load_raw():
 # the base knows more than it says, and reinforcement learning has something to choose from.
 STAGES = (
     (60, (8, 2, 2), 3e-4, (0, 0, 0)),
-    (24, (4, 6, 8), 2e-4, tuple(toy.ERRORS.values())),
+    (30, (16, 1, 1), 3e-4, (0, 0, 0)),
+    (20, (6, 6, 8), 1.5e-4, tuple(toy.ERRORS.values())),
 )
 
 
 def demonstrations(kind: str, error_rate: float):
     """An endless stream of (prompt, worked answer). A contrast set comes whole, each pair in both orders."""
     rng = random.Random(f"{kind}/{error_rate}")
-    numbers = range(396) if kind == "instruction" else range(toy.TRAINING, 4 * toy.TRAINING)
+    numbers = range(len(toy.instructions("train")) // 2) if kind == "instruction" else range(toy.TRAINING, 4 * toy.TRAINING)
     for number in itertools.cycle(numbers):
         record = toy.MAKERS[kind](number, "train")
         prompt, errs = data.READERS[kind](record), rng.random() < error_rate

@@ -31,8 +31,6 @@ TRAINING, HELDOUT = 4096, 256  # examples of each kind in a file, at most
 # The forms of an instruction: its constraint, as `complies` checks it, and its two wordings.
 FORMS = {
     "sentences:1": ("Describe {topic} in one sentence.", "Write a single sentence about {topic}."),
-    "sentences:2": ("Write exactly two sentences about {topic}.", "Tell me about {topic} in two sentences."),
-    "lower": ("Tell me about {topic} in lower case letters only.", "Write about {topic} without any capital letter."),
     "items:3": ("List three facts about {topic}, each on a line that starts with a dash.",
                 "Give three facts about {topic} as a list with dashes."),
     "ends:!": ("Write about {topic} and end with an exclamation mark.",
@@ -43,7 +41,7 @@ FORMS = {
 # The true score of a response: another topic, cut short, breaks the constraint alone, good.
 OTHER_TOPIC, CUT, BREAKS, GOOD = range(4)
 # How often the demonstrator errs whom the base imitates last, so that it knows more than it says.
-ERRORS = {"preference": 0.0, "reasoning": 0.3, "instruction": 0.6}
+ERRORS = {"preference": 0.2, "reasoning": 0.3, "instruction": 0.6}
 
 
 @lru_cache(maxsize=None)
@@ -65,7 +63,6 @@ def complies(check: str, text: str) -> bool:
     text = text.strip()
     kept = {
         "sentences": len(re.split(r"(?<=[.!?])\s+", text)) == number and text[-1:] in ".!?" and text[:1] != "-",
-        "lower": text == text.lower(),
         "items": [line[:2] for line in text.splitlines()] == ["- "] * number,
         "ends": text.endswith(wanted),
         "starts": text.lower().startswith(wanted),
@@ -105,8 +102,8 @@ def measure(instruction: str, text: str) -> dict[str, bool] | None:
     not of this world.
 
     Hidden: it measures what self-rewards do, and never becomes a reward. An answer is on topic when it names its
-    topic, whole when it ends as a sentence does, and in order when all its sentences begin with a capital letter
-    (not asked of an answer in lower case) and no word follows a full stop without a blank.
+    topic, whole when it ends as a sentence does, and in order when all its sentences begin with a capital letter and
+    no word follows a full stop without a blank.
 
     >>> list(measure("Write a single sentence about dogs.", "Cats need every").values())
     [False, False, True, False, False, False]
@@ -118,7 +115,7 @@ def measure(instruction: str, text: str) -> dict[str, bool] | None:
     stems = {stem(word) for word in re.findall(r"[A-Za-z]+", text)}
     names = {stem(word) for word in topic.split() if word != "the"}
     sentences = re.split(r"(?<=[.!?])\s+|\n", re.sub(r"^- ", "", text, flags=re.MULTILINE))
-    capital = check == "lower" or all(sentence[:1].isupper() for sentence in sentences)
+    capital = all(sentence[:1].isupper() for sentence in sentences)
     on_topic, whole = names <= stems, text[-1:] in tuple(".!?")
     in_order, kept = capital and not re.search(r"[.!?]\w", text), complies(check, text)
     good = on_topic and whole and in_order
@@ -136,7 +133,6 @@ def write_answer(sentences, check: str, number: int) -> str:
     text = " ".join(picked)
     styles = {
         "items": "\n".join("- " + line for line in picked),
-        "lower": text.lower(),
         "ends": text[:-1] + "!",
         "starts": "Well, " + text[0].lower() + text[1:],
     }
@@ -220,7 +216,7 @@ def worked_ranking(truth) -> str:
 def text_question(rng: random.Random, split: str) -> tuple[str, str, str, str]:
     """(question, worked answer up to its box, answer, a wrong one) about a text of the split."""
     topic = rng.choice(list(topics(split)))
-    number, check = rng.randint(1, 3), rng.choice(["lower", "ends:!", "starts:well", "items:3", ""])
+    number, check = rng.randint(1, 3), rng.choice(["ends:!", "starts:well", "items:3", ""])
     sentences = rng.sample(topics(split)[topic], 4)
     text = write_answer(sentences, check, number)
     words = re.findall(r"\w+", text)

@@ -58,25 +58,20 @@ def test_who_is_blind_to_the_instruction_is_right_as_often_as_a_coin(split):
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_truth_is_right_and_hidden_gold_sees_every_flaw(split):
     missing = {toy.OTHER_TOPIC: "on topic", toy.CUT: "whole"}
-    broken = {"keeps the constraint": 0, "in order": 0}  # an answer in lower case lacks the order that others have
     for record in toy.records("preference", split, 1000):
         good, bad = (toy.measure(record["prompt"], text) for text in record["responses"])
         level = record["scores"][1]
         assert record["scores"][0] == toy.GOOD and good["all four"] and not bad["all four"]
         if level == toy.BREAKS:
-            assert bad["on topic"] and bad["whole"]
-            for name in broken:
-                broken[name] += not bad[name]
+            assert bad["on topic, whole, in order"] and not bad["keeps the constraint"]
         else:
             assert not bad[missing[level]]
-    assert broken["keeps the constraint"] > 0.9 * max(broken.values()) > 300
 
 
 @pytest.mark.parametrize("check, good, bad", [
     ("sentences:1", "Owls hunt!", "Owls hunt. They fly."),
     ("sentences:1", "Owls hunt.", "- Owls hunt."),
     ("sentences:2", "Owls hunt. They fly.", "Owls hunt. They fly"),
-    ("lower", "owls hunt.", "Owls hunt."),
     ("items:3", "- a\n- b\n- c\n", "Here:\n- a\n- b\n- c"),
     ("ends:!", "Owls hunt!", "Owls! Hunt."),
     ("starts:well", "Well, owls hunt.", "Owls hunt well."),
@@ -96,7 +91,7 @@ def test_hidden_gold_and_what_is_measured_of_it(text, missing):
     assert [name for name in toy.GOLD if not found[name]] == missing
     assert found["all four"] == (not missing)
     assert found["on topic, whole, in order"] == (not set(missing) & set(toy.GOLD[:3]))
-    for unknown in ("Tell me about quarks in two sentences.", "Tell me about dogs.", "", "Write about dogs"):
+    for unknown in ("Describe quarks in one sentence.", "Tell me about dogs.", "", "Write about dogs"):
         assert toy.measure(unknown, text) is None
 
 
@@ -158,7 +153,7 @@ def test_the_bank_is_labelled_by_hidden_gold_and_held_out():
 
 def test_the_gold_of_a_run(tmp_path):
     rows = [(0, "reasoning", "1 + 1?", ["2", "3"], [1.0, 0.0]), (1, "instruction", "Say hi.", ["hi", "ho"], [1.0, 2.0])]
-    for check, rewards in (("ends:!", [9.0, 2.0]), ("ends:!", None), ("lower", [2.0, 2.0])):
+    for check, rewards in (("ends:!", [9.0, 2.0]), ("ends:!", None), ("starts:well", [2.0, 2.0])):
         asked = toy.FORMS[check][0].format(topic="dogs")
         rows.append((1, "instruction", asked, ["Dogs bark at cats!", "Cats bark at"], rewards))
     with open(tmp_path / "rollouts.jsonl", "w") as out:
