@@ -131,7 +131,7 @@ PRESETS = {
         preferences=[f"{TOY}/preferences.jsonl"],
         reasoning=[f"{TOY}/reasoning.jsonl"],
         instructions=[f"{TOY}/instructions.jsonl"],
-        steps=20, warmup_steps=6, mix="2:1:1", batch=24, group=8,
+        steps=16, warmup_steps=4, mix="2:1:1", batch=24, group=8,
         max_prompt_tokens=800, max_answer_tokens=64, max_referee_tokens=40, max_judge_tokens=800,
         both_orders=True, judgements=2, judge_list=2,
         lr=2e-5, precision="float32", row_tokens=1024,

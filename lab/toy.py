@@ -2,7 +2,6 @@
 
     python -m lab.toy                         writes toy/*.jsonl for training and toy/heldout/*.jsonl for measuring
     python -m lab.toy heldout --model M       eval.py heldout on the latter; other flags go to eval.py
-    python -m lab.toy bank heldout.json       lab/bank.jsonl: pairs of the answers that a model gave there
 
 An example depends on its split, kind and number alone. The two splits share no topic and no question.
 """
@@ -16,17 +15,16 @@ import re
 import sys
 import zlib
 from functools import lru_cache
-from itertools import groupby, permutations
+from itertools import groupby
 from pathlib import Path
 
 import data
 from infra.ranks import InputError, stop
-from infra.results import read_result
 from infra.runs import write_whole
 from rewards import kendall_tau, mean
 
 FOLDER = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "toy"))  # as a message shows it
-BANK = Path(__file__).with_name("bank.jsonl")  # pairs of the base's own answers, with their hidden gold
+BANK = Path(__file__).with_name("bank.jsonl")  # pairs of the base's own answers; the better has more of GOLD
 TRAINING, HELDOUT = 4096, 256  # examples of each kind in a file, at most
 # The forms of an instruction: its constraint, as `complies` checks it, and its two wordings.
 FORMS = {
@@ -298,24 +296,6 @@ def write_file(path: Path, examples: list[dict]) -> None:
     print(f"{path}: {len(examples)} examples", flush=True)
 
 
-def own_pairs(path: str) -> list[dict]:
-    """From a JSON of eval.py heldout: pairs of a model's own answers, of which one has more parts of GOLD.
-
-    At most two of an instruction. Labelled by hidden gold, so that its judge can be measured where it will judge.
-    """
-    pairs = []
-    for record in read_result(path)["answers"]:
-        golds, found = {}, []
-        for text in record["sampled"] if record["kind"] == "instruction" else []:
-            golds[text] = sum(measure(record["asked"], text)[name] for name in GOLD)
-        for good, bad in permutations(golds, 2):
-            if golds[good] > golds[bad]:
-                found.append({"prompt": record["asked"], "responses": [good, bad],
-                              "scores": [golds[good], golds[bad]]})
-        pairs += random.Random(record["asked"]).sample(found, min(2, len(found)))
-    return pairs
-
-
 HELDOUT_SETS = {  # the flag of eval.py heldout -> its files in toy/heldout
     "preferences": ("constraints", "flaws", "bank"),
     "reasoning": ("reasoning",),
@@ -365,8 +345,6 @@ def main(arguments: list[str]) -> None:
     match arguments:
         case []:
             write_all()
-        case ["bank", result]:
-            write_file(BANK, own_pairs(result))
         case ["heldout", *flags]:
             import eval  # of the root, with its sampler
 
@@ -375,7 +353,7 @@ def main(arguments: list[str]) -> None:
                 files += [f"--{flag}", *(str(FOLDER / "heldout" / f"{name}.jsonl") for name in names)]
             eval.main(["heldout", *files, *flags], measure=measure)
         case _:
-            raise InputError("python -m lab.toy takes nothing, `heldout --model M`, or `bank heldout.json`")
+            raise InputError("python -m lab.toy takes nothing, or `heldout --model M`")
 
 
 if __name__ == "__main__":
