@@ -238,8 +238,7 @@ PARTS = {"reasoning": "reasoning", "instruction": "instructions", "preference": 
 def heldout(config) -> None:
     """Answers and judgements on held-out rows: a table, and JSON for the reports.
 
-    Each prompt is answered once greedily, and --samples times at --temperature. Of several files of a kind each has
-    figures of its own.
+    Each prompt is answered once greedily, and --samples times at --temperature. Each of several files has its figures.
     """
     folder, tokenizer = open_model(config)
     rows, part_of = [], []

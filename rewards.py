@@ -187,6 +187,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [7., 7., 7., 7.]]))
     tensor([[ 0.8660, -0.8660, -0.8660,  0.8660],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(torch.tensor([7., 7. + 1e-7]))
+    tensor([0., 0.])
     """
     if not torch.isfinite(rewards).all():
         raise ValueError("a reward is not finite: leave an unjudged group out, instead of passing nan")
@@ -291,7 +293,11 @@ def update_figures(tallies: list[Tally], world: int) -> dict:
 
 def step_figures(config, groups: list) -> dict[str, dict]:
     """{kind: its figures} of a step, from the groups of its whole batch, in the order of the batch."""
-    kinds: dict[str, list] = {"preference": [], "reasoning": [], "instruction": []}
+    kinds: dict[str, list] = {
+        "preference": [],
+        "reasoning": [],
+        "instruction": [],
+    }
     for group in groups:
         kinds[group.prompt.kind].append(group)
     shares = gradient_shares(config, groups)

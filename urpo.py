@@ -123,9 +123,8 @@ PRESETS = {
     # A bf16 sampler is .01 to .02 nats a token away from the trainer, which the cap corrects. A checkpoint of 7B takes
     # 107 GB, so two stay.
     "paper": dict(importance_cap=2.0, keep=2),
-    # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs too: eight for eight answers,
-    # each in two of them. Half of a step is P, since the judge has most to learn, in both orders, so that no position
-    # pays.
+    # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs, each answer in two. Half of a
+    # step is P, since the judge has most to learn; in both orders, so that no position pays.
     "smol": dict(
         model=f"{TOY}/model",
         preferences=[f"{TOY}/preferences.jsonl"],

@@ -89,10 +89,7 @@ def summary(rows: list[dict]) -> dict[str, dict]:
 
 
 def table(results: dict[str, dict], last: str = "") -> str:
-    """Results side by side, a column each: value [95 % interval]. The last column may be "n".
-
-    results: {heading: {"figures": {part: {name: figure}}}}.
-    """
+    """{heading: {"figures": {part: {name: figure}}}} side by side, a column each; the last column may be "n"."""
     measured = [pandas.DataFrame(result["figures"]).unstack().dropna() for result in results.values()]
     shown = pandas.concat([cells.map(cell_text) for cells in measured], axis=1, keys=results)
     if last == "n":

@@ -33,13 +33,11 @@ PANELS = {
     "format: readable judgements, should be near 1": "preference.format instruction.format",
     "tau of readable rankings should rise": "preference.tau",
     "zero_spread: at 1 no gradient": "preference.zero_spread reasoning.zero_spread instruction.zero_spread",
-    "distinct answers in a group: at 1 all are equal": "preference.distinct reasoning.distinct instruction.distinct",
     "entropy, nats a token: at 0 no exploration": "preference.entropy reasoning.entropy instruction.entropy",
     "first_position: away from 0 is bias": "preference.first_position instruction.first_position",
     "drift from the sampler should stay low, nats a token": "drift_mean drift_max",
     "share of clipped tokens, below .05": "clipped_low clipped_high",
     "open answers by hidden gold should rise": "gold all_four",
-    "self-scores against hidden gold (tau): above 0": "judge_tau",
     "seconds of a step": "seconds.rollout seconds.self_score seconds.old_logprobs seconds.update seconds.sync",
 }
 HEADLINE = ("single order", "solved", "keeps the constraint", "all four")  # what the table shows of a result
@@ -62,19 +60,19 @@ def read_figures(run: Path, repairs: list[str]) -> pandas.DataFrame:
     """The log of a run as a table: a row a step, a column a figure of the panels."""
     log = pandas.json_normalize(read_log(run, repairs)).set_index("step")
     if (run / "rollouts.jsonl").is_file():
-        gold = pandas.DataFrame(toy.gold_of_run(run), columns=["step", "gold", "all_four", "judge_tau"])
+        gold = pandas.DataFrame(toy.gold_of_run(run), columns=["step", "gold", "all_four"])
         log = log.join(gold.set_index("step"))
     return log.reindex(columns=" ".join(PANELS.values()).split()).astype(float)
 
 
 def draw_curves(run: Path, log: pandas.DataFrame, settings: dict) -> bytes:
     """A PNG of all panels, each with a line where the warm-up ends."""
-    drawing, picture = Figure(figsize=(18, 12), layout="constrained"), io.BytesIO()
+    drawing, picture = Figure(figsize=(22, 9), layout="constrained"), io.BytesIO()
     title = f"{run.resolve().name}, from model {settings.get('model', 'unknown')}; vertical line: end of the warm-up"
     drawing.suptitle(title, parse_math=False, wrap=True)
     drawing.supxlabel("step")
     warmup = settings.get("warmup_steps", 0)
-    for axis, (title, figures) in zip(drawing.subplots(3, 4, sharex=True).flat, PANELS.items()):
+    for axis, (title, figures) in zip(drawing.subplots(2, 5, sharex=True).flat, PANELS.items()):
         axis.set_title(title, fontsize=10)
         axis.locator_params(axis="x", integer=True)
         measured = log[figures.split()].dropna(axis="columns", how="all")
@@ -114,8 +112,8 @@ def headline(before: dict, after: dict) -> str:
                 found = [figures.get(part, {}).get(name + greedy, figure(None, 0))
                          for greedy in ("", ", greedy") for figures in (before, after)]
                 rows[f"{part}: {name}"] = map(cell_text, found)
-    columns = ["sampled: before", "after", "greedy: before", "after"]
-    return pandas.DataFrame.from_dict(rows, orient="index", columns=columns).to_string() if rows else ""
+    titles = ["sampled: before", "after", "greedy: before", "after"]
+    return pandas.DataFrame.from_dict(rows, orient="index", columns=titles).to_string() if rows else ""
 
 
 def is_right(row: dict, text: str) -> bool:
@@ -125,7 +123,7 @@ def is_right(row: dict, text: str) -> bool:
     if row["kind"] == "preference":
         scores = parse_scores(text, 2, True)
         return scores is not None and scores[0] > scores[1]
-    return (toy.measure(row["asked"], text) or {}).get("all four", False)
+    return toy.is_good(row["asked"], text)
 
 
 def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:

@@ -3,8 +3,7 @@
     python -m lab.seed             writes toy/model, with lab/adapter merged in
     python -m lab.seed raw         SmolLM2 as it is; half: the adapter at half its strength; all: all three
 
-The raw model collapses under URPO: none of its score lines can be read, so it earns nothing (docs/toy.md). Stages of
-imitation made the adapter; docs/toy.md tells them, and where their code is in the history.
+The raw model collapses under URPO: none of its score lines can be read. docs/toy.md tells how the adapter was made.
 """
 
 from __future__ import annotations

@@ -21,10 +21,9 @@ from pathlib import Path
 import data
 from infra.ranks import InputError, stop
 from infra.runs import write_whole
-from rewards import kendall_tau, mean
+from rewards import mean
 
 FOLDER = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "toy"))  # as a message shows it
-BANK = Path(__file__).with_name("bank.jsonl")  # pairs of the base's own answers; the better has more of GOLD
 TRAINING, HELDOUT = 4096, 256  # examples of each kind in a file, at most
 # The forms of an instruction: its constraint, as `complies` checks it, and its two wordings.
 FORMS = {
@@ -121,6 +120,10 @@ def measure(instruction: str, text: str) -> dict[str, bool] | None:
             "all four": good and kept}
 
 
+def is_good(instruction: str, text: str) -> bool:
+    return (measure(instruction, text) or {}).get("all four", False)
+
+
 # ------------------------------------------------------------------------------- examples
 
 
@@ -152,20 +155,23 @@ def contrast(rng: random.Random, split: str, level: int, turned: bool) -> tuple[
     while True:
         name, other = rng.sample(list(topics(split)), 2)
         check, form = rng.sample(list(FORMS), 2)
-        pairs = [(name, check), {BREAKS: (name, form), OTHER_TOPIC: (other, check), CUT: (name, check)}[level]]
-        same, numbers = rng.random() < 0.5, [rng.randint(1, 3), rng.randint(1, 3)]
+        second = {BREAKS: (name, form), OTHER_TOPIC: (other, check), CUT: (name, check)}[level]
+        same = rng.random() < 0.5
         asked, texts, drawn = [], [], []
-        for (topic, constraint), number in zip(pairs, numbers):
+        for (topic, constraint), number in zip([(name, check), second], (rng.randint(1, 3), rng.randint(1, 3))):
             drawn.append(rng.sample(topics(split)[topic], 4))
             sentences = drawn[0 if level == BREAKS and same else -1]  # the same ones: only their form differs
             asked.append(rng.choice(FORMS[constraint]).format(topic=topic))
             texts.append(write_answer(sentences, constraint, number))
         if level == CUT and len(texts[1].split()) > 6:
             texts[1] = cut_short(rng, texts[1])
-            if len(texts[0]) != len(texts[1]) and turned == (len(texts[0]) > len(texts[1])):
+            first, other = map(len, texts)
+            if first != other and turned == (first > other):
                 return asked[0], *texts
-        elif level != CUT and [measure(asked[i], texts[j])["all four"] for i in (0, 1) for j in (0, 1)] == [1, 0, 0, 1]:
-            return (asked[1], *texts[::-1]) if turned else (asked[0], *texts)
+        elif level != CUT and not is_good(asked[0], texts[1]) and not is_good(asked[1], texts[0]):
+            if turned:
+                return asked[1], *reversed(texts)
+            return asked[0], *texts
 
 
 def preference(number: int, split: str, levels=(BREAKS,) * 3 + (OTHER_TOPIC, CUT)) -> dict:
@@ -192,7 +198,7 @@ def instruction(number: int, split: str) -> dict:
     topic, check, text = asked[number % len(asked)]
     rng = random.Random(f"{split}/instruction/{number}")
     worked = flawed = write_answer(rng.sample(topics(split)[topic], 4), check, rng.randint(1, 3))
-    while measure(text, flawed)["all four"]:  # it breaks the constraint, or one in six is cut short
+    while is_good(text, flawed):  # it breaks the constraint, or one in six is cut short
         form = rng.choice(list(FORMS))
         flawed = write_answer(rng.sample(topics(split)[topic], 4), form, rng.randint(1, 3))
         if form == check and rng.random() < 0.8 and len(flawed.split()) > 6:
@@ -215,8 +221,7 @@ def text_question(rng: random.Random, split: str) -> tuple[str, str, str, str]:
     """(question, worked answer up to its box, answer, a wrong one) about a text of the split."""
     topic = rng.choice(list(topics(split)))
     number, check = rng.randint(1, 3), rng.choice(["ends:!", "starts:well", "items:3", ""])
-    sentences = rng.sample(topics(split)[topic], 4)
-    text = write_answer(sentences, check, number)
+    text = write_answer(rng.sample(topics(split)[topic], 4), check, number)
     words = re.findall(r"\w+", text)
     if check == "items:3":
         kept = rng.randint(1, 3)
@@ -291,7 +296,10 @@ def write_file(path: Path, examples: list[dict]) -> None:
     """Without the answers of a demonstrator, `worked` and `flawed`, which the teacher of the base alone may see."""
     text = ""
     for example in examples:
-        text += json.dumps({name: value for name, value in example.items() if name not in ("worked", "flawed")}) + "\n"
+        shown = dict(example)
+        for name in ("worked", "flawed"):
+            shown.pop(name, None)
+        text += json.dumps(shown) + "\n"
     write_whole(path, text)
     print(f"{path}: {len(examples)} examples", flush=True)
 
@@ -309,33 +317,28 @@ def write_all() -> None:
     home = FOLDER / "heldout"
     write_file(home / "constraints.jsonl", heldout_records("preference", (BREAKS,)))
     write_file(home / "flaws.jsonl", heldout_records("preference", (OTHER_TOPIC, CUT)))
-    write_whole(home / "bank.jsonl", BANK.read_text())
+    write_whole(home / "bank.jsonl", Path(__file__).with_name("bank.jsonl").read_text())  # the base's own answers
     write_file(home / "reasoning.jsonl", heldout_records("reasoning"))
     write_file(home / "instructions.jsonl", heldout_records("instruction"))
 
 
 def gold_of_run(run: Path) -> list[dict]:
-    """{step, gold, all_four, judge_tau} of each step of a run; None where a step has nothing to measure.
+    """{step, gold, all_four} of each step of a run; None where a step has nothing to measure.
 
     gold is the share of open answers that are on topic, whole and in order; all_four of those that keep the
-    constraint too. judge_tau is the tau of self-scores with the number of parts of GOLD that an answer has, a mean
-    over the judged groups whose answers differ in it. A blind judge has 0.
+    constraint too.
     """
     path, repairs, figures = Path(run) / "rollouts.jsonl", [], []
-    if not path.is_file():
-        raise InputError(f"{run}: no run here (no rollouts.jsonl); give a folder such as runs/demo")
     for step, pairs in groupby(data.read_groups(path, repairs), key=lambda pair: pair[0]):
-        marks, taus = [], []
+        marks = []
         for _, group in pairs:
-            found = [measure(group.prompt.instruction, text) for text in group.texts]
-            if group.prompt.kind != "instruction" or None in found:
-                continue
-            marks += found
-            truth = [sum(parts[name] for name in GOLD) for parts in found]
-            if group.rewards is not None and len(set(truth)) > 1:
-                taus.append(kendall_tau(group.rewards, truth, "strict"))
-        figures.append({"step": step, "gold": mean(parts["on topic, whole, in order"] for parts in marks),
-                        "all_four": mean(parts["all four"] for parts in marks), "judge_tau": mean(taus)})
+            if group.prompt.kind == "instruction" and read_instruction(group.prompt.instruction):
+                marks += [measure(group.prompt.instruction, text) for text in group.texts]
+        figures.append({
+            "step": step,
+            "gold": mean(parts["on topic, whole, in order"] for parts in marks),
+            "all_four": mean(parts["all four"] for parts in marks),
+        })
     for repair in repairs:
         print(repair, file=sys.stderr)
     return figures
