@@ -146,7 +146,7 @@ def cut_short(rng: random.Random, text: str) -> str:
     return text[: rng.choice(ends[3:])]
 
 
-def contrast(rng: random.Random, split: str, level: int, turned: bool) -> tuple[str, str, str]:
+def contrast(rng: random.Random, split: str, level: int, turned: bool) -> tuple[str, ...]:
     """(instruction, its good response, one of the level BREAKS, OTHER_TOPIC or CUT).
 
     The second response to one instruction is the good one to another, `turned`, whose constraint or topic differs. So
@@ -217,7 +217,7 @@ def worked_ranking(truth) -> str:
     return data.score_line([round(9 - step * ranks.index(score)) for score in truth])
 
 
-def text_question(rng: random.Random, split: str) -> tuple[str, str, str, str]:
+def text_question(rng: random.Random, split: str) -> tuple[str, ...]:
     """(question, worked answer up to its box, answer, a wrong one) about a text of the split."""
     topic = rng.choice(list(topics(split)))
     number, check = rng.randint(1, 3), rng.choice(["ends:!", "starts:well", "items:3", ""])

@@ -21,7 +21,7 @@ from tiny_run import OF_RANKS, launcher, own_environment
 
 GOOD = {"preferences": '{"prompt": "q", "chosen": "good", "rejected": "bad"}',
         "reasoning": '{"question": "q", "answer": "2"}', "instructions": '{"instruction": "q"}'}
-SMALL = ("--preset smol --model model --preferences preferences.jsonl --reasoning reasoning.jsonl "
+SMALL = ("--preset smol --group 4 --model model --preferences preferences.jsonl --reasoning reasoning.jsonl "
          "--instructions instructions.jsonl").split()
 
 
@@ -126,7 +126,7 @@ COMMANDS = [  # arguments, and what the message must say
     ("--name taken", ["runs/taken", "--resume", "--name"]),
     ("--name file", ["runs/file", "move it away"]),
     ("--max_prompt_tokens 20", ["--preferences", "raise --max_prompt_tokens 20"]),
-    ("--max_prompt_tokens 4000", ["--model model", "1024", "4048", "lower --max_judge_tokens"]),
+    ("--max_prompt_tokens 4000", ["--model model", "1024", "4064", "lower --max_judge_tokens"]),
     ("--reasoning reasoning.jsonl no/such.jsonl", ["--reasoning no/such.jsonl", "no such file"]),
     ("--reasoning runs", ["--reasoning runs", "a folder"]),
     ("--reasoning empty.jsonl", ["empty.jsonl", "no rows", "--reasoning"]),
