@@ -313,7 +313,8 @@ def test_an_update_that_one_rank_cannot_make_is_skipped_by_all(tiny_model, tmp_p
 
 def test_flags_win_over_a_preset_that_wins_over_the_papers_defaults_and_each_preset_passes_its_check():
     config = parse(Config, urpo.PRESETS, "--preset smol --batch 48 --preferences a.jsonl b/c --resume".split(), "")
-    assert (config.batch, config.warmup_steps, config.clip_high) == (48, urpo.PRESETS["smol"]["warmup_steps"], 1.28) and config.model.endswith("toy/model")
+    assert (config.batch, config.clip_high) == (48, 1.28) and config.model.endswith("toy/model")
+    assert config.warmup_steps == urpo.PRESETS["smol"]["warmup_steps"]
     assert config.preferences == ["a.jsonl", "b/c"] and config.resume is True
     paper = parse(Config, urpo.PRESETS, ["--preset", "paper"], "")
     assert (paper.model, paper.warmup_steps, paper.mix, paper.clip_low) == ("Qwen/Qwen2.5-7B", 100, "1:1:1", 0.8)
