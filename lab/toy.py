@@ -275,7 +275,7 @@ def records(kind: str, split: str, count: int, first: int = 0) -> list[dict]:
 
 
 def training_records(kind: str) -> list[dict]:
-    """Examples for a run; none of them taught the base. Instructions are few, so it was taught the first half."""
+    """Examples for a run. Of the instructions, which are few, the second half."""
     made = records(kind, "train", TRAINING)
     if kind == "instruction":
         return made[len(instructions("train")) // 2 : len(instructions("train"))]
