@@ -233,7 +233,7 @@ def demonstrations(sources: dict) -> dict[str, dict]:
     """{question or instruction: its record in the toy world, with a worked and a flawed answer}. Refuses other rows."""
     worked = {}
     for kind, name in (("reasoning", "question"), ("instruction", "instruction")):
-        for record in toy.training_records(kind):
+        for record in toy.records(kind, "train", toy.TRAINING):
             worked[record[name]] = record
         for row in sources.get(kind, []):
             if row.instruction not in worked:
