@@ -61,7 +61,7 @@ def start(tmp_path):
 def test_the_commands_write_beside_the_code_from_any_folder(start, tmp_path):
     home = tmp_path / "code" / "toy"
     done = start(sys.executable, "-m", "lab.toy")
-    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 6)
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 7)
     done = start(sys.executable, "-m", "lab.seed", "all")
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 3)
     assert {path.name for path in home.iterdir() if path.is_dir()} == {"heldout", "raw", "half", "model"}
