@@ -43,13 +43,13 @@ toy: .venv/ready
 
 # Measuring is one process, so it may use all cores.
 demo: toy
-	@echo "URPO on SmolLM2-135M, $(RANKS) processes: about $(if $(BF16),10,25 to 30) minutes and 11 GB of memory. Four steps:"
+	@echo "URPO on SmolLM2-135M, $(RANKS) processes: about 30 minutes and 14 GB of memory. Four steps:"
 	@echo "1. measure the base on held-out examples   2. train 16 steps   3. measure again   4. curves, table, answers"
 	@rm -rf $(run)
-	@env -u OMP_NUM_THREADS $(python) -m lab.toy heldout --model toy/model --rows 32 \
+	@env -u OMP_NUM_THREADS $(python) -m lab.toy heldout --model toy/model --rows 48 \
 		--json $(run)/heldout-before.json > /dev/null
 	@$(torchrun) urpo.py --preset smol --name $(NAME) --seed $(SEED) $(BF16)
-	@env -u OMP_NUM_THREADS $(python) -m lab.toy heldout --model $(run)/checkpoints/last/model --rows 32 \
+	@env -u OMP_NUM_THREADS $(python) -m lab.toy heldout --model $(run)/checkpoints/last/model --rows 48 \
 		--json $(run)/heldout-after.json > /dev/null
 	@$(python) -m lab.report $(run)
 

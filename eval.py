@@ -244,6 +244,8 @@ def heldout(config) -> None:
     rows, part_of = [], []
     for kind, part in PARTS.items():
         sources = getattr(config, data.FLAGS[kind])
+        if len({Path(source).stem for source in sources}) < len(sources):
+            raise InputError(f"--{data.FLAGS[kind]} {' '.join(sources)}: two have one name; rename one")
         for source in sources:
             found = load_rows(config, tokenizer, kind, source)
             rows += found

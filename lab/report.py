@@ -26,8 +26,7 @@ from infra.runs import read_about, read_log, write_whole
 from lab import toy
 from rewards import parse_scores, verify_answer
 
-# Title of a panel, which says what to look for -> its figures of log.jsonl; "gold" and the two like it are of the
-# laptop's world. A figure of a kind has the kind's name and colour.
+# What to look for in a panel -> its figures of log.jsonl ("gold" and "all_four": of the laptop's world)
 PANELS = {
     "reward should rise (P: tau or -1, R: share solved)": "preference.reward reasoning.reward",
     "format: readable judgements, should be near 1": "preference.format instruction.format",
@@ -127,7 +126,7 @@ def is_right(row: dict, text: str) -> bool:
 
 
 def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
-    """Of each part one prompt with its first sampled answer before and after: the first that became right, if any."""
+    """Of each kind one prompt with its first sampled answer before and after: the first that became right, if any."""
     found = {}
     for old, new in zip(before, after):
         texts = [*old["sampled"][:1], *new["sampled"][:1]]

@@ -198,7 +198,7 @@ def instruction(number: int, split: str) -> dict:
     topic, check, text = asked[number % len(asked)]
     rng = random.Random(f"{split}/instruction/{number}")
     worked = flawed = write_answer(rng.sample(topics(split)[topic], 4), check, rng.randint(1, 3))
-    while is_good(text, flawed):  # it breaks the constraint, or one in six is cut short
+    while is_good(text, flawed):  # it breaks the constraint, or one in five is cut short
         form = rng.choice(list(FORMS))
         flawed = write_answer(rng.sample(topics(split)[topic], 4), form, rng.randint(1, 3))
         if form == check and rng.random() < 0.8 and len(flawed.split()) > 6:
@@ -276,10 +276,10 @@ def records(kind: str, split: str, count: int, first: int = 0) -> list[dict]:
 
 def training_records(kind: str) -> list[dict]:
     """Examples for a run. Of the instructions, which are few, the second half."""
-    made = records(kind, "train", TRAINING)
     if kind == "instruction":
-        return made[len(instructions("train")) // 2 : len(instructions("train"))]
-    return made
+        half = len(instructions("train")) // 2
+        return records(kind, "train", half, first=half)
+    return records(kind, "train", TRAINING)
 
 
 def heldout_records(kind: str, levels=()) -> list[dict]:

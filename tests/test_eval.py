@@ -126,6 +126,7 @@ def test_heldout_refuses_before_a_sampler_is_started(tmp_path, capsys, measuring
             (["2 of 2 longer than 3", "--max_prompt_tokens"], [*ask, *files[2:4], "--max_prompt_tokens", 3]),
             (["--reasoning", "no such file"], [*ask, "--reasoning", tmp_path / "absent.jsonl"]),
             (["nothing to measure", "--preferences", "lab.toy"], ask),
+            (["--preferences", "two have one name"], [*ask, "--preferences", files[1], files[1]]),
             (["--rows", "above 0"], [*ask, *files, "--rows", 0]),
             (["--temperature", "--samples 1"], [*ask, *files, "--temperature", 0]),
             (["--temperature"], [*ask, *files, "--temperature", -1, "--samples", 1]),
