@@ -253,7 +253,7 @@ def epoch_order(seed: int, kind: str, epoch: int, length: int) -> list[int]:
 
 
 def interleave(rows: dict[str, list[Prompt]]) -> list[Prompt]:
-    """All rows in one list, every part of which holds each kind in about its share: ranks get such parts.
+    """All rows in one list, every part of which holds each kind in about its share: a minibatch is a part.
 
     >>> interleave({"a": [1, 2, 3, 4], "b": [5, 6]})
     [1, 5, 2, 3, 6, 4]
@@ -292,21 +292,15 @@ def draw(config, sources: dict[str, list[Prompt]], step: int) -> list[Prompt]:
     return interleave(rows)
 
 
-def shard(batch: list, minibatches: int, rank: int, world: int) -> list[tuple[int, Prompt]]:
-    """This rank's (index in the batch, prompt) pairs, minibatch by minibatch.
+def shard(batch: list[Prompt], rank: int, world: int) -> list[tuple[int, Prompt]]:
+    """The (index in the batch, prompt) pairs that this rank samples: as many as any other rank's, of each kind too.
 
-    A minibatch is the same part of the batch for any number of ranks, and a rank's share is a part of it. So the
-    update does not depend on the number of ranks.
-
-    >>> [index for index, _ in shard(list("abcdefgh"), minibatches=2, rank=1, world=2)]
-    [2, 3, 6, 7]
+    >>> batch = [Prompt("reasoning", "1 + 1"), Prompt("instruction", "Hi"), Prompt("reasoning", "2 + 2")]
+    >>> [(index, prompt.instruction) for index, prompt in shard(batch, rank=0, world=2)]
+    [(1, 'Hi'), (2, '2 + 2')]
     """
-    size = len(batch) // minibatches
-    share = size // world
-    indexed, rows = list(enumerate(batch)), []
-    for first in range(rank * share, len(batch), size):
-        rows += indexed[first : first + share]
-    return rows
+    indexed = sorted(enumerate(batch), key=lambda item: item[1].kind)
+    return indexed[rank::world]
 
 
 def request_seed(seed: int, step: int, index: int, role: str) -> int:

@@ -372,7 +372,7 @@ def train(config: Config, score=self_score, program: str = "urpo") -> None:
     for step in log.steps():
         clock = ranks.Clock()
         batch = data.draw(config, sources, step)
-        share = data.shard(batch, config.minibatches, rank, world)
+        share = data.shard(batch, rank, world)
         clock("draw")  # part 1
         groups = rollout(config, sampler, tokenizer, share, step)
         clock("rollout")  # part 2

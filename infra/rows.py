@@ -5,7 +5,7 @@ answer, and an answer sees its prompt and itself alone. So G answers cost one pr
 equal those of G separate sequences (tests/test_rows.py).
 
 Tensor names carry their shape: T tokens of a row, N answer tokens, K attention heads, D width of a head.
-A group is anything with prompt_ids, answers, advantages, sampler_logprobs, tokens and has_signal, as data.Group is.
+A group is anything with index, prompt_ids, answers, advantages, sampler_logprobs, tokens and has_signal, as data.Group.
 """
 
 from __future__ import annotations
@@ -154,18 +154,21 @@ class Example:
 
 
 def rebalance(groups: list, minibatches: int) -> list:
-    """The groups of each minibatch handed out to the ranks once more, equally many to each, the work about even.
+    """This rank's groups of each minibatch, minibatch by minibatch: equally many to each rank, the work about even.
 
     Only after part 4 it is known which groups have a signal, and only they cost anything in parts 5 and 6. A minibatch
-    keeps its groups, so the update stays the same. Here the ranks wait for the one that sampled longest.
+    is the same part of the batch for any number of ranks, so the update does not depend on their number. Here the ranks
+    wait for the one that sampled longest.
     """
-    everyone, size = exchange(groups), len(groups) // minibatches
+    everyone = []
+    for part in exchange(groups):
+        everyone += part
+    everyone.sort(key=lambda group: group.index)
+    size = len(everyone) // minibatches
     own = []
-    for m in range(minibatches):
-        minibatch = []
-        for part in everyone:
-            minibatch += part[m * size : (m + 1) * size]
-        own += share_evenly(minibatch, len(everyone))[dist.get_rank()]
+    for first in range(0, len(everyone), size):
+        shares = share_evenly(everyone[first : first + size], dist.get_world_size())
+        own += shares[dist.get_rank()]
     return own
 
 

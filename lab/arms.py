@@ -6,7 +6,8 @@
 
 All arms draw the same prompts and answer the same held-out examples. Any other flag goes to every run, so one CSV is
 for one set of flags. A run that died has a line too: delete it, and the run is tried again. A difference from URPO has
-Welch's t interval. Its seeds are not paired: two arms share the order of prompts, and nothing that was sampled.
+a t interval: Welch's, since two arms share the order of prompts and nothing that was sampled; or of the seeds' own
+differences, for arms that are URPO's run until the warm-up ends and for models as they are.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas
@@ -34,10 +35,13 @@ from infra.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "urpo"  # the arm that others are compared with
+ROWS = "128"  # held-out rows of a kind
 # Arm -> (seeds, command). It may need another arm's run with the same {seed}, its judge, which stands before it.
 ARMS = {
     "start": (1, "-m lab.toy heldout --model toy/model"),  # before any training
-    "urpo": (5, "urpo.py"),
+    "urpo": (8, "urpo.py"),
+    "warm_up": (8, "urpo.py --steps 4"),
+    "frozen_judge": (8, "-m lab.baselines rm_gen --judge runs/arms-warm_up-{seed}/checkpoints/last/model"),
     "no_instructions": (5, "urpo.py --mix 2:1:0"),  # also the judge of rm_gen: trained by tau on P, and on R
     "rm_gen": (5, "-m lab.baselines rm_gen --mix 0:1:1 "
                   "--judge runs/arms-no_instructions-{seed}/checkpoints/last/model"),
@@ -52,6 +56,7 @@ ARMS = {
     "start_half": (1, "-m lab.toy heldout --model toy/half"),
     "half": (3, "urpo.py --model toy/half"),
 }
+PAIRED = ("warm_up", "frozen_judge")  # URPO's own run until the warm-up ends
 FIGURES = {  # column of the CSV -> (part, figure) of heldout-after.json; each has a greedy twin
     "constraints": ("referee, constraints", "single order"),
     "constraints_both": ("referee, constraints", "both orders"),
@@ -65,14 +70,14 @@ FIGURES = {  # column of the CSV -> (part, figure) of heldout-after.json; each h
 }
 for column, (part, name) in list(FIGURES.items()):
     FIGURES[f"{column}_greedy"] = (part, f"{name}, greedy")
-COLUMNS = ["arm", "seed", "status", "minutes", "gib", *FIGURES, "command", "commit"]
+COLUMNS = ["arm", "seed", "status", "cpu_minutes", "gib", *FIGURES, "command", "commit"]
 
 
 def command_of(arm: str, seed: int, passed: list[str]) -> list[str]:
     """What is typed after `python` to train an arm, or to measure a model as it is."""
     command, name = ARMS[arm][1].format(seed=seed), f"arms-{arm}-{seed}"
     if "lab.toy" in command:
-        return [*command.split(), "--json", f"runs/{name}/heldout-after.json"]
+        return [*command.split(), "--rows", ROWS, "--json", f"runs/{name}/heldout-after.json"]
     program, dashes, own = command.partition(" --")
     ours = f"--preset smol --name {name} --seed {seed} --save_every 0 {dashes}{own}"
     return [*program.split(), *passed, *ours.split()]  # what defines an arm stands last
@@ -83,7 +88,7 @@ def wanted(only: list[str], seeds: int | None) -> list[tuple[str, int]]:
     asked, jobs = {*(only or ARMS), BASE}, []
     for arm in list(asked):
         asked.update(re.findall(r"runs/arms-(\w+)-{seed}", ARMS[arm][1]))
-    for seed in range(seeds or 5):
+    for seed in range(seeds or 8):
         jobs += [(arm, seed) for arm, (count, _) in ARMS.items() if arm in asked and seed < count]
     return jobs
 
@@ -103,6 +108,12 @@ def call(command: list[str], ranks: int, log: Path) -> int:
             process.wait()
 
 
+def cpu_minutes() -> float:
+    """Of all ended runs. Other work on the machine changes them less than it changes the clock's."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) / 60
+
+
 def run_arm(arm: str, seed: int, passed: list[str], ranks: int) -> dict:
     """Train, measure, and give the line of the CSV. A run that dies becomes a line too, with its last words."""
     home, log = ROOT / "runs" / f"arms-{arm}-{seed}", ROOT / "runs" / f"arms-{arm}-{seed}.log"
@@ -110,13 +121,13 @@ def run_arm(arm: str, seed: int, passed: list[str], ranks: int) -> dict:
     shutil.rmtree(home, ignore_errors=True)
     log.unlink(missing_ok=True)
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
-    started = time.perf_counter()
+    before = cpu_minutes()
     status = call(command, 1 if "lab.toy" in command else ranks, log)
-    line = {"arm": arm, "seed": seed, "status": "done", "minutes": round((time.perf_counter() - started) / 60, 2),
+    line = {"arm": arm, "seed": seed, "status": "done", "cpu_minutes": round(cpu_minutes() - before, 1),
             "command": shlex.join(["python", *command]), "commit": git.stdout.strip()}
     if not status and not result.exists():  # a model as it is, and a reward model, have been measured
         model = str(home / "checkpoints" / "last" / "model")
-        status = call(["-m", "lab.toy", "heldout", "--model", model, "--json", str(result)], 1, log)
+        status = call(["-m", "lab.toy", "heldout", "--model", model, "--rows", ROWS, "--json", str(result)], 1, log)
     for trainer in home.glob("checkpoints/*/trainer"):  # the model stays: it may judge another arm
         shutil.rmtree(trainer)
     if status:
@@ -138,21 +149,36 @@ def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], ranks: i
             line = run_arm(arm, seed, passed, ranks)
             table = pandas.DataFrame([line], columns=COLUMNS)
             table.to_csv(path, mode="a", header=not path.exists(), index=False)
-            print(f"{arm} {seed}: {line['status']}, {line['minutes']:.1f} minutes", flush=True)
+            print(f"{arm} {seed}: {line['status']}, {line['cpu_minutes']} minutes of CPU time", flush=True)
+
+
+def interval(arm: str, values: pandas.Series, base: pandas.Series) -> list[float]:
+    """[difference of an arm's mean from URPO's, low, high] of figures by seed. NaN: fewer than two seeds, or no spread.
+    """
+    if arm.startswith("start"):  # measured once, since nothing is trained
+        gaps = values.iloc[0] - base
+    elif arm in PAIRED:
+        gaps = (values - base).dropna()
+    else:
+        gap, low, high = values.mean() - base.mean(), math.nan, math.nan
+        if min(len(values), len(base)) > 1 and values.std() + base.std() > 0:
+            low, high = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
+        return [gap, low, high]
+    if len(gaps) < 2 or gaps.std() == 0:
+        return [gaps.mean(), math.nan, math.nan]
+    return [gaps.mean(), *stats.ttest_1samp(gaps, 0).confidence_interval(0.95)]
 
 
 def compared(done: pandas.DataFrame, column: str) -> pandas.DataFrame:
-    """An arm a row: seeds, mean, spread, and the difference from URPO with its 95 % interval by Welch's t.
+    """An arm a row: seeds, mean, spread, and the difference from URPO with its 95 % interval.
 
-    done: measured lines of the CSV. NaN is not known: an interval takes two seeds on both sides, and some spread.
+    done: measured lines of the CSV. NaN is not known.
     """
-    rows, known = {}, done.dropna(subset=[column])
-    base = known.loc[known.arm == BASE, column]
+    known = done.dropna(subset=[column]).set_index("seed")
+    rows, base = {}, known.loc[known.arm == BASE, column]
     for arm, values in known.groupby("arm", sort=False)[column]:
-        gap, low, high = values.mean() - base.mean(), math.nan, math.nan
-        if arm != BASE and min(len(values), len(base)) > 1 and values.std() + base.std() > 0:
-            low, high = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
-        rows[arm] = [len(values), values.mean(), values.std(), gap, low, high]
+        own = [math.nan] * 3 if arm == BASE else interval(arm, values, base)
+        rows[arm] = [len(values), values.mean(), values.std(), *own]
     return pandas.DataFrame.from_dict(rows, orient="index", columns="seeds mean spread difference low high".split())
 
 
@@ -162,7 +188,7 @@ def show(path: Path) -> None:
     done = lines[lines.status == "done"]
     for column in FIGURES:
         print(f"{column}\n{compared(done, column).to_string(float_format='%.3f', na_rep='-')}\n")
-    print(done.groupby("arm", sort=False)[["minutes", "gib"]].min().round(1).to_string(na_rep="-"))
+    print(done.groupby("arm", sort=False)[["cpu_minutes", "gib"]].min().round(1).to_string(na_rep="-"))
     for line in lines[lines.status != "done"].itertuples():
         print(f"{line.arm}, seed {line.seed}: {line.status}")
 

@@ -32,6 +32,7 @@ from data import Group, Prompt
 from infra import chat, policy, ranks, runs
 from infra.ranks import InputError, all_reduce, on_rank_0
 from infra.results import interval
+from infra.rows import rebalance
 from infra.sampler import Sample, start_sampler
 from infra.settings import parse, setting
 from lab import toy
@@ -290,11 +291,12 @@ def sft(config: Baseline) -> None:
         runs.load_checkpoint(log.saved, model, optimizer)
     for step in log.steps():
         clock, groups = ranks.Clock(), []
-        for index, prompt in data.shard(data.draw(config, sources, step), config.minibatches, dist.get_rank(), world):
+        for index, prompt in data.shard(data.draw(config, sources, step), dist.get_rank(), world):
             rng = random.Random(f"{config.seed}/{step}/{index}/demonstration")
             groups.append(Group(index, prompt, data.encode_prompt(tokenizer, prompt)))
             demonstrate(config, tokenizer, groups[-1], worked, rng)
         clock("draw")
+        groups = rebalance(groups, config.minibatches)
         figures = imitate(config, model, optimizer, groups)
         clock("update")
         urpo.record(config, log, groups, figures | clock.figures(), step)

@@ -95,7 +95,8 @@ def test_a_wrong_flag_is_refused_before_all_runs_and_so_is_a_second_one_of_us(pr
 
 
 def lines(**values):
-    return pandas.DataFrame([{"arm": arm, "flaws": value} for arm, own in values.items() for value in own])
+    return pandas.DataFrame([{"arm": arm, "seed": seed, "flaws": value} for arm, own in values.items()
+                             for seed, value in enumerate(own)])
 
 
 def test_the_interval_of_a_difference_is_welchs():
@@ -106,7 +107,16 @@ def test_the_interval_of_a_difference_is_welchs():
     assert [row.difference, row.low, row.high] == pytest.approx([0.162, 0.162 - half, 0.162 + half])
 
 
+def test_a_paired_arm_and_a_model_as_it_is_are_compared_seed_by_seed():
+    found = arms.compared(lines(urpo=[0.5, 0.6, 0.4], frozen_judge=[0.4, math.nan, 0.2], start=[0.3]), "flaws")
+    for arm, gaps in (("frozen_judge", [-0.1, -0.2]), ("start", [-0.2, -0.3, -0.1])):
+        half = stats.t.ppf(0.975, len(gaps) - 1) * math.sqrt(stats.tvar(gaps) / len(gaps))
+        middle = sum(gaps) / len(gaps)
+        assert found.loc[arm, ["difference", "low", "high"]].tolist() == pytest.approx(
+            [middle, middle - half, middle + half])
+
+
 def test_what_is_not_known_is_no_zero():
     found = arms.compared(lines(urpo=[0.4, math.nan], sft=[0.5, 0.6], raw=[math.nan]), "flaws")
     assert list(found.index) == ["urpo", "sft"] and found.difference["sft"] == pytest.approx(0.15)
-    assert found.loc["sft", ["low", "high"]].isna().all() and found.seeds["urpo"] == 1
+    assert found.loc[["sft", "urpo"], ["low", "high"]].isna().all(axis=None) and found.seeds["urpo"] == 1

@@ -140,16 +140,16 @@ def test_both_orders_draw_every_preference_row_twice_mirrored_and_the_other_kind
     assert [row for row in rows if row.kind != "preference"] == [row for row in drawn(3) if row.kind != "preference"]
 
 
-@pytest.mark.parametrize("minibatches", [1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_shares_of_all_ranks_make_up_the_batch_whatever_their_number(world, minibatches):
-    batch, size = [f"row {i}" for i in range(24)], 24 // minibatches
-    shares = [data.shard(batch, minibatches, rank, world) for rank in range(world)]
-    assert sorted(row for share in shares for row in share) == sorted(enumerate(batch))
-    for m in range(minibatches):
-        part = len(shares[0]) // minibatches
-        members = {index for share in shares for index, _ in share[m * part : (m + 1) * part]}
-        assert members == set(range(m * size, (m + 1) * size))
+def test_shares_of_all_ranks_make_up_the_batch_and_each_has_as_many_of_each_kind(world):
+    batch = drawn(3)
+    shares = [data.shard(batch, rank, world) for rank in range(world)]
+    assert sorted(index for share in shares for index, _ in share) == list(range(len(batch)))
+    assert all(batch[index] is prompt for share in shares for index, prompt in share)
+    assert len({len(share) for share in shares}) == 1
+    for kind in data.KINDS:
+        counts = [sum(prompt.kind == kind for _, prompt in share) for share in shares]
+        assert max(counts) - min(counts) <= 1
 
 
 def test_request_seeds_differ_by_role_prompt_step_and_seed():

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import data
 import urpo
 from conftest import VOCABULARY
 from data import Group, Prompt
@@ -67,7 +66,7 @@ def one_update(policy, groups, optimizer, moved=True, **changes) -> dict:
     """Parts 4 to 6 on this rank's share of `groups`, as train() calls them. `moved`: with old log-probs for every
     minibatch, moved by noise, so that the clip bites in all; the sampler's are noise too, so that the cap does."""
     config = urpo.Config(**CONFIG | {"importance_cap": 2.0 * moved} | changes)
-    share = [group for _, group in data.shard(groups, config.minibatches, dist.get_rank(), dist.get_world_size())]
+    share = groups[dist.get_rank() :: dist.get_world_size()]
     for group in share:
         rng = random.Random(group.index)
         group.sampler_logprobs = [[rng.gauss(-6, 0.5) for _ in answer] for answer in group.answers]
