@@ -56,7 +56,7 @@ ARMS = {
     "start_half": (1, "-m lab.toy heldout --model toy/half"),
     "half": (3, "urpo.py --model toy/half"),
 }
-PAIRED = ("warm_up", "frozen_judge")  # URPO's own run until the warm-up ends
+PAIRED = ("warm_up", "frozen_judge", "no_instructions")  # URPO's own run until the warm-up ends
 FIGURES = {  # column of the CSV -> (part, figure) of heldout-after.json; each has a greedy twin
     "constraints": ("referee, constraints", "single order"),
     "constraints_both": ("referee, constraints", "both orders"),

@@ -85,6 +85,8 @@ def draw_curves(run: Path, log: pandas.DataFrame, settings: dict) -> bytes:
         axis.legend(fontsize=7, framealpha=0.5)
         if "drift_mean" in measured:
             axis.set_yscale("log")
+        elif measured.min().min() >= 0:
+            axis.set_ylim(bottom=0)
         if 0 < warmup <= log.index[-1]:
             axis.axvline(warmup - 0.5, color="black", linewidth=0.6)
     drawing.savefig(picture, format="png", dpi=100)
