@@ -80,6 +80,7 @@ bench: .venv-trl/ready
 
 # The paper's comparisons in miniature: hours; what stands in runs/arms.csv is not run again. ARGS="--only urpo"
 evidence: toy
+	@$(python) -m lab.seed all
 	$(python) -m lab.arms $(BF16) $(ARGS)
 
 clean:

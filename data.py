@@ -529,13 +529,13 @@ def load_source(kind: str, source: str, split: str = "train") -> tuple[list[Prom
 def fits(config, tokenizer, prompt: Prompt) -> bool:
     """Whether a row has room in --max_prompt_tokens. Rows are never silently cut.
 
-    An instruction or a question must also leave room for its judgement in --max_judge_tokens: the referee's prompt
-    over a list of answers, each of them cut to its shortest form.
+    An instruction must also leave room for its judgement in --max_judge_tokens: the referee's prompt over a list of
+    answers, each of them cut to its shortest form.
     """
     if len(encode_prompt(tokenizer, prompt)) > config.max_prompt_tokens:
         return False
     shortest = referee_text(prompt.instruction, ["[cut]"] * (config.judge_list or config.group))
-    return prompt.kind == "preference" or len(encode_chat(tokenizer, shortest)) <= config.max_judge_tokens
+    return prompt.kind != "instruction" or len(encode_chat(tokenizer, shortest)) <= config.max_judge_tokens
 
 
 def each_row_fits(config, tokenizer, rows: list[Prompt]) -> list[bool]:

@@ -39,9 +39,9 @@ from infra.results import (
     weighted_mean,
 )
 from infra.runs import write_whole
-from infra.sampler import Sample, generate, start_sampler
+from infra.sampler import PROMPTS_AT_ONCE, Sample, generate, start_sampler
 from infra.settings import PRESET
-from infra.sources import LeftOut, source_records
+from infra.sources import LeftOut, progress, source_records
 from rewards import first_position_preference, kendall_tau, mean, parse_scores, verify_answer
 
 # ------------------------------------------------------------------------------- asking a model
@@ -65,7 +65,7 @@ def fitting(config, tokenizer, rows: list[Prompt], source: str) -> list[bool]:
         fits.append(max(lengths) <= limit)
     dropped = f"{len(rows) - sum(fits)} of {len(rows)} longer than {limit} tokens"
     if not any(fits):
-        raise InputError(f"{source}: no row is left to measure: {dropped} (--max_prompt_tokens). Preferences must be "
+        raise InputError(f"{source}: no row is left to measure: {dropped} (--max_prompt_tokens); preferences must be "
                          "pairs, two responses of different scores")
     if not all(fits):
         print(f"{source}: {dropped}, left out; --max_prompt_tokens", file=sys.stderr)
@@ -105,11 +105,18 @@ def ask(config, folder: str, tokenizer, rows: list[Prompt], samples: int = 0) ->
         ids.append(data.encode_prompt(tokenizer, prompt))
         limits.append(config.max_referee_tokens if prompt.kind == "preference" else config.max_answer_tokens)
         seeds.append(data.request_seed(config.seed, 0, i, "heldout"))
-    options = dict(max_tokens=limits, seeds=seeds, progress=True)
-    greedy = generate(sampler, ids, n=1, temperature=0.0, **options)
-    sampled = [[]] * len(ids)
-    if samples:
-        sampled = generate(sampler, ids, n=samples, temperature=config.temperature, **options)
+    greedy, sampled = [], []
+    for first in progress(range(0, len(ids), PROMPTS_AT_ONCE), "asking"):
+        part = slice(first, first + PROMPTS_AT_ONCE)
+        prompts = ids[part]
+        options = {
+            "max_tokens": limits[part],
+            "seeds": seeds[part],
+        }
+        greedy += generate(sampler, prompts, n=1, temperature=0.0, **options)
+        if samples:
+            sampled += generate(sampler, prompts, n=samples, temperature=config.temperature, **options)
+    sampled = sampled or [[]] * len(ids)
     found = list(map(Asked, rows, greedy, sampled))
     judged = [asked for asked in found if asked.row.kind == "preference"]
     for asked, one, many in zip(judged, greedy[len(rows) :], sampled[len(rows) :]):
@@ -122,11 +129,11 @@ def finish(config, figures: dict, printed: str, **more) -> None:
     print(printed)
     if not config.json:
         return
-    unsaid = ("command", "arguments", "measure", "model", "json", "max_judge_tokens")
+    unsaid = ("command", "measure", "model", "json", "max_judge_tokens")
     settings = {name: value for name, value in vars(config).items() if name not in unsaid}
     result = {
         "model": config.model,
-        "command": shlex.join(["python", "eval.py", *config.arguments]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "settings": settings,
         "figures": figures,
     }
@@ -215,6 +222,7 @@ def row_figures(config, asked: Asked) -> dict:
         figures["longer wins"] = longer_wins(asked.row)
     else:
         figures["tokens an answer"] = mean(len(sample.ids) for sample in asked.sampled)
+        figures["cut off"] = mean(not sample.finished for sample in asked.sampled)
     return figures
 
 
@@ -355,21 +363,8 @@ def rewardbench(config) -> None:
 # ------------------------------------------------------------------------------- reasoning
 
 
-def question_figures(asked: Asked) -> dict:
-    """The measures of one question, from one greedy answer and k samples."""
-    true, k, right = asked.row.answer, len(asked.sampled), 0
-    for sample in asked.sampled:
-        right += verify_answer(sample.text, true) == 1
-    return {
-        "pass@1, greedy": verify_answer(asked.greedy[0].text, true),
-        f"mean@{k}": right / k,
-        "tokens an answer": mean(len(sample.ids) for sample in asked.sampled),
-        "cut off": mean(not sample.finished for sample in asked.sampled),
-    }
-
-
 def reasoning(config) -> None:
-    """pass@1 (greedy), and from k samples mean@k, for each set; of several sets the plain average."""
+    """"solved, greedy" is pass@1, "solved" of k --samples is mean@k, for each set; of several the plain average."""
     folder, tokenizer = open_model(config)
     prompts, source_of = [], []
     for source in config.reasoning:
@@ -378,7 +373,7 @@ def reasoning(config) -> None:
         source_of += [source] * len(rows)
     sets = {}
     for source, asked in zip(source_of, ask(config, folder, tokenizer, prompts, config.samples)):
-        sets.setdefault(source, []).append(question_figures(asked))
+        sets.setdefault(source, []).append(row_figures(config, asked))
     figures, parts = {}, {}
     for source, rows in sets.items():
         figures[source] = summary(rows)
@@ -470,7 +465,7 @@ def command_line() -> argparse.ArgumentParser:
 def parse_arguments(arguments: list[str], measure) -> argparse.Namespace:
     """The command line, checked: the config of a command."""
     parser = command_line()
-    config = argparse.Namespace(json="", arguments=arguments, measure=measure, max_judge_tokens=0)
+    config = argparse.Namespace(json="", measure=measure, max_judge_tokens=0)
     parser.parse_args(arguments, config)
     temperature, samples = getattr(config, "temperature", 1.0), getattr(config, "samples", 1)
     if temperature < 0 or temperature == 0 and samples > 1:

@@ -269,42 +269,43 @@ class Tally:
 
 
 def update_figures(tallies: list[Tally], world: int) -> dict:
-    """Means over the updates of a step, of all ranks. Nothing of a skipped update counts."""
+    """Means over the updates of a step, of all ranks; None without any. Nothing of a skipped update counts."""
     ready = [tally for tally in tallies if tally.norm is not None]
     done = [tally for tally in ready if math.isfinite(tally.norm)]  # the same on all ranks, since the norm is
-    loss = norm = low = high = tokens = 0.0
-    for tally in done:
-        norm += tally.norm
-        loss += all_reduce(tally.loss)
-        low += all_reduce(tally.clipped_low)
-        high += all_reduce(tally.clipped_high)
-        tokens += all_reduce(tally.tokens)
-    updates, tokens = max(len(done), 1), max(tokens, 1)
-    return {
-        "loss": loss / world / updates,
-        "grad_norm": norm / updates,
-        "clipped_low": low / tokens,
-        "clipped_high": high / tokens,
+    counts = {
         "updates": len(done),
         "skipped_updates": len(tallies) - len(done),
         "nonfinite_updates": len(ready) - len(done),
+    }
+    if not done:
+        return dict.fromkeys(("loss", "grad_norm", "clipped_low", "clipped_high")) | counts
+    loss = norm = 0.0
+    low = high = tokens = 0
+    for tally in done:
+        loss += tally.loss
+        norm += tally.norm
+        low += tally.clipped_low
+        high += tally.clipped_high
+        tokens += tally.tokens
+    tokens = all_reduce(tokens)
+    return {
+        "loss": all_reduce(loss) / world / len(done),
+        "grad_norm": norm / len(done),
+        "clipped_low": all_reduce(low) / tokens,
+        "clipped_high": all_reduce(high) / tokens,
+        **counts,
     }
 
 
 def step_figures(config, groups: list) -> dict[str, dict]:
     """{kind: its figures} of a step, from the groups of its whole batch, in the order of the batch."""
-    kinds: dict[str, list] = {
-        "preference": [],
-        "reasoning": [],
-        "instruction": [],
-    }
+    kinds: dict[str, list] = {}
     for group in groups:
-        kinds[group.prompt.kind].append(group)
+        kinds.setdefault(group.prompt.kind, []).append(group)
     shares = gradient_shares(config, groups)
     figures = {}
     for kind, part in kinds.items():
-        if part:
-            figures[kind] = {**kind_figures(part), "gradient_share": shares.get(kind)}
+        figures[kind] = {**kind_figures(part), "gradient_share": shares.get(kind)}
     return figures
 
 

@@ -154,9 +154,8 @@ def check(config: Config, world: int) -> None:
                          f"many: use {math.gcd(world, config.tensor_parallel)}")
     part = world * config.minibatches
     if config.batch % part:
-        fewer = math.gcd(config.batch // config.minibatches, world)
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use --batch {-(-config.batch // part) * part}, or {fewer} ranks")
+                         f"use --batch {-(-config.batch // part) * part}")
     data.check_judging(config)
     for warmup in {False, config.warmup_steps > 0}:
         data.mix_counts(config, warmup)

@@ -111,7 +111,7 @@ def split_unit(text: str) -> tuple[str, str, Fraction]:
     if not found or found[3] and "\\" in text[: -len(found[0])]:  # of a cosine the degrees are no unit
         return text, unit, scale
     for word in (found[1] or found[2] or "degree").lower().replace(".", "").split():
-        word = word.rstrip("s").rstrip("e")
+        word = word[:2] + word[2:].rstrip("s").rstrip("e")  # the unit s stays
         scale *= SCALES.get(word, 1)
         if word == "cent":
             unit = "dollar"
@@ -215,19 +215,21 @@ CHECK_SECONDS, CHECK_BYTES = 2, 2 << 30  # of CPU time and memory, for one answe
 # The program of the sandbox, which imports nothing of ours. It reads a JSON line [text] or [truth, text] and answers
 # `true` or `false`. It ends when the trainer closes its input.
 SANDBOX = """
-import json, logging, resource, sys
+import dataclasses, json, logging, resource, sys
 seconds, size = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 from math_verify import LatexExtractionConfig, parse, verify
 logging.disable()  # it warns that its own timer is off
+latex = LatexExtractionConfig()  # it would drop what it takes for a unit: the d of 2d
+plain = dataclasses.replace(latex.normalization_config, units=False)
+latex = dataclasses.replace(latex, normalization_config=plain)
 print("ready", flush=True)
 for line in sys.stdin:
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    read = [parse(f"${text}$", [LatexExtractionConfig()], "no_fallback", "first_match", None)
-            for text in json.loads(line)]
+    read = [parse(f"${text}$", [latex], "no_fallback", "first_match", None) for text in json.loads(line)]
     print(json.dumps(all(read) and (len(read) == 1 or verify(*read, 30, 60, timeout_seconds=None))), flush=True)
 """
 

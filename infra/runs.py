@@ -84,7 +84,8 @@ def check_name(name: str, resume: bool) -> None:
     for folder in (run.parent, run):
         if os.path.lexists(folder) and not folder.is_dir():
             raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
-    if not resume and ((run / "log.jsonl").exists() or checkpoints(run)):
+    begun = (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size
+    if not resume and (begun or checkpoints(run)):
         raise InputError(f"{run} holds a run: give --resume to continue it, or another --name")
 
 

@@ -25,6 +25,7 @@ from infra.policy import Policy, full_weights, model_config
 from infra.ranks import GPU, all_reduce, exchange, ranks_here
 
 SAMPLED_AT_ONCE = 8192  # tokens of one forward pass; a GPU reads a longer prompt in parts
+PROMPTS_AT_ONCE = 4096 if GPU else 64  # that evaluation asks twice, while the cache still holds them
 BLOCK = 32  # tokens of one piece of the cache on a CPU, its smallest: the answers to a prompt share whole pieces
 
 
@@ -59,7 +60,7 @@ def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences
     if tensor_parallel > 1:  # vLLM's own all-reduce has crashed beside a sampler that sleeps (its issue 45611)
         options.update(disable_custom_all_reduce=True)
     if sequences is not None:
-        options.update(max_num_seqs=sequences)
+        options.update(max_num_seqs=min(sequences, SAMPLED_AT_ONCE))  # the others wait
     if GPU:
         options.update(dtype="bfloat16")
     else:
@@ -100,7 +101,7 @@ class Sample:
 
 
 def generate(sampler, prompts: list[list[int]], *, n: int, max_tokens: list[int], seeds: list[int],
-             temperature: float, progress: bool = False) -> list[list[Sample]]:
+             temperature: float) -> list[list[Sample]]:
     """n answers to each prompt: token ids in, token ids and their log-probs out, nothing truncated.
 
     One seed a prompt, from which vLLM derives one for each of its n answers: a rerun samples the same tokens. Ranks
@@ -123,7 +124,7 @@ def generate(sampler, prompts: list[list[int]], *, n: int, max_tokens: list[int]
         params.append(SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
                                      logprobs=0, flat_logprobs=True, detokenize=False, stop_token_ids=stops,
                                      logit_bias=dict.fromkeys(padded, -math.inf) or None))
-    outputs = sampler.generate([{"prompt_token_ids": ids} for ids, _, _ in asked], params, use_tqdm=progress)
+    outputs = sampler.generate([{"prompt_token_ids": ids} for ids, _, _ in asked], params, use_tqdm=False)
     answers = []
     for output in outputs[own]:
         answers.append([])

@@ -35,7 +35,7 @@ from infra.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "urpo"  # the arm that others are compared with
-ROWS = "128"  # held-out rows of a kind
+ROWS = "128"  # held-out rows of a kind, as lab.baselines reward_model measures
 # Arm -> (seeds, command). It may need another arm's run with the same {seed}, its judge, which stands before it.
 ARMS = {
     "start": (1, "-m lab.toy heldout --model toy/model"),  # before any training
@@ -184,11 +184,13 @@ def compared(done: pandas.DataFrame, column: str) -> pandas.DataFrame:
 
 def show(path: Path) -> None:
     """Print the tables of a CSV, and what died."""
+    if not path.exists():
+        raise InputError(f"{path}: no arm has run yet; leave --show out")
     lines = pandas.read_csv(path)
     done = lines[lines.status == "done"]
     for column in FIGURES:
         print(f"{column}\n{compared(done, column).to_string(float_format='%.3f', na_rep='-')}\n")
-    print(done.groupby("arm", sort=False)[["cpu_minutes", "gib"]].min().round(1).to_string(na_rep="-"))
+    print(done.groupby("arm", sort=False)[["cpu_minutes", "gib"]].max().round(1).to_string(na_rep="-"))
     for line in lines[lines.status != "done"].itertuples():
         print(f"{line.arm}, seed {line.seed}: {line.status}")
 

@@ -60,6 +60,8 @@ def witnesses(run: Path) -> tuple:
     settings = about.get("config", {})
     if not (run / "rollouts.jsonl").is_file() or not settings:
         raise InputError(f"{run}: no rollouts.jsonl, or no settings in config.json: nothing to derive from")
+    if settings.get("program") == "sft":
+        raise InputError(f"{run}: a run of sft, which no reward has taught: nothing to derive")
     if missing := vars(urpo.Config()).keys() - settings.keys():
         raise InputError(f"{run}: its config.json has no {', '.join(sorted(missing))}: another version of urpo.py "
                          "wrote it, and that version's audit derives it")

@@ -45,6 +45,7 @@ class Baseline(urpo.Config):
 
     judge: str = setting("", "rm_gen and rm_score: folder of the frozen judge")
     heldout: str = setting(f"{urpo.TOY}/heldout/constraints.jsonl", "reward_model: pairs that measure it in the end")
+    rows: int = setting(128, "reward_model: so many of them", above=0)
     errors: float = setting(1.0, "sft: times how often the demonstrator errs; 0: never", least=0)
 
 
@@ -124,7 +125,7 @@ def reward_model(config: Baseline) -> None:
     folder = on_rank_0(f"reading --model {config.model}", lambda: policy.check_folder(config.model))
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
     sources, _ = data.load_sources(config, tokenizer)
-    heldout, _ = data.load_source("preference", config.heldout)
+    heldout = data.load_source("preference", config.heldout)[0][: config.rows]
     torch.manual_seed(config.seed)  # of the new head
     model = policy.shard_policy(RewardModel(folder, config.precision))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)

@@ -312,8 +312,8 @@ HELDOUT_SETS = {  # the flag of eval.py heldout -> its files in toy/heldout
 
 
 def write_all() -> None:
-    for kind, flag in data.FLAGS.items():
-        write_file(FOLDER / f"{flag}.jsonl", training_records(kind))
+    for kind in MAKERS:
+        write_file(FOLDER / f"{data.FLAGS[kind]}.jsonl", training_records(kind))
     home = FOLDER / "heldout"
     write_file(home / "constraints.jsonl", heldout_records("preference", (BREAKS,)))
     write_file(home / "flaws.jsonl", heldout_records("preference", (OTHER_TOPIC, CUT)))

@@ -211,7 +211,7 @@ def answering(monkeypatch, measuring):
     from lab import probe
 
     def start(answer):
-        def generate(sampler, prompts, *, n, max_tokens, seeds, temperature, progress=False):
+        def generate(sampler, prompts, *, n, max_tokens, seeds, temperature):
             assert len(prompts) == len(max_tokens) == len(seeds)
             answers = []
             for words in prompts:

@@ -65,10 +65,10 @@ def test_reasoning_measures_each_set_and_their_average(tmp_path, answering):
     main(["reasoning", "--model", "m", "--data", *sets, "--samples", "4", "--json", str(tmp_path / "out.json")])
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     found = {name: [figures[part][name]["value"] for part in (*sets, "average")] for name in figures["average"]}
-    assert found["pass@1, greedy"] == pytest.approx([1, 0, 0, 1 / 3], abs=1e-4)
-    assert found["mean@4"] == pytest.approx([0.75, 0.25, 0, 1 / 3], abs=1e-4)
+    assert found["solved, greedy"] == pytest.approx([1, 0, 0, 1 / 3], abs=1e-4)
+    assert found["solved"] == pytest.approx([0.75, 0.25, 0, 1 / 3], abs=1e-4)
     assert found["cut off"] == [0] * 4
-    assert figures[sets[0]]["mean@4"]["count"] == 1  # a repeated question is no independent trial
+    assert figures[sets[0]]["solved"]["count"] == 1  # a repeated question is no independent trial
 
 
 def test_alpacaeval_writes_the_fields_that_the_package_reads(tmp_path, answering, capsys):

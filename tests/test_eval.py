@@ -90,7 +90,7 @@ def test_heldout_from_files_to_json(tmp_path, answering, files):
     figures = {part: {name: cell["value"] for name, cell in cells.items()} for part, cells in found["figures"].items()}
     assert figures["reasoning"]["solved"] == figures["reasoning"]["solved, greedy"] == 0.5
     assert figures["instructions"] == {"a five": 1, "short": 0, "a five, greedy": 1, "short, greedy": 0,
-                                       "tokens an answer": 1}
+                                       "tokens an answer": 1, "cut off": 0}
     assert found["figures"]["instructions"]["a five"]["count"] == 1  # unknown instructions are no failures
     assert figures["referee"]["both orders"] == figures["referee"]["both orders, greedy"] == 1
     assert figures["referee"]["longer wins"] == 1
@@ -112,7 +112,7 @@ def test_without_a_measure_only_the_length_of_open_answers_is_known_and_an_unrea
           "--preferences", files[1], more])
     found = json.loads((tmp_path / "a.json").read_text())["figures"]
     assert found.keys() == {"reasoning", "instructions, I", "instructions, more", "referee, P", "referee, more"}
-    assert list(found["instructions, I"]) == ["tokens an answer"] and found["referee, P"]["unparsed"]["value"] == 1
+    assert list(found["instructions, I"]) == ["tokens an answer", "cut off"] and found["referee, P"]["unparsed"]["value"] == 1
     for name in ("order consistency", "first-position preference"):
         assert found["referee, P"][name]["value"] is None and found["referee, P"][name]["count"] == 0
 

@@ -220,7 +220,7 @@ def test_drift_is_the_mean_distance_a_token_and_unknown_without_a_signal(make_po
         group.advantages = [0.0] * 3
     found = update(config, policy, optimizer, groups)
     assert found["drift_mean"] is found["drift_max"] is None
-    assert (found["updates"], found["skipped_updates"], found["loss"], found["grad_norm"]) == (0, 1, 0, 0)
+    assert (found["updates"], found["skipped_updates"], found["loss"], found["grad_norm"]) == (0, 1, None, None)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -321,5 +321,5 @@ def test_flags_win_over_a_preset_that_wins_over_the_papers_defaults_and_each_pre
     assert data.longest_sequence(paper) <= 32768  # max_position_embeddings of Qwen2.5-7B
     for preset in (config, paper):
         urpo.check(preset, world=2)
-    with pytest.raises(InputError, match="--batch 48 does not split over 32 ranks.* use --batch 64, or 8 ranks"):
+    with pytest.raises(InputError, match="--batch 48 does not split over 32 ranks.* use --batch 64"):
         urpo.check(config, world=32)
