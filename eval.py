@@ -158,17 +158,15 @@ def credit(margin: float | None) -> float:
 def pair_figures(better_first, worse_first) -> dict:
     """The figures of one pair that was judged S times in each order (ours).
 
-    format                      share of judgements that can be read; unparsed is the rest
+    format                      share of judgements that can be read
     both orders                 sample s is right in BOTH orders; a tie or an unread judgement is not right
     single order                right in the order shown; a tie or an unread judgement counts 0.5, as in RewardBench
     ties as 0                   the same, but a tie or an unread judgement counts 0
-    expected score              mean scores over the samples of an order, then over both orders, so that a preference
-                                for a position cancels, have the right order; a tie, or an order never read, counts 0.5
     order consistency           the same winner in both orders, among samples read in both; a tie has no winner
     first-position preference   rewards.first_position_preference: -0.5 to 0.5; a judge blind to order has 0
 
     >>> list(pair_figures([[9, 3], [5, 5]], [[2, 8], None]).values())
-    [0.75, 0.25, 0.5, 0.75, 0.5, 1.0, 1.0, 0.0]
+    [0.75, 0.5, 0.75, 0.5, 1.0, 0.0]
     """
     read = known([*better_first, *worse_first])
     # By how much the better response is ahead; None: unread.
@@ -180,15 +178,11 @@ def pair_figures(better_first, worse_first) -> dict:
         if a is not None and b is not None:
             right_twice += a > 0 and b > 0
             same_winner.append(a * b > 0)
-    of_orders = mean(known(forward)), mean(known(backward))
-    expected = None if None in of_orders else round(sum(of_orders), 9)  # equal means stay equal
     return {
         "format": len(read) / len(margins),
-        "unparsed": 1 - len(read) / len(margins),
         "both orders": right_twice / len(forward),
         "single order": mean(map(credit, margins)),
         "ties as 0": mean((margin or 0) > 0 for margin in margins),
-        "expected score": credit(expected),
         "order consistency": mean(same_winner),
         "first-position preference": first_position_preference(read),
     }
@@ -261,7 +255,8 @@ def heldout(config) -> None:
     if not rows:
         raise InputError("nothing to measure: give a file to --preferences, --reasoning or --instructions; "
                          "`python -m lab.toy heldout --model M` measures on the laptop's")
-    found, parts = ask(config, folder, tokenizer, rows, config.samples), {}
+    found = ask(config, folder, tokenizer, rows, config.samples)
+    parts = {}
     for part, asked in zip(part_of, found):
         parts.setdefault(part, []).append(row_figures(config, asked))
     figures = {part: summary(rows) for part, rows in parts.items()}
@@ -302,7 +297,8 @@ def benchmark_figures(subsets: list[str], values) -> dict[str, dict]:
         own = [subset for subset in found if subset in weights]
         if own:
             parts = [(found[subset], weights[subset]) for subset in own]
-            figures[section] = {subset: interval(found[subset]) for subset in own} | {"section": weighted_mean(parts)}
+            figures[section] = {subset: interval(found[subset]) for subset in own}
+            figures[section]["section"] = weighted_mean(parts)
             total = sum(weight for part, weight in parts if known(part))
             everything += [(part, weight / max(total, 1)) for part, weight in parts]
     figures["RewardBench"] = {"mean of the sections": weighted_mean(everything)}
@@ -326,22 +322,11 @@ def benchmark_pairs(config) -> tuple[list[str], list[Prompt]]:
     return subsets, pairs
 
 
-SHOWN = {
-    "accuracy": "single order",
-    "ties as 0": "ties as 0",
-    "unparsed": "unparsed",
-    "consistent": "order consistency",
-    "first position": "first-position preference",
-    "longer wins": "longer wins",
-}
-
-
 def rewardbench(config) -> None:
     """The judge on labelled pairs, greedy, each in both orders: a figure a subset, a section, and their mean.
 
-    "accuracy" is the single order of `pair_figures`, as in the official script; "unparsed" says how much of it is a
-    coin. A judge that prefers the longer response has "longer wins" as its accuracy, and one that prefers the first
-    has 0.5 in every line.
+    "single order" is the official script's accuracy, of which a coin decides what "format" lacks. A judge that prefers
+    the longer response has there what "longer wins" has, and one that prefers the first 0.5 in every line.
     """
     folder, tokenizer = open_model(config)
     subsets, pairs = benchmark_pairs(config)
@@ -350,9 +335,10 @@ def rewardbench(config) -> None:
     for asked in ask(config, folder, tokenizer, list(compress(pairs, fits))):
         judged = measures(config, asked.row, asked.greedy, asked.mirrored_greedy)
         rows.append(judged | {"longer wins": longer_wins(asked.row)})
-    results, figures, measured = {}, {}, columns(rows)
-    for name, measure in SHOWN.items():
-        results[name] = {"figures": benchmark_figures(compress(subsets, fits), measured[measure])}
+    results = {}
+    figures = {}
+    for name, values in columns(rows).items():
+        results[name] = {"figures": benchmark_figures(compress(subsets, fits), values)}
         for section, cells in results[name]["figures"].items():
             for subset, cell in cells.items():
                 figures.setdefault(section, {})[f"{subset}: {name}"] = cell
@@ -374,7 +360,8 @@ def reasoning(config) -> None:
     sets = {}
     for source, asked in zip(source_of, ask(config, folder, tokenizer, prompts, config.samples)):
         sets.setdefault(source, []).append(row_figures(config, asked))
-    figures, parts = {}, {}
+    figures = {}
+    parts = {}
     for source, rows in sets.items():
         figures[source] = summary(rows)
         for name, values in columns(rows).items():

@@ -114,6 +114,8 @@ def verify_answer(response: str, answer: str) -> float:
     (1.0, 0.0)
     >>> verify_answer(r"\boxed{\text{Friday}}", "friday")
     1.0
+    >>> verify_answer(r"\boxed{5 \text{ km}}", r"5 \text{ m}")
+    0.0
     """
     return float(same_answer(final_answer(response), answer))
 
@@ -231,17 +233,6 @@ def clipped_objective(ratio: Tensor, advantage: Tensor, low: float = 0.8, high: 
     return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
-def clipped_tokens(ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[int, int]:
-    """How many tokens lose their gradient by the clip, at its low end and at its high end.
-
-    >>> clipped_tokens(torch.tensor([0.5, 0.5, 1.5, 1.5]), torch.tensor([1., -1., 1., -1.]), 0.8, 1.28)
-    (1, 1)
-    """
-    too_low = (ratio < low) & (advantage < 0)
-    too_high = (ratio > high) & (advantage > 0)
-    return too_low.sum().item(), too_high.sum().item()
-
-
 # ------------------------------------------------------------------------------- figures of a step
 
 
@@ -260,11 +251,12 @@ class Tally:
         self.norm: float | None = None  # of the gradient; None: no rank has a row, so there is no update
 
     def add(self, loss: Tensor, ratio_N: Tensor, row, low: float, high: float) -> None:
-        """One row. The weight of an idle row is 0, so its token does not count."""
-        clipped_low, clipped_high = clipped_tokens(ratio_N, row.advantage_N, low, high)
+        """One row, and its tokens that lose their gradient by the clip. The weight of an idle row's token is 0."""
+        too_low_N = (ratio_N < low) & (row.advantage_N < 0)
+        too_high_N = (ratio_N > high) & (row.advantage_N > 0)
         self.loss += loss.item()
-        self.clipped_low += clipped_low
-        self.clipped_high += clipped_high
+        self.clipped_low += too_low_N.sum().item()
+        self.clipped_high += too_high_N.sum().item()
         self.tokens += (row.weight_N > 0).sum().item()
 
 

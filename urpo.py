@@ -334,10 +334,10 @@ def update(config: Config, policy: Policy, optimizer, minibatches: list[list[Row
 
 def record(config: Config, log: runs.Log, groups: list[Group], figures: dict, step: int) -> None:
     """The step's line in log.jsonl and its trajectories, from the groups of all ranks."""
-    records = ranks.gather([group.to_record(step) for group in groups])
+    parts = ranks.exchange([group.to_record(step) for group in groups])
+    records = sorted(sum(parts, []), key=lambda record: record["index"])
 
     def make():
-        records.sort(key=lambda record: record["index"])
         kinds = step_figures(config, [Group.from_record(record) for record in records])
         tokens = sum(kind["tokens"] for kind in kinds.values())
         figures["tokens_per_second"] = tokens / sum(figures["seconds"].values())

@@ -107,13 +107,6 @@ def exchange(item, group=None) -> list:
     return items
 
 
-def gather(items: list) -> list | None:
-    """The lists of all ranks as one, on rank 0; None elsewhere."""
-    parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(items, parts)
-    return parts and [item for part in parts for item in part]
-
-
 def on_rank_0(what: str, work):
     """What `work()` returns on rank 0, for all ranks. So do its errors: the others must not wait for a dead rank."""
     from safetensors import SafetensorError

@@ -155,18 +155,18 @@ def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], ranks: i
 def interval(arm: str, values: pandas.Series, base: pandas.Series) -> list[float]:
     """[difference of an arm's mean from URPO's, low, high] of figures by seed. NaN: fewer than two seeds, or no spread.
     """
+    low = high = math.nan
     if arm.startswith("start"):  # measured once, since nothing is trained
         gaps = values.iloc[0] - base
     elif arm in PAIRED:
         gaps = (values - base).dropna()
     else:
-        gap, low, high = values.mean() - base.mean(), math.nan, math.nan
-        if min(len(values), len(base)) > 1 and values.std() + base.std() > 0:
+        if values.std() + base.std() > 0:
             low, high = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
-        return [gap, low, high]
-    if len(gaps) < 2 or gaps.std() == 0:
-        return [gaps.mean(), math.nan, math.nan]
-    return [gaps.mean(), *stats.ttest_1samp(gaps, 0).confidence_interval(0.95)]
+        return [values.mean() - base.mean(), low, high]
+    if gaps.std() > 0:
+        low, high = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+    return [gaps.mean(), low, high]
 
 
 def compared(done: pandas.DataFrame, column: str) -> pandas.DataFrame:

@@ -130,7 +130,6 @@ REDUCE_SECONDS = 20e-6  # of one all-reduce between ranks that share a sampler: 
 HOST_LINK, HOST_MEMORY = 25e9, 200e9  # bytes a second: of a GPU to its host (PCIe 4), of a node's own memory
 SYNC_SECONDS, GATHER = 2.0, 100e9  # a wake-up; bytes a second of weights gathered and loaded
 ANSWER_SHARE = 0.4  # of its limit is the mean length of an answer; measured runs of others: .2 to .5
-PROMPT_SHARE = {"preference": 0.4}  # of --max_prompt_tokens; of other kinds .05
 
 
 def decode_seconds(shape, answers: float, mean_tokens: float, longest: float, context: float, sharers: int) -> float:
@@ -183,7 +182,7 @@ def planned_seconds(shape, config, world: int) -> dict[str, float]:
     for kind, prompts in counts.items():
         limit = config.max_referee_tokens if kind == "preference" else config.max_answer_tokens
         if prompts:
-            tokens = PROMPT_SHARE.get(kind, 0.05) * config.max_prompt_tokens
+            tokens = (0.4 if kind == "preference" else 0.05) * config.max_prompt_tokens
             kinds.append((prompts, config.group, tokens, ANSWER_SHARE * limit, limit))
     listed = config.judge_list or config.group  # answers in a judge's prompt, cut where they do not fit
     tokens = listed * ANSWER_SHARE * config.max_answer_tokens + 0.05 * config.max_prompt_tokens

@@ -59,7 +59,7 @@ def read_figures(run: Path, repairs: list[str]) -> pandas.DataFrame:
     """The log of a run as a table: a row a step, a column a figure of the panels."""
     log = pandas.json_normalize(read_log(run, repairs)).set_index("step")
     if (run / "rollouts.jsonl").is_file():
-        gold = pandas.DataFrame(toy.gold_of_run(run), columns=["step", "gold", "all_four"])
+        gold = pandas.DataFrame(toy.gold_of_run(run, repairs), columns=["step", "gold", "all_four"])
         log = log.join(gold.set_index("step"))
     return log.reindex(columns=" ".join(PANELS.values()).split()).astype(float)
 

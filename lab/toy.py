@@ -322,13 +322,13 @@ def write_all() -> None:
     write_file(home / "instructions.jsonl", heldout_records("instruction"))
 
 
-def gold_of_run(run: Path) -> list[dict]:
+def gold_of_run(run: Path, repairs: list[str]) -> list[dict]:
     """{step, gold, all_four} of each step of a run; None where a step has nothing to measure.
 
     gold is the share of open answers that are on topic, whole and in order; all_four of those that keep the
     constraint too.
     """
-    path, repairs, figures = Path(run) / "rollouts.jsonl", [], []
+    path, figures = Path(run) / "rollouts.jsonl", []
     for step, pairs in groupby(data.read_groups(path, repairs), key=lambda pair: pair[0]):
         marks = []
         for _, group in pairs:
@@ -339,8 +339,6 @@ def gold_of_run(run: Path) -> list[dict]:
             "gold": mean(parts["on topic, whole, in order"] for parts in marks),
             "all_four": mean(parts["all four"] for parts in marks),
         })
-    for repair in repairs:
-        print(repair, file=sys.stderr)
     return figures
 
 

@@ -46,15 +46,17 @@ def test_rewardbench_judges_in_both_orders_and_reports_subsets_sections_and_thei
     def value(section, name):
         return figures[section][name]["value"]
 
-    assert value("Reasoning", "hep-go: accuracy") == 1 and value("Reasoning", "math-prm: accuracy") == 0.5
-    assert value("Reasoning", "section: accuracy") == pytest.approx((984 * 0.5 + 164) / (984 + 164), abs=1e-4)
+    assert value("Reasoning", "hep-go: single order") == 1 and value("Reasoning", "math-prm: single order") == 0.5
+    assert value("Reasoning", "section: single order") == pytest.approx((984 * 0.5 + 164) / (984 + 164), abs=1e-4)
     assert value("Reasoning", "section: ties as 0") == pytest.approx(164 / (984 + 164), abs=1e-4)
-    assert value("other", "x: accuracy") == 0.75 and value("other", "x: ties as 0") == 0.5
-    assert value("other", "x: unparsed") == 0.5 and value("other", "x: consistent") == 1  # of the one that was read
-    assert value("Safety", "section: accuracy") == 0 and value("other", "x: first position") == 0
-    assert value("Reasoning", "hep-go: longer wins") == 1 and figures["Reasoning"]["hep-go: accuracy"]["count"] == 2
-    assert value("RewardBench", "mean of the sections: accuracy") == pytest.approx(
-        (value("Reasoning", "section: accuracy") + 0.75 + 0) / 3, abs=1e-4)
+    assert value("other", "x: single order") == 0.75 and value("other", "x: ties as 0") == 0.5
+    assert value("other", "x: format") == 0.5
+    assert value("other", "x: order consistency") == 1  # of the one that was read
+    assert value("Safety", "section: single order") == 0 and value("other", "x: first-position preference") == 0
+    assert value("Reasoning", "hep-go: longer wins") == 1
+    assert figures["Reasoning"]["hep-go: single order"]["count"] == 2
+    assert value("RewardBench", "mean of the sections: single order") == pytest.approx(
+        (value("Reasoning", "section: single order") + 0.75 + 0) / 3, abs=1e-4)
 
 
 def test_reasoning_measures_each_set_and_their_average(tmp_path, answering):

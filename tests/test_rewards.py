@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from data import Group, Prompt
 from infra.answers import check_answer
 from rewards import (
+    Tally,
     clipped_objective,
-    clipped_tokens,
     first_position_preference,
     group_advantages,
     group_rewards,
@@ -195,7 +195,9 @@ def test_the_tokens_counted_as_clipped_are_those_whose_gradient_the_objective_st
     advantage = torch.tensor([1., -1., 1., -1.])
     clipped_objective(ratio, advantage).sum().backward()
     assert ratio.grad.tolist() == [1., 0., 0., -1.]
-    assert clipped_tokens(ratio, advantage, 0.8, 1.28) == (1, 1)
+    tally = Tally()
+    tally.add(torch.zeros(1), ratio, SimpleNamespace(advantage_N=advantage, weight_N=torch.ones(4)), 0.8, 1.28)
+    assert (tally.clipped_low, tally.clipped_high, tally.tokens) == (1, 1, 4)
 
 
 @pytest.mark.parametrize("call", [
