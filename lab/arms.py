@@ -35,7 +35,7 @@ from infra.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "urpo"  # the arm that others are compared with
-ROWS = "128"  # held-out rows of a kind, as lab.baselines reward_model measures
+MEASURED = ["--rows", "128", "--samples", "2"]  # held-out rows of a kind, as many as lab.baselines reward_model asks
 # Arm -> (seeds, command). It may need another arm's run with the same {seed}, its judge, which stands before it.
 ARMS = {
     "start": (1, "-m lab.toy heldout --model toy/model"),  # before any training
@@ -77,7 +77,7 @@ def command_of(arm: str, seed: int, passed: list[str]) -> list[str]:
     """What is typed after `python` to train an arm, or to measure a model as it is."""
     command, name = ARMS[arm][1].format(seed=seed), f"arms-{arm}-{seed}"
     if "lab.toy" in command:
-        return [*command.split(), "--rows", ROWS, "--json", f"runs/{name}/heldout-after.json"]
+        return [*command.split(), *MEASURED, "--json", f"runs/{name}/heldout-after.json"]
     program, dashes, own = command.partition(" --")
     ours = f"--preset smol --name {name} --seed {seed} --save_every 0 {dashes}{own}"
     return [*program.split(), *passed, *ours.split()]  # what defines an arm stands last
@@ -127,7 +127,7 @@ def run_arm(arm: str, seed: int, passed: list[str], ranks: int) -> dict:
             "command": shlex.join(["python", *command]), "commit": git.stdout.strip()}
     if not status and not result.exists():  # a model as it is, and a reward model, have been measured
         model = str(home / "checkpoints" / "last" / "model")
-        status = call(["-m", "lab.toy", "heldout", "--model", model, "--rows", ROWS, "--json", str(result)], 1, log)
+        status = call(["-m", "lab.toy", "heldout", "--model", model, *MEASURED, "--json", str(result)], 1, log)
     for trainer in home.glob("checkpoints/*/trainer"):  # the model stays: it may judge another arm
         shutil.rmtree(trainer)
     if status:

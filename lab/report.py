@@ -50,9 +50,7 @@ def report(run: Path) -> None:
     for repair in repairs:
         print(repair, file=sys.stderr)
     write_whole(run / "curves.png", picture)
-    print(run / "curves.png")
-    if measured:
-        print(f"\n{measured}")
+    print(run / "curves.png", measured, sep="\n\n")
 
 
 def read_figures(run: Path, repairs: list[str]) -> pandas.DataFrame:

