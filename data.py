@@ -293,7 +293,7 @@ def draw(config, sources: dict[str, list[Prompt]], step: int) -> list[Prompt]:
 
 
 def shard(batch: list[Prompt], rank: int, world: int) -> list[tuple[int, Prompt]]:
-    """The (index in the batch, prompt) pairs that this rank samples: as many as any other rank's, of each kind too.
+    """The (index in the batch, prompt) pairs that this rank samples: as many on every rank, of a kind to within one.
 
     >>> batch = [Prompt("reasoning", "1 + 1"), Prompt("instruction", "Hi"), Prompt("reasoning", "2 + 2")]
     >>> [(index, prompt.instruction) for index, prompt in shard(batch, rank=0, world=2)]
