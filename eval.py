@@ -335,8 +335,7 @@ def rewardbench(config) -> None:
     for asked in ask(config, folder, tokenizer, list(compress(pairs, fits))):
         judged = measures(config, asked.row, asked.greedy, asked.mirrored_greedy)
         rows.append(judged | {"longer wins": longer_wins(asked.row)})
-    results = {}
-    figures = {}
+    results, figures = {}, {}
     for name, values in columns(rows).items():
         results[name] = {"figures": benchmark_figures(compress(subsets, fits), values)}
         for section, cells in results[name]["figures"].items():
@@ -360,8 +359,7 @@ def reasoning(config) -> None:
     sets = {}
     for source, asked in zip(source_of, ask(config, folder, tokenizer, prompts, config.samples)):
         sets.setdefault(source, []).append(row_figures(config, asked))
-    figures = {}
-    parts = {}
+    figures, parts = {}, {}
     for source, rows in sets.items():
         figures[source] = summary(rows)
         for name, values in columns(rows).items():

@@ -154,8 +154,10 @@ def check(config: Config, world: int) -> None:
                          f"many: use {math.gcd(world, config.tensor_parallel)}")
     part = world * config.minibatches
     if config.batch % part:
+        fitting = math.gcd(config.batch // config.minibatches, world)
+        fewer = "" if config.batch % config.minibatches else f", or {fitting} ranks"
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use --batch {-(-config.batch // part) * part}")
+                         f"use --batch {-(-config.batch // part) * part}{fewer}")
     data.check_judging(config)
     for warmup in {False, config.warmup_steps > 0}:
         data.mix_counts(config, warmup)

@@ -32,10 +32,11 @@ import urpo
 from infra.ranks import InputError, stop
 from infra.runs import hold
 from infra.settings import parse
+from lab.baselines import Baseline
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "urpo"  # the arm that others are compared with
-MEASURED = ["--rows", "128", "--samples", "2"]  # held-out rows of a kind, as many as lab.baselines reward_model asks
+MEASURED = ["--rows", str(Baseline.rows), "--samples", "2"]  # of held-out rows of a kind
 # Arm -> (seeds, command). It may need another arm's run with the same {seed}, its judge, which stands before it.
 ARMS = {
     "start": (1, "-m lab.toy heldout --model toy/model"),  # before any training
