@@ -124,7 +124,7 @@ PRESETS = {
     # 107 GB, so two stay.
     "paper": dict(importance_cap=2.0, keep=2),
     # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs, each answer in two. Half of a
-    # step is P, since the judge has most to learn.
+    # step is P, since the judge has most to learn; in both orders, so that no position pays.
     "smol": dict(
         model=f"{TOY}/model",
         preferences=[f"{TOY}/preferences.jsonl"],
@@ -132,7 +132,7 @@ PRESETS = {
         instructions=[f"{TOY}/instructions.jsonl"],
         steps=16, warmup_steps=4, mix="2:1:1", batch=24, group=8,
         max_prompt_tokens=800, max_answer_tokens=64, max_referee_tokens=40, max_judge_tokens=800,
-        judgements=2, judge_list=2,
+        both_orders=True, judgements=2, judge_list=2,
         lr=2e-5, precision="float32", row_tokens=1024,
         save_every=8, keep=2),
 }

@@ -174,7 +174,7 @@ def contrast(rng: random.Random, split: str, level: int, turned: bool) -> tuple[
             return asked[0], *texts
 
 
-def preference(number: int, split: str, levels=(BREAKS,) * 8 + (OTHER_TOPIC, CUT)) -> dict:
+def preference(number: int, split: str, levels=(BREAKS,) * 3 + (OTHER_TOPIC, CUT)) -> dict:
     """Example `number` of two responses, the better one first. Examples 2k and 2k + 1 are a contrast set."""
     rng = random.Random(f"{split}/preference/{number // 2}")
     level = rng.choice(levels)
