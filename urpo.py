@@ -49,7 +49,7 @@ from infra.policy import (
     load_policy,
     updates_done,
 )
-from infra.ranks import InputError, all_reduce, on_rank_0
+from infra.ranks import InputError, all_reduce, exchange, on_rank_0
 from infra.rows import Row, build_rows, rebalance
 from infra.sampler import generate, largest_drift, sleep, start_sampler, sync
 from infra.settings import parse, setting
@@ -214,14 +214,18 @@ def self_score(config: Config, sampler, tokenizer, groups: list[Group], step: in
 # ------------------------------------------------------------------------------- 4. reward, 5. old_logprobs
 
 
-def reward(config: Config, groups: list[Group]) -> None:
-    """Part 4: the reward of every answer by its kind, then advantages within the group."""
+def reward(config: Config, groups: list[Group]) -> list[Group]:
+    """Part 4: the reward of every answer by its kind, then advantages within the group.
+
+    Returns the groups of all ranks, in the order of the batch. Here the ranks wait for the one that sampled longest.
+    """
     for group in groups:
         group.rewards = group_rewards(config, group)
         if group.rewards is None:  # of some answer no judgement can be read: the group teaches nothing, counted
             group.advantages = [0.0] * len(group.texts)
         else:
             group.advantages = group_advantages(torch.tensor(group.rewards)).tolist()
+    return sorted(sum(exchange(groups), []), key=lambda group: group.index)
 
 
 def build_minibatches(config: Config, groups: list[Group]) -> list[list[Row]]:
@@ -336,15 +340,13 @@ def update(config: Config, policy: Policy, optimizer, minibatches: list[list[Row
 
 def record(config: Config, log: runs.Log, groups: list[Group], figures: dict, step: int) -> None:
     """The step's line in log.jsonl and its trajectories, from the groups of all ranks."""
-    parts = ranks.exchange([group.to_record(step) for group in groups])
-    records = sorted(sum(parts, []), key=lambda record: record["index"])
 
     def make():
-        kinds = step_figures(config, [Group.from_record(record) for record in records])
+        kinds = step_figures(config, groups)
         tokens = sum(kind["tokens"] for kind in kinds.values())
         figures["tokens_per_second"] = tokens / sum(figures["seconds"].values())
         shown = [f"{name} {kind['reward']:.2f}" for name, kind in kinds.items() if kind["reward"] is not None]
-        return records, kinds, ", ".join(shown)
+        return [group.to_record(step) for group in groups], kinds, ", ".join(shown)
 
     log.write(step, figures, make)
 
@@ -372,17 +374,16 @@ def train(config: Config, score=self_score, program: str = "urpo") -> None:
         sync(sampler, policy)
     for step in log.steps():
         clock = ranks.Clock()
-        batch = data.draw(config, sources, step)
-        share = data.shard(batch, rank, world)
+        prompts = data.draw(config, sources, step)
+        share = data.shard(prompts, rank, world)
         clock("draw")  # part 1
         groups = rollout(config, sampler, tokenizer, share, step)
         clock("rollout")  # part 2
         score(config, sampler, tokenizer, groups, step)
         sleep(sampler)
         clock("self_score")  # part 3
-        reward(config, groups)
-        groups = rebalance(groups, config.minibatches)
-        minibatches = build_minibatches(config, groups)
+        batch = reward(config, groups)
+        minibatches = build_minibatches(config, rebalance(batch, config.minibatches))
         clock("reward")  # part 4
         old_logprobs(config, policy, minibatches)
         clock("old_logprobs")  # part 5
@@ -390,7 +391,7 @@ def train(config: Config, score=self_score, program: str = "urpo") -> None:
         clock("update")  # part 6
         figures["sync_difference"] = sync(sampler, policy)
         clock("sync")  # part 7
-        record(config, log, groups, figures | clock.figures(), step)
+        record(config, log, batch, figures | clock.figures(), step)
         log.save_if_due(step, policy, optimizer, tokenizer)
 
 

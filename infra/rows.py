@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from infra.ranks import DEVICE, GPU, all_reduce, exchange
+from infra.ranks import DEVICE, GPU, all_reduce
 
 ROW_BLOCK = 128 if GPU else 1  # rows of such a multiple, and of such a length at least, suit FlexAttention
 SHORTEST_ROW = 256 if GPU else 1
@@ -153,22 +153,18 @@ class Example:
         self.sampler_logprobs = [[0.0] * len(answer) for answer in answers]
 
 
-def rebalance(groups: list, minibatches: int) -> list:
+def rebalance(batch: list, minibatches: int) -> list:
     """This rank's groups of each minibatch, minibatch by minibatch: equally many to each rank, the work about even.
 
     Only after part 4 it is known which groups have a signal, and only they cost anything in parts 5 and 6. A minibatch
-    is the same part of the batch for any number of ranks, so the update does not depend on their number. Here the ranks
-    wait for the one that sampled longest.
+    is the same part of the batch for any number of ranks, so the update does not depend on their number.
     """
-    everyone = []
-    for part in exchange(groups):
-        everyone += part
-    everyone.sort(key=lambda group: group.index)
-    size = len(everyone) // minibatches
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size = len(batch) // minibatches
     own = []
-    for first in range(0, len(everyone), size):
-        shares = share_evenly(everyone[first : first + size], dist.get_world_size())
-        own += shares[dist.get_rank()]
+    for first in range(0, len(batch), size):
+        minibatch = batch[first : first + size]
+        own += share_evenly(minibatch, world)[rank]
     return own
 
 

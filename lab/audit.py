@@ -89,7 +89,7 @@ def derive(config, step: int, group: Group) -> tuple[Group, list[str]]:
     where, wrong = f"step {step}, prompt {group.index}", []
     derived = replace(group, rewards=None, advantages=[0.0] * len(group.texts))
     try:
-        urpo.reward(config, [derived])
+        (derived,) = urpo.reward(config, [derived])
     except ValueError as error:  # of an order that no judgement can have
         return derived, [f"{where}: {error}"]
     for name in ("rewards", "advantages"):

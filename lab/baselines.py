@@ -36,7 +36,7 @@ from infra.rows import rebalance
 from infra.sampler import Sample, start_sampler
 from infra.settings import parse, setting
 from lab import toy
-from rewards import HIGHEST_SCORE, LOWEST_SCORE, Tally, group_rewards, update_figures
+from rewards import HIGHEST_SCORE, LOWEST_SCORE, Tally, update_figures
 
 
 @dataclass
@@ -245,10 +245,7 @@ def demonstrations(sources: dict) -> dict[str, dict]:
 
 
 def demonstrate(config: Baseline, tokenizer, group: Group, worked: dict, rng) -> None:
-    """G worked answers to a group's prompt, by a demonstrator who errs.
-
-    The rewards are for the log alone: how often he was right. All answers shall become likelier: each advantage is 1.
-    """
+    """G worked answers to a group's prompt, by a demonstrator who errs."""
     prompt = group.prompt
     for _ in range(config.group):
         errs = rng.random() < config.errors * toy.ERRORS[prompt.kind]
@@ -258,7 +255,6 @@ def demonstrate(config: Baseline, tokenizer, group: Group, worked: dict, rng) ->
             text = worked[prompt.instruction]["flawed" if errs else "worked"]
         ids = tokenizer.encode(text, add_special_tokens=False) + chat.stop_ids(tokenizer)[:1]
         group.add(Sample(ids, text, True, [0.0] * len(ids)))
-    group.rewards, group.advantages = group_rewards(config, group), [1.0] * config.group
 
 
 def imitate(config: Baseline, model: policy.Policy, optimizer, groups: list[Group]) -> dict:
@@ -296,11 +292,13 @@ def sft(config: Baseline) -> None:
             rng = random.Random(f"{config.seed}/{step}/{index}/demonstration")
             groups.append(Group(index, prompt, data.encode_prompt(tokenizer, prompt)))
             demonstrate(config, tokenizer, groups[-1], worked, rng)
+        batch = urpo.reward(config, groups)  # for the log alone: how often the demonstrator was right
+        for group in batch:
+            group.advantages = [1.0] * config.group  # all his answers shall become likelier
         clock("draw")
-        groups = rebalance(groups, config.minibatches)
-        figures = imitate(config, model, optimizer, groups)
+        figures = imitate(config, model, optimizer, rebalance(batch, config.minibatches))
         clock("update")
-        urpo.record(config, log, groups, figures | clock.figures(), step)
+        urpo.record(config, log, batch, figures | clock.figures(), step)
         log.save_if_due(step, model, optimizer, tokenizer)
 
 

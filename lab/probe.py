@@ -59,7 +59,7 @@ def measure(config) -> dict[str, dict]:
     sampler = start_sampler(folder, max_tokens=data.longest_sequence(config), chat_template=tokenizer.chat_template)
     groups = urpo.rollout(config, sampler, tokenizer, list(enumerate(batch)), 0)
     urpo.self_score(config, sampler, tokenizer, groups, 0)
-    urpo.reward(config, groups)
+    groups = urpo.reward(config, groups)
     figures = {}
     for kind in data.KINDS:
         part, orders = [group for group in groups if group.prompt.kind == kind], 1 + (kind == "preference")

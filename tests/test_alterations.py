@@ -72,7 +72,7 @@ STOPPED = {  # what: (old, new, what the run says)
     "no finite gradient": ("clip_gradient(policy, GRAD_CLIP)", "math.nan", "step 2: no finite update")}
 AUDITED = [  # one a step, of three
     ("data.draw(config, sources, step)", "data.draw(config, sources, step + (step == 0))"),  # another step's batch
-    ("data.shard(batch, ", "data.shard(batch[::-1] if step == 1 else batch, "),
+    ("data.shard(prompts, ", "data.shard(prompts[::-1] if step == 1 else prompts, "),
     ("        score(config, sampler,", "        step == 2 or score(config, sampler,")]  # nobody judges
 
 

@@ -58,8 +58,7 @@ def audited(record, tmp_path, monkeypatch, capsys):
 def follow(groups, log, config):
     """What a forger computes anew."""
     for record in groups:
-        group = Group.from_record(record)
-        urpo.reward(config, [group])
+        (group,) = urpo.reward(config, [Group.from_record(record)])
         record |= {"rewards": group.rewards, "advantages": group.advantages}
     for line in log:
         own = [group for group in groups if group["step"] == line["step"]]

@@ -15,7 +15,7 @@ from infra import chat, settings
 from infra.ranks import InputError
 from lab import baselines
 from lab.baselines import Baseline, RewardModel, score_rows
-from rewards import parse_scores
+from rewards import group_rewards, parse_scores
 from tiny_run import launcher, lines, own_environment, urpo_with
 
 PAIR = Prompt("preference", "Say hi.", ("Hi.", "No."), (1, 0))
@@ -76,8 +76,8 @@ def test_sft_imitates_a_demonstrator_who_errs_at_the_stated_rates(smol_tokenizer
     for prompt, errors, right in ((question, 0.5, 0.8), (question, 0, 1), (PAIR, 9, -1), (PAIR, 0, 1)):
         config, group = Baseline(group=200, errors=errors), Group(0, prompt, [1])
         baselines.demonstrate(config, smol_tokenizer, group, worked, random.Random(0))
-        assert sum(group.rewards) / 200 == pytest.approx(right, abs=0.08)
-        assert {ids[-1] for ids in group.answers} == {chat.stop_ids(smol_tokenizer)[0]} and group.has_signal
+        assert sum(group_rewards(config, group)) / 200 == pytest.approx(right, abs=0.08)
+        assert {ids[-1] for ids in group.answers} == {chat.stop_ids(smol_tokenizer)[0]}
 
 
 def test_an_imitating_update_is_the_mean_log_prob_of_all_answer_tokens(make_policy, plain_model):

@@ -70,8 +70,8 @@ def one_update(policy, groups, optimizer, moved=True, **changes) -> dict:
     for group in share:
         rng = random.Random(group.index)
         group.sampler_logprobs = [[rng.gauss(-6, 0.5) for _ in answer] for answer in group.answers]
-    urpo.reward(config, share)
-    minibatches = urpo.build_minibatches(config, rebalance(share, config.minibatches))
+    batch = urpo.reward(config, share)
+    minibatches = urpo.build_minibatches(config, rebalance(batch, config.minibatches))
     urpo.old_logprobs(config, policy, minibatches)
     for row in [row for rows in minibatches * moved for row in rows]:
         row.keep_old(policy(row).detach() + row.sampler_N + 6, config.importance_cap)

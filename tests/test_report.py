@@ -43,7 +43,7 @@ def made_up_run(folder, judge=lambda n: data.score_line(range(1, n + 1)), answer
     for step in range(6):
         kinds = data.KINDS[: 3 if step >= 2 else 2] * prompts
         groups = [made_up_group(index, kind, judge, answer) for index, kind in enumerate(kinds)]
-        urpo.reward(config, groups)
+        groups = urpo.reward(config, groups)
         log.append({"step": step, **step_figures(config, groups), "seconds": {"update": 1.0}, "drift_mean": 1e-5})
         records += [group.to_record(step) for group in groups]
     write_lines(folder / "log.jsonl", *log)

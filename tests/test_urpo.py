@@ -80,7 +80,7 @@ def judged_group(monkeypatch, tokenizer, verdicts, texts=("one", "two", "three")
     urpo.self_score(config, sampler, tokenizer, [group], step=0)
     for judgement, verdict in zip(group.judgements, verdicts, strict=True):
         judgement["text"] = verdict
-    urpo.reward(config, [group])
+    (group,) = urpo.reward(config, [group])
     return group, sampler.calls[0].prompts, sampler.calls[0].seeds
 
 
@@ -121,7 +121,7 @@ def test_rewards_of_all_kinds_and_that_their_advantages_have_one_scale():
     groups = [Group(0, SHARE[0][1], [1], [[1]] * 2, texts=[ranking] * 2, finished=[True, False]),
               Group(1, SHARE[1][1], [1], [[1]] * 2, texts=["\\boxed{2}", "3"], finished=[True] * 2),
               Group(2, SHARE[2][1], [1], [[1]] * 2, texts=["hi", ""], finished=[True] * 2, judgements=[judgement])]
-    urpo.reward(tiny_config(group=2), groups)
+    groups = urpo.reward(tiny_config(group=2), groups)
     assert [group.rewards for group in groups] == [[1, -1], [1, 0], [10, 1]]
     for group in groups:
         assert group.advantages == pytest.approx([0.5**0.5, -0.5**0.5], abs=1e-5)
