@@ -381,52 +381,68 @@ def read_groups(path, repairs: list[str]):
 def read_pair(record: dict) -> tuple[str, list[str]]:
     """(question, [chosen response, rejected response]) of a record with the fields chosen and rejected."""
     asked, responses = [], []
+    stated = [name for name in ("prompt", "question", "instruction") if record.get(name) is not None]
     for name in ("chosen", "rejected"):
         _, value = first_field(record, name)
+        response = text_of(name, value)
         if isinstance(value, list) and len(value) > 1:  # Skywork: all turns but the last one are the prompt
-            asked.append(question_of({**record, "messages": value[:-1]}))
-        elif record.get("prompt") is not None or record.get("question") is not None:
-            asked.append(question_of(record, "prompt", "question"))
+            asked.append(question_of({**record, "messages": None, name: value[:-1]}, name))
+            for other in stated:
+                if question_of({other: record[other]}, other).strip() not in asked[-1]:
+                    raise ValueError(f"field {other!r} says what field {name!r} does not: write it there, too")
+        elif stated:
+            asked.append(question_of(record, *stated))
         else:  # HH-RLHF: one transcript in each field
-            question, spoken, value = text_of(name, value).rpartition("\n\nAssistant:")
-            if not spoken:
-                raise ValueError(f"no field 'prompt' or 'question', and field {name!r} is no dialogue")
-            asked.append(question_of({"prompt": re.sub(r"^\s*Human:\s*", "", question)}, "prompt"))
-        responses.append(text_of(name, value).strip())
+            question, spoken, response = response.rpartition("\n\nAssistant:")
+            if not spoken or "\n\nHuman:" in response:
+                raise ValueError(f"no field 'prompt' or 'question', and field {name!r} is no dialogue that the "
+                                 "assistant ends")
+            whole = {**record, "messages": None, name: re.sub(r"^\s*Human:\s*", "", question)}
+            asked.append(question_of(whole, name))
+        responses.append(response.strip())
     if asked[0] != asked[1]:
         raise LeftOut("its two dialogues part before the last answer")
     return asked[0], responses
+
+
+PAIR_SCORES = ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating")  # of the chosen one, of the rejected one
 
 
 def read_preference(record: dict) -> Prompt:
     """{prompt, responses, scores} | {prompt, chosen, rejected} (texts or messages) | UltraFeedback's completions"""
     if record.get("completions") is not None:  # openbmb/UltraFeedback: N = 4 ranked completions
         question = question_of(record, "instruction", "prompt")
-        responses, truth = [], []
-        for completion in record["completions"]:
-            if not isinstance(completion, dict):
-                raise ValueError("field 'completions': expected objects with 'response' and a score")
-            responses.append(completion["response"])
-            # The mean of four ratings. The set's overall_score is wrong in places: it turns the worst, 1, into 10.
-            score = completion.get("fine-grained_score")
-            truth.append(completion["overall_score"] if score is None else score)
+        completions = record["completions"]
+        if not isinstance(completions, list) or not all(isinstance(completion, dict) for completion in completions):
+            raise ValueError("field 'completions': expected a list of objects with 'response' and a score")
+        responses = [completion["response"] for completion in completions]
+        # The mean of four ratings. The set's overall_score is wrong in places: it turns the worst, 1, into 10.
+        truth = [completion.get("fine-grained_score") for completion in completions]
+        if None in truth:  # the two scores have different scales
+            truth = [completion["overall_score"] for completion in completions]
     elif record.get("responses") is not None:
         question = question_of(record, "prompt", "instruction")
-        responses, truth = record["responses"], record.get("scores")
+        responses, (_, truth) = record["responses"], first_field(record, "scores")
     else:
         question, responses = read_pair(record)
-        scores = [record.get("score_chosen"), record.get("score_rejected")]
-        truth = [1.0, 0.0] if None in scores else scores
+        truth = [1.0, 0.0]
+        for form in PAIR_SCORES:
+            scores = [record.get(form.format(name)) for name in ("chosen", "rejected")]
+            truth = truth if None in scores else scores
+        if truth[0] < truth[1]:
+            raise ValueError(f"the response chosen has the lower score, {truth[0]}, and the other one {truth[1]}")
     if not isinstance(responses, list) or not isinstance(truth, list) or len(responses) != len(truth):
         raise ValueError("field 'responses' or 'scores': expected two lists of equal length")
     if not 2 <= len(responses) <= 8:
         raise ValueError(f"field 'responses': {len(responses)} of them, and 2 to 8 are ranked together")
-    for i, (text, score) in enumerate(zip(responses, truth), 1):
-        text_of(f"response {i}", text)
+    responses = [text_of(f"response {i}", text) for i, text in enumerate(responses, 1)]
+    for score in truth:
         if not isinstance(score, (int, float)) or not abs(score) < 1e300:
             raise ValueError(f"field 'scores': {score!r} is no finite number")
     if len(set(truth)) == 1 or len(set(responses)) == 1:
         raise LeftOut("all its responses are equally good")
+    if not all(map(str.strip, responses)) or len(set(zip(responses, truth))) > len(set(responses)):
+        raise LeftOut("a response is empty, or stands there with two scores")
     return Prompt("preference", question, tuple(responses), tuple(map(float, truth)))
 
 
@@ -436,6 +452,7 @@ ASKS_FOR_ANSWER = re.compile(
     r"Answer: \$Answer \(without quotes\) where \$Answer is the answer to the problem\.\s+"
     r"|\s+Remember to put your answer on its own line after \"Answer:\"\.\s*$"
     r"|\s+Let's think step by step and output the final answer after \"####\"\.\s*$")
+NO_ANSWER = ("proof", "notfound", "not found", "not provided", "unknown", "n/a", "nan", "null")  # NuminaMath, others
 
 
 def read_reasoning(record: dict) -> Prompt:
@@ -444,21 +461,25 @@ def read_reasoning(record: dict) -> Prompt:
     if isinstance(record.get("reward_model"), dict):
         name, answer = first_field(record["reward_model"], "ground_truth")
     else:
-        name, answer = first_field(record, "answer", "solution")
+        name, answer = first_field(record, "answer", "expected_answer", "ground_truth", "final_answer", "solution")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         if not abs(answer) < math.inf:
             raise ValueError(f"field {name!r}: {answer!r} is not finite")
         answer = str(answer)
-    answer = text_of(name, answer).rpartition("####")[2].strip()
-    if answer.lower() in ("proof", "notfound", "not found"):  # NuminaMath
-        raise LeftOut("it has no answer that can be checked")
+    whole = text_of(name, answer).strip()
+    marked = re.search(r"####(.*)$", whole)  # in the last line: elsewhere it is a heading
+    answer = marked[1].strip() if marked else whole
     boxes = boxed(answer)
     if len(set(boxes)) > 1:
         raise ValueError(f"field {name!r}: several answers in boxes: {', '.join(boxes)}")
     if boxes:  # a whole solution
         answer = boxes[0]
-    elif name == "solution" and "####" not in record["solution"]:
+    elif name == "solution" and not marked:
         raise ValueError("field 'solution': no \\boxed{} and no ####, so nobody knows which of it is the answer")
+    if not question.strip():
+        raise ValueError("nothing is left of the question but how to answer")
+    if answer.lower().rstrip(".") in NO_ANSWER:
+        raise LeftOut("it has no answer that can be checked")
     try:
         check_answer(answer)
     except ValueError as error:

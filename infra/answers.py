@@ -30,31 +30,46 @@ def rules(*pairs: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
 
 # A box and its brace, or with one bare word; a line break or an escaped brace, which opens nothing; a brace.
 BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)(?:\s*\{| +(?P<bare>[^\s{}$]+)))|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
-FONT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|bm|mbox|operatorname)"
+FONT = r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|operatorname|underline)"
+OF_TEXT = r"\\(?:text(?:bf|rm)?|mathrm|mbox)"  # the fonts of a unit: others are a variable's
 TIDY = rules(
     ("[\u2212\u2013]", "-"), ("°", r"^\\circ"), (r"\^ ?\{\\circ\}|\\degree(?![A-Za-z])", r"^\\circ"),
-    ("π", r"\\pi "), ("²", "^2"), ("³", "^3"), ("√", r"\\sqrt "), (r"\\[dt]frac", r"\\frac"),
-    (r"_\{([0-9]+)\}", r"_\1"),
-    (r"\{\\(?:bf|it|rm) ?([^{}]*)\}", r"\1"), (r"\\(?:left|right|displaystyle|[lL]arge)(?![A-Za-z])", ""),
-    (r"(?<=[0-9])(?:\{,\}|\\[,;:! ]|~)(?=[0-9]{3}(?![0-9]))", ","), (r"(?<!\\)\\[,;:! ]|~|(?<!\\)\\$", " "),
-    (r"\\%", "%"),
+    ("π", r"\\pi "), ("∞", r"\\infty "), ("²", "^2"), ("³", "^3"), ("√", r"\\sqrt "),
+    (r"\\(?:[dt]|nice)frac", r"\\frac"),
+    (r"(?<=[0-9A-F)])_\{([0-9]+)\}", r"_\1"), (r"\\bar(?=\{)", r"\\overline"),
+    (r"(?<![a-z}^_])\{\\(?:bf|it|rm) ?([^{}]*)\}", r"\1"), (r"(?<=\{)\\(?:bf|it|rm) ", ""),
+    (r"\\(?:left|right|displaystyle|[lL]arge)(?![A-Za-z])", ""),
+    (r"(?<=[0-9])(?:\{,\}|,(?:\\!)+|\\[,;:! ]|~)(?=[0-9]{3}(?![0-9]))", ","), (r"(?<!\\)\\[,;:! ]|~|(?<!\\)\\$", " "),
+    (rf"\\%|\s*{OF_TEXT}\{{ ?percent\}}|(?<=[0-9}}]) percent$", "%"),
+    (rf",?\s*{OF_TEXT}\{{ ?(?:and|or) ?\}}\s*|(?<=[0-9]) (?:and|or) (?=[-0-9A-Za-z]+$)", ", "),
+    (r"^-\s*(\\?[$€]|£|\\pounds|\\euro)\s*", r"\1-"),
     (r"\\?€|\\euro(?![A-Za-z])", "euro "), (r"£|\\pounds(?![A-Za-z])", "pound "), (r"\\\$", "dollar "), (r"\$", ""),
     (rf"^(?:{FONT}\{{)?\s*(?:Therefore, |So )?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?:? ?\}}? ?(?=.)", ""),
     (rf"^{FONT}\{{([^{{}}]*)\}}$", r"\1"), (r"[.,;:]\s*$", ""), (r"\s+", " "))
 # A unit stands behind a number, a brace or a percent sign: in a font of text, as a whole word, or as a degree sign.
-UNIT = re.compile(rf"(?<=[0-9}}%])\s*(?:{FONT}\{{\s*([A-Za-z][A-Za-z./ ]*?)\s*\}}"
-                  r"|(?<=[0-9}]) ((?:[A-Za-z]{3,}|[cmk]m|kg|[ap]\.?m\.?)(?: [A-Za-z]{2,})*)|(\^\\circ))"
+UNIT = re.compile(rf"(?:(?<=[0-9}}%])|(?<=\\pi))\s*(?:{OF_TEXT}\{{\s*([A-Za-z][A-Za-z./ ]+?|(?-i:[msghLJNVWCF]))\s*\}}"
+                  r"|(?<=[0-9}]) ((?:[A-Za-z]{3,}|[cmk]m|kg|ft|in|mi|lb|oz|[ap]\.?m\.?)(?: [A-Za-z]{2,})*)|(\^\\circ))"
                   r"\s*(\^\{?[0-9]\}?)?$", re.IGNORECASE)
+# No unit, but a part of the value: where such a word stands, texts are compared as they are.
+NO_UNIT = re.compile(r"(?i)\b(?:or|and|more|less|least|most|half|halves|thirds?|quarters?|\w+ths?|base|out|of|below|"
+                     r"zero|remainder|lakh|crore|quadrillion|alpha|beta|gamma|theta|phi|sin|cos|tan|log|sqrt)\b")
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
           "cent": Fraction(1, 100)}
+SCALED = r"(?: ?[KMB]\b| (?:hundred|thousand|million|billion|trillion|dozen|cents?)\b)?"  # behind a number in a text
 FUNCTION = r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|pi)(?![A-Za-z])"
 MATHS = rules(
     (FONT + r"\{([^{}]*)\}", r" \1 "), (FUNCTION, r"\\\1 "), (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt ([0-9]+)", r"\\sqrt{\1}"), (r"\*", r"\\cdot "), (r"([0-9]+) ?\^\\circ", r"{\\frac{\1\\pi}{180}}"),
     (r"^(-?)([0-9]+) ([0-9]+)/([0-9]+)$", r"\1(\2+\\frac{\3}{\4})"),
     (r"^(-?)([0-9]+) ?(\\frac\{[0-9]+\}\{[0-9]+\})$", r"\1(\2+\3)"))
-NO_MATHS = re.compile(r"[0-9] ?_|(?<![\\A-Za-z{])[A-Za-z]{3,}")  # a number in a base, or words
-DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)(?:\\overline\{([0-9]+)\})?(?![0-9.])")
+NO_MATHS = re.compile("|".join((  # what math_verify would misread: only equal texts are right
+    r"[0-9][0-9A-F]*\)? ?_",  # a number in a base
+    r"(?<![\\A-Za-z{])[A-Za-z]{3,}",  # words
+    r"(?<!_)[0-9] [0-9]", r"[0-9] *[A-Za-z]+ *[0-9]",  # two numbers, which it would multiply
+    r":[^;]*:", r"(?:^|;)[0-9]{1,2}:[0-9]{2}(?:;|$)",  # a ratio of three, a time
+    r"(?:^|;)[0-9]+(?:(?:-[0-9]+)+|/[0-9]+/[0-9]+)(?:;|$)",  # a score, a range, a date
+    r"'", r"\\[lc]?dots", r"\.\.\.")))  # what it leaves out
+DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)(?:\\overline\{([0-9]+)\})?(?![0-9._])")
 
 
 def tidy(text: str) -> str:
@@ -95,8 +110,9 @@ def final_answer(response: str) -> str:
     """The content of the last box, else the last number, else ""."""
     found = boxed(response)
     if not found:
-        text = response.replace("\u2212", "-").replace("{,}", ",")
-        found = [number.group() for number in NUMBER.finditer(text)]
+        text = re.sub(r"\\?\$", "", re.sub("[\u2212\u2013]", "-", response)).replace("{,}", ",")
+        text = re.sub(r"(?<![0-9] )\b(?:negative|minus) (?=[0-9])", "-", text)
+        found = [number.group() for number in re.finditer(NUMBER.pattern + SCALED, text)]
     return found[-1] if found else ""
 
 
@@ -108,7 +124,9 @@ def split_unit(text: str) -> tuple[str, str, Fraction]:
     """
     unit, scale = re.match("(?:(dollar|euro|pound) (?=[-0-9.]))?", text)[1] or "", Fraction(1)
     text, found = text[len(unit) :].strip(), UNIT.search(text)
-    if not found or found[3] and "\\" in text[: -len(found[0])]:  # of a cosine the degrees are no unit
+    if not found or NO_UNIT.search(found[0]):
+        return text, unit, scale
+    if found[3] and "\\" in text[: -len(found[0])]:  # of a cosine the degrees are no unit
         return text, unit, scale
     for word in (found[1] or found[2] or "degree").lower().replace(".", "").split():
         word = word[:2] + word[2:].rstrip("s").rstrip("e")  # the unit s stays
@@ -122,7 +140,7 @@ def split_unit(text: str) -> tuple[str, str, Fraction]:
 
 def read_number(text: str) -> tuple[Fraction, bool] | None:
     """The exact value of a plain number, and whether a percent sign follows it; None for anything else."""
-    match = NUMBER.fullmatch(text)
+    match = NUMBER.fullmatch(re.sub(r"^(-?)\\frac ?\{([0-9]+)\}\{([0-9]+)\}", r"\1\2/\3", text))
     if match is None or len(match["exponent"] or "") > 5 or not int(match["denominator"] or 1):
         return None  # a longer exponent, as in 1e99999, would only fill the memory
     value = Fraction((match["sign"] or "") + match["digits"].replace(",", "") + (match["exponent"] or ""))
@@ -135,10 +153,13 @@ def as_word(text: str) -> str | None:
     >>> as_word("(B)"), as_word("Friday"), as_word("No"), as_word("AB"), as_word("x + 1")
     ('B', 'friday', 'no', 'AB', None)
     """
-    plain = re.sub(FONT + r"\{([^{}]*)\}", r"\1", text).strip("()[]. ")
-    if not re.fullmatch("[A-Za-z][A-Za-z ,'-]*", plain) or re.search(FUNCTION, plain):
+    plain = re.sub(FONT + r"\{([^{}]*)\}", r"\1", text).strip(". ")
+    plain = re.sub(r"^[(\[]([^,]*)[)\]]$", r"\1", plain).replace(", ", ",")
+    if not re.fullmatch("[A-Za-z][A-Za-z ,'-]*", plain) or re.search(FUNCTION + r"|\b[A-Za-z]-[A-Za-z]\b", plain):
         return None
-    return plain.casefold() if len(plain) > 2 or plain[1:].islower() else plain
+    longest = max(map(len, re.findall("[A-Za-z]+", plain)))
+    folds = longest > 3 or longest == 3 and not re.search("[A-Z]{2}", plain) or plain.casefold() in ("yes", "no")
+    return plain.casefold() if folds else plain
 
 
 def as_maths(text: str) -> str:
@@ -176,15 +197,48 @@ def same_answer(given: str, truth: str) -> bool:
         x, y = x * a_scale, y * b_scale
         return x == y or x_percent > y_percent and x == 100 * y or y_percent > x_percent and y == 100 * x
     a_word, b_word = as_word(a), as_word(b)
-    if a == b or a_word or b_word or a_scale != b_scale:
-        return a_scale == b_scale and (a == b or a_word == b_word)
+    alike = bare(a) == bare(b)
+    if alike or a_word or b_word or a_scale != b_scale:
+        return a_scale == b_scale and (alike or a_word == b_word)
     a, b = as_maths(a), as_maths(b)
-    if NO_MATHS.search(f"{a};{b}") or re.search("[0-9] [0-9]", f"{a};{b}"):  # two numbers are not their product
+    if NO_MATHS.search(f"{a};{b}") or ("=" in a) != ("=" in b) and (is_system(a) or is_system(b)):
         return False
-    a_names, b_names = set(re.findall(r"\\?[A-Za-z]+", a)), set(re.findall(r"\\?[A-Za-z]+", b))
-    if a_names != b_names and {name.lower() for name in a_names} == {name.lower() for name in b_names}:
-        return False  # math_verify reads a capital letter as the small one
-    return math_verify(b, a) is True
+    if "," in a and "," in b and a[0] + a[-1] != b[0] + b[-1] and (a[0] in "([" and b[0] in "(["):
+        return False  # an open interval and a closed one, a point and a list
+    return math_verify(*without_capitals(b, a)) is True
+
+
+def bare(text: str) -> str:
+    """A text without fonts, and without the blanks that keep no two letters or digits apart."""
+    text = re.sub(r"\s+", " ", re.sub(FONT + r"\{([^{}]*)\}", r"\1", text))
+    return re.sub(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", text)
+
+
+def is_system(text: str) -> bool:
+    """Whether an equation says more than a value: math_verify would compare its right side alone with one.
+
+    >>> is_system("x=5"), is_system("m+n=34"), is_system("x=1,y=2"), is_system("2x=6")
+    (False, False, True, True)
+    """
+    names = set(re.findall(r"([A-Za-z]+) ?=", text))
+    return len(names) > 1 or re.match(r"(?:-|[0-9]|\\frac\{[^{}]*\}\{[0-9]|[^=]*\^)[^=]*=", text) is not None
+
+
+def without_capitals(*texts: str) -> list[str]:
+    r"""The texts with other small letters for their capital ones, since math_verify reads R as r.
+
+    >>> without_capitals(r"\pi(R^2-r^2)", "R")
+    ['\\pi(a^2-r^2)', 'a']
+    """
+    capitals = re.compile(r"\\mathbb\{.\}|\\[a-z]+|\\?[A-Z](?:(?<=\\.)[a-z]+)?")
+    used, free = set("".join(texts)) | set("deij"), {}
+    for name in capitals.findall(" ".join(texts)):
+        if re.match(r"\\?[A-Z]", name):
+            letter = next((letter for letter in "abcfghklmnopqrstuvwxyz" if letter not in used), name)
+            if name not in free:
+                free[name] = letter
+                used.add(letter)
+    return [capitals.sub(lambda found: free.get(found[0], found[0]), text) for text in texts]
 
 
 def check_answer(answer: str) -> None:
@@ -199,9 +253,10 @@ def check_answer(answer: str) -> None:
     if not 0 < len(text) <= LONGEST_ANSWER:
         raise ValueError(f"the answer has {len(text)} characters, expected 1 to {LONGEST_ANSWER}: {text[:40]!r}")
     plain = split_unit(text)[0]
-    if read_number(plain) or as_word(plain) or NO_MATHS.search(plain):
-        return
     maths = as_maths(plain)
+    only_as_text = NO_MATHS.search(maths) and not NUMBER.fullmatch(plain)
+    if read_number(plain) or as_word(plain) or only_as_text:
+        return
     # The comparison shows how long one takes: every response would cost as much.
     if NUMBER.fullmatch(plain) or not math_verify(maths) or math_verify(maths, "1") is None:
         raise ValueError(f"unreadable answer {answer!r}: not a number, not words, and math_verify cannot "
@@ -215,7 +270,7 @@ CHECK_SECONDS, CHECK_BYTES = 2, 2 << 30  # of CPU time and memory, for one answe
 # The program of the sandbox, which imports nothing of ours. It reads a JSON line [text] or [truth, text] and answers
 # `true` or `false`. It ends when the trainer closes its input.
 SANDBOX = """
-import dataclasses, json, logging, resource, sys
+import dataclasses, json, logging, resource, sympy, sys
 seconds, size = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -230,7 +285,11 @@ for line in sys.stdin:
     limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     read = [parse(f"${text}$", [latex], "no_fallback", "first_match", None) for text in json.loads(line)]
-    print(json.dumps(all(read) and (len(read) == 1 or verify(*read, 30, 60, timeout_seconds=None))), flush=True)
+    equal = all(read) and (len(read) == 1 or verify(*read, 30, 60, timeout_seconds=None))
+    if equal and len(read) == 2:  # it takes tiny numbers for 0
+        exact = [found[0].doit() for found in read if isinstance(found[0], sympy.Expr)]
+        equal = exact[0] == exact[1] if len(exact) == 2 and all(one.is_Rational for one in exact) else equal
+    print(json.dumps(equal), flush=True)
 """
 
 

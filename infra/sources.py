@@ -70,6 +70,8 @@ def text_of(name: str, value) -> str:
         value = value[-1]["content"]
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} is {type(value).__name__}, expected text")
+    if re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]", value):
+        raise ValueError(f"field {name!r} holds messages as a text: write them as a list of objects")
     if re.search("[\ud800-\udfff]", value):  # JSON can escape them, and no tokenizer takes them
         raise ValueError(f"field {name!r} holds half a surrogate pair (\\ud800 to \\udfff), which is no text")
     return value
@@ -87,13 +89,15 @@ def transcript(name: str, turns: list[dict]) -> str:
         lines.append(f"{SPEAKERS[turn['role']]}: {text_of(name, turn.get('content'))}")
         if turn["role"] == "user":
             asked = len(lines)
-    if not asked:
-        raise ValueError(f"field {name!r} has no turn of the user")
+    if not asked or name != "messages" and asked < len(lines):  # messages may go on with the answer
+        raise ValueError(f"field {name!r} has no turn of the user, or none at its end")
     return "\n\n".join(lines[:asked]).removeprefix("Human: ")
 
 
 BEFORE, BEHIND = ("system", "system_prompt"), ("input", "context")  # fields that belong to a question
-NOT_READ = ("history", "choices", "options")  # that would belong to it, in a form that we do not know
+NOT_READ = ("history", "chat_history", "conversation_history", "system_message", "choices", "answer_choices", "options",
+            "option_a", "A", "body", "passage", "document", "table", "image", "images", "tools", "functions",
+            )  # that would belong to it, in a form that we do not know
 
 
 def question_of(record: dict, *names: str) -> str:

@@ -32,11 +32,10 @@ import urpo
 from infra.ranks import InputError, stop
 from infra.runs import hold
 from infra.settings import parse
-from lab.baselines import Baseline
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "urpo"  # the arm that others are compared with
-MEASURED = ["--rows", str(Baseline.rows), "--samples", "2"]  # of held-out rows of a kind
+MEASURED = "--rows 128 --samples 2".split()  # of held-out rows of a kind
 # Arm -> (seeds, command). It may need another arm's run with the same {seed}, its judge, which stands before it.
 ARMS = {
     "start": (1, "-m lab.toy heldout --model toy/model"),  # before any training
@@ -46,8 +45,6 @@ ARMS = {
     "no_instructions": (5, "urpo.py --mix 2:1:0"),  # also the judge of rm_gen: trained by tau on P, and on R
     "rm_gen": (5, "-m lab.baselines rm_gen --mix 0:1:1 "
                   "--judge runs/arms-no_instructions-{seed}/checkpoints/last/model"),
-    "reward_model": (5, "-m lab.baselines reward_model --mix 2:1:0 --lr 3e-5"),
-    "rm_score": (5, "-m lab.baselines rm_score --mix 0:1:1 --judge runs/arms-reward_model-{seed}/model"),
     "sft": (5, "-m lab.baselines sft"),
     "no_preferences": (5, "urpo.py --mix 0:1:1"),
     "no_reasoning": (3, "urpo.py --mix 2:0:1"),
@@ -126,7 +123,7 @@ def run_arm(arm: str, seed: int, passed: list[str], ranks: int) -> dict:
     status = call(command, 1 if "lab.toy" in command else ranks, log)
     line = {"arm": arm, "seed": seed, "status": "done", "cpu_minutes": round(cpu_minutes() - before, 1),
             "command": shlex.join(["python", *command]), "commit": git.stdout.strip()}
-    if not status and not result.exists():  # a model as it is, and a reward model, have been measured
+    if not status and not result.exists():  # a model as it is has been measured
         model = str(home / "checkpoints" / "last" / "model")
         status = call(["-m", "lab.toy", "heldout", "--model", model, *MEASURED, "--json", str(result)], 1, log)
     for trainer in home.glob("checkpoints/*/trainer"):  # the model stays: it may judge another arm

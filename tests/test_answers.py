@@ -17,6 +17,10 @@ RIGHT = [  # (given, truth)
     ("18 dollars", r"\$18"), ("x^2-1", "(x-1)(x+1)"), ("No", "no"), ("(B)", "B"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"), (r"\textrm{Friday}", "friday"),
     (r"\pounds 5", "5"), ("−2", "-2"), ("0.333333", "0.333333"),
+    (r"10,\!080", "10080"), (r"\$32,\!348", "32348"), (r"\log_2 8", "3"), (r"12.5\%", r"\frac{1}{8}"),
+    (r"50\text{ percent}", "0.5"), (r"12\pi\text{ cm}^2", r"12\pi"), ("12 ft", "12"), (r"5\text{ and }7", "5, 7"),
+    ("A,C", "A, C"), (r"-\$5", "-5"), ("y^2=4x", "y^{2} = 4x"),
+    ("m+n=34", "34"), (r"3+4\mathrm{i}", "3+4i"), (r"\textsf{Yes}", "Yes"), ("x=5 or x=7", "x=7, x=5"),
 ]
 # A wrong 1 is worse than a wrong 0: what no rule can tell is here, too.
 WRONG = [  # (given, truth)
@@ -28,6 +32,20 @@ WRONG = [  # (given, truth)
     (r"\frac{\pi}{4}", "0.785398"), ("€18", r"\$18"), ("5 cents", r"\$5"), ("cat", "act"), ("5 apples", "5 pears"),
     ("2516", "2516_8"), ("2", "2m"), ("2", "2d"), ("3", "3h"), ("5 km", "5 m"), ("5 m", "5 s"), ("5 cm", "5 m"),
     (r"3 \text{ m}", r"3 \text{ s}"),
+    # a capital letter; brackets; a letter in a font; a word that changes the value; two numbers; a ratio, a time
+    (r"\frac{R}{2}", "r/2"), (r"\pi(R^2-r^2)", r"\pi(r^2-R^2)"), ("R-r", "r-R"), ("ABC", "abc"), ("A, B, C", "a, b, c"),
+    ("(a, b)", "[a, b]"), ("[a,b)", "(a,b]"), (r"3\mathrm{i}", "3"), (r"3\mathbf{a}", "3"), (r"3\text{x}^2", "3"),
+    (r"5\text{ or more}", "5"), ("5 tenths", "5"), ("3 out of five", "3"), (r"\$5\text{M}", "5"), ("5 lakh", "5"),
+    (r"2\text{ R }3", r"3\text{ R }2"), ("6 ft 2 in", "4 ft 3 in"), ("2 to 6", "3 to 4"), (r"5 \text{} 3", "53"),
+    ("1:2:3", "1:3:2"), ("12:30", "6:15"), ("(2,1)", "x=1,y=2"), ("2x=6", "6"), ("x^2=25", "25"), ("-x=5", "5"),
+    # what math_verify takes for 0, or leaves out; a date, a score; a base with letters; a font in a fraction
+    ("2^{-300}", "2^{-301}"), (r"\frac{2019}{2^{2020}}", r"\frac{2020}{2^{2020}}"), ("f'(2)", "f(2)"), ("5'", "5"),
+    (r"1,2,\ldots,10", "1,2,10"), ("2020-01-05", "2020-05-01"), ("3-1", "2-0"), ("3/4/2000", "6/8/2000"),
+    ("2A3B_{16}", "3A2B_{16}"), (r"\frac{\rm 12}{5}", "5/2"),
+]
+LAST = [  # (text without a box, its last number)
+    ("The answer is –7.", "-7"), ("He owes -$7.", "-7"), ("It is negative 7.", "-7"), ("10 minus 7", "7"),
+    ("He has $5 million.", "5 million"), ("It costs 5 cents.", "5 cents"), ("A range: 3–5", "5"),
 ]
 
 
@@ -41,6 +59,11 @@ def test_right_answers_are_paid_however_they_are_written(given, truth):
 def test_wrong_answers_are_not_paid(given, truth):
     assert not same_answer(given, truth)
     assert not same_answer(truth, given)
+
+
+@pytest.mark.parametrize("text, number", LAST)
+def test_the_last_number_has_its_sign_and_its_scale(text, number):
+    assert final_answer(text) == number
 
 
 @pytest.mark.parametrize("truth", sorted({truth for _, truth in RIGHT + WRONG}))

@@ -49,13 +49,13 @@ else:
 path.write_text(text)
 print("started", flush=True)
 time.sleep(600 * ("sft" in words))
-sys.exit("error: drift" if "rm_score" in words else 0)
+sys.exit("error: drift" if "rm_gen" in words else 0)
 """
 
 
 @pytest.fixture
 def pretended(tmp_path, monkeypatch):
-    """A folder whose python writes what training and measuring would leave behind. rm_score dies, sft never ends."""
+    """A folder whose python writes what training and measuring would leave behind. rm_gen dies, sft never ends."""
     (tmp_path / "python").write_text(PRETENDER)
     (tmp_path / "python").chmod(0o700)
     monkeypatch.setattr(arms, "ROOT", tmp_path)
@@ -66,17 +66,17 @@ def pretended(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_arms_are_run_measured_compared_and_not_run_again(pretended, capsys):
     path = pretended / "arms.csv"
-    asked = ["--csv", str(path), "--ranks", "1", "--only", "start", "rm_gen", "rm_score", "--seeds", "1"]
+    asked = ["--csv", str(path), "--ranks", "1", "--only", "start", "rm_gen", "--seeds", "1"]
     arms.main([*asked, "--lr", "2e-5"])
     table = pandas.read_csv(path).set_index("arm")
-    assert list(table.index) == ["start", "urpo", "no_instructions", "rm_gen", "reward_model", "rm_score"]
-    assert table.status["urpo"] == "done" and "drift" in table.status["rm_score"]
+    assert list(table.index) == ["start", "urpo", "no_instructions", "rm_gen"]
+    assert table.status["urpo"] == "done" and "drift" in table.status["rm_gen"]
     assert table.gib["urpo"] == 6.12 and math.isnan(table.gib["start"]) and math.isnan(table.gold["urpo"])
     assert (table.flaws_both["urpo"], table.flaws["urpo"], table.reasoning_greedy["urpo"]) == (0.25, 0.5, 0.5)
     assert "--lr 2e-5 --preset smol --name arms-urpo-0 --seed 0" in table.command["urpo"]
     assert not list(pretended.rglob("trainer"))
     assert "--judge runs/arms-no_instructions-0/checkpoints/last/model" in table.command["rm_gen"]
-    assert "rm_score, seed 0: died (1)" in capsys.readouterr().out
+    assert "rm_gen, seed 0: died (1)" in capsys.readouterr().out
     path.write_text("".join(line for line in path.open() if not line.startswith("urpo,")))
     (pretended / "calls").unlink()
     arms.main(asked)  # what has a line is not run again

@@ -145,7 +145,7 @@ COMMANDS = [  # arguments, and what the message must say
 ROWS = [  # flag, the third line of rows.jsonl after a good one and an empty one, what the message must say
     ("reasoning", '{"question": "q", ', "Expecting property name"),
     ("reasoning", '["q", "2"]', "expected an object, found list"),
-    ("reasoning", '{"question": "q"}', "no field 'answer or solution'"),
+    ("reasoning", '{"question": "q"}', "no field 'answer or expected_answer"),
     ("reasoning", '{"question": " ", "answer": "2"}', "field 'question' is empty"),
     ("reasoning", '{"question": "q", "answer": "1/0"}', "field 'answer': unreadable answer '1/0'"),
     ("reasoning", '{"question": "q", "answer": NaN}', "field 'answer': nan"),

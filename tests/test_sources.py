@@ -44,6 +44,13 @@ STEPS = "q Let's think step by step and output the final answer after \"####\"."
 FORMATS = [
     ({"prompt": "q", "responses": ["a", "b", "c"], "scores": [2, 0.5, 2]},
      Prompt("preference", "q", ("a", "b", "c"), (2.0, 0.5, 2.0))),
+    ({"instruction": "q", **PAIR, "chosen_score": 1, "rejected_score": 0}, pair("q")),
+    ({"system": "s", "chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+     pair("s\n\nq")),
+    ({"prompt": "q", "responses": [[assistant("good")], [assistant("bad")]], "scores": [1, 0]}, pair("q")),
+    ({"instruction": "q", "completions": [completion("good", 1.0, None), completion("bad", 0.0, 5.0)]}, pair("q")),
+    ({"problem": "q", "solution": r"\boxed{5}", "expected_answer": "6"}, solved("6")),
+    ({"question": "q", "answer": "So \\boxed{5}.\n#### Remark\nNote it."}, solved("5")),
     ({"prompt": "q", **PAIR}, pair("q")), ({"question": "q", "completions": None, **PAIR}, pair("q")),
     ({"system": "s", "prompt": "q", **PAIR}, pair("s\n\nq")),
     ({"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}, pair("q")),
@@ -85,6 +92,11 @@ def test_every_record_format_is_read_with_all_that_belongs_to_its_question(tmp_p
     ("preference", {"chosen": "\n\nHuman: Cats?\n\nAssistant: Purr.\n\nHuman: Dogs?\n\nAssistant: Bark.",
                     "rejected": "\n\nHuman: Cats?\n\nAssistant: No.\n\nHuman: Why?\n\nAssistant: Tired."}),
     ("reasoning", {"problem": "Show that it is even.", "answer": "proof"}),
+    ("reasoning", {"problem": "Show that it is even.", "answer": r"\boxed{Not provided.}"}),
+    *(("preference", {"prompt": "q", **PAIR, name.format("chosen"): 4.5, name.format("rejected"): 4.5})
+      for name in data.PAIR_SCORES),
+    ("preference", {"prompt": "q", "chosen": " ", "rejected": "bad"}),
+    ("preference", {"prompt": "q", "responses": ["a", "a", "b"], "scores": [1, 5, 3]}),
 ])
 def test_what_teaches_nothing_is_left_out_and_counted(tmp_path, kind, row):
     good = {"question": "q", "answer": "2"} if kind == "reasoning" else {"prompt": "q", **PAIR}
@@ -100,6 +112,15 @@ def test_what_teaches_nothing_is_left_out_and_counted(tmp_path, kind, row):
      "rejected"),
     ("preference", {"system": "Be brief.", **PAIR}, "'chosen' is no dialogue"),
     ("instruction", {"instruction": "Go on.", "history": [["a", "b"]]}, "history"),
+    ("instruction", {"instruction": "Describe it.", "images": ["a.png"]}, "images"),
+    ("instruction", {"messages": '[{"role": "user", "content": "q"}]'}, "'messages' holds messages as a text"),
+    ("preference", {"prompt": "q", **PAIR, "chosen-rating": 2, "rejected-rating": 5}, "lower score, 2"),
+    ("preference", {"prompt": "You are a pirate.", "chosen": [user("q"), assistant("good")],
+                    "rejected": [user("q"), assistant("bad")]}, "'prompt' says what field 'chosen' does not"),
+    ("preference", {"chosen": [user("q"), assistant("a"), assistant("good")], "rejected": "bad"}, "none at its end"),
+    ("preference", {"chosen": "\n\nHuman: q\n\nAssistant: good\n\nHuman: thanks", "rejected": "bad"}, "assistant ends"),
+    ("reasoning", {"question": " Let's think step by step and output the final answer after \"####\".", "answer": "1"},
+     "nothing is left"),
 ])
 def test_what_cannot_be_read_is_refused_by_line_and_field(tmp_path, kind, row, field):
     with pytest.raises(InputError, match=rf"rows.jsonl:1: .*{field}"):
