@@ -3,7 +3,7 @@ r"""The final answer of a text: how it is found, and what equals what. A wrong 1
     1. tidy      only what cannot change a value goes: fonts, blanks of LaTeX, signs around maths
     2. units     where both sides have one, it must be the same; million, dozen and cents belong to the value
     3. numbers   two plain numbers must be exactly equal, never nearly
-    4. words     two words or choices are compared letter by letter, and so is what has a base
+    4. words     two words or choices are compared letter by letter, and so is what math_verify would misread
     5. maths     everything else goes to math_verify, in a process of its own, its decimals as exact fractions
 """
 
@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from fractions import Fraction
+from string import ascii_lowercase
 
 LONGEST_ANSWER = 200  # characters; no final answer worth paying for is longer
 
@@ -150,6 +151,8 @@ def read_number(text: str) -> tuple[Fraction, bool] | None:
 def as_word(text: str) -> str | None:
     """A word or a choice as it is compared; None for anything else. Case counts where it may be maths: x is not X.
 
+    That is in letters alone, in pairs of them, and in three capitals.
+
     >>> as_word("(B)"), as_word("Friday"), as_word("No"), as_word("AB"), as_word("x + 1")
     ('B', 'friday', 'no', 'AB', None)
     """
@@ -230,15 +233,14 @@ def without_capitals(*texts: str) -> list[str]:
     >>> without_capitals(r"\pi(R^2-r^2)", "R")
     ['\\pi(a^2-r^2)', 'a']
     """
-    capitals = re.compile(r"\\mathbb\{.\}|\\[a-z]+|\\?[A-Z](?:(?<=\\.)[a-z]+)?")
-    used, free = set("".join(texts)) | set("deij"), {}
-    for name in capitals.findall(" ".join(texts)):
-        if re.match(r"\\?[A-Z]", name):
-            letter = next((letter for letter in "abcfghklmnopqrstuvwxyz" if letter not in used), name)
-            if name not in free:
-                free[name] = letter
-                used.add(letter)
-    return [capitals.sub(lambda found: free.get(found[0], found[0]), text) for text in texts]
+    names = re.compile(r"\\mathbb\{.\}|\\[A-Za-z]+|[A-Z]")  # the reals, a command, a capital letter
+    used, others = set("".join(texts)) | set("deij"), {}  # these four are no plain unknowns
+    for name in names.findall(" ".join(texts)):
+        if re.match(r"\\?[A-Z]", name) and name not in others:
+            free = [letter for letter in ascii_lowercase if letter not in used]
+            others[name] = free[0] if free else name
+            used.add(others[name])
+    return [names.sub(lambda found: others.get(found[0], found[0]), text) for text in texts]
 
 
 def check_answer(answer: str) -> None:
