@@ -23,13 +23,16 @@ def source_records(source: str, *, split: str, flag: str):
     name, _, config = source.partition(":")
     try:
         return enumerate(datasets.load_dataset(name, config or None, split=split), 1), True
-    except (OSError, ValueError, RuntimeError) as error:  # unknown id, no network, no such split or configuration
+    except Exception as error:  # noqa: BLE001  an unknown id or split, no network, a damaged set: anything is raised
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"--{flag} {source}: neither a local file nor a data set the hub gave us ({reason}); check "
                          "the id and the network, or use a .jsonl file") from None
 
 
-OTHER_FORMATS = {b"PAR1": "parquet", b"\x1f\x8b": "compressed", b"[": "one JSON array", b"PK": "an archive"}
+OTHER_FORMATS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"[": "one JSON array", b"PK": "an archive",
+                 b"\x1f\x8b": "compressed", b"BZh": "compressed", b"\xfd7zXZ": "compressed",
+                 b"\x28\xb5\x2f\xfd": "compressed", b"version https://git-lfs": "a pointer that `git lfs pull` replaces"}
+MARK = b"\xef\xbb\xbf"  # with which some editors begin a file
 
 
 def file_records(source: str, flag: str):
@@ -44,11 +47,11 @@ def file_records(source: str, flag: str):
         raise InputError(f"--{flag} {source}: cannot be read ({error.strerror}); mend its permissions") from None
     with lines:
         for start, what in OTHER_FORMATS.items():
-            if lines.peek(4).lstrip().startswith(start):
+            if lines.peek(40).removeprefix(MARK).lstrip().startswith(start):
                 raise InputError(f"--{flag} {source}: this is {what}, and we read one JSON object a line; convert it, "
                                  "for example datasets.load_dataset(...).to_json(\"rows.jsonl\")")
         for number, line in enumerate(lines, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark with which some editors begin a file
+            line = line.removeprefix(MARK)
             if line.strip():
                 yield number, line
 
@@ -69,7 +72,7 @@ def text_of(name: str, value) -> str:
             raise ValueError(f"field {name!r}: its last turn is one of {value[-1]['role']!r}, and no response")
         value = value[-1]["content"]
     if not isinstance(value, str):
-        raise ValueError(f"field {name!r} is {type(value).__name__}, expected text")
+        raise ValueError(f"field {name!r} is {type(value).__name__}, expected text, or turns of role and content")
     if re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]", value):
         raise ValueError(f"field {name!r} holds messages as a text: write them as a list of objects")
     if re.search("[\ud800-\udfff]", value):  # JSON can escape them, and no tokenizer takes them

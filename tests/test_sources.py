@@ -127,7 +127,8 @@ def test_what_cannot_be_read_is_refused_by_line_and_field(tmp_path, kind, row, f
         load(tmp_path, kind, row)
 
 
-@pytest.mark.parametrize("start, what", [(b"PAR1..", "parquet"), (b"\x1f\x8b..", "compressed"), (b" [{}]", "array")])
+@pytest.mark.parametrize("start, what", [(b"PAR1..", "parquet"), (b"\x1f\x8b..", "compressed"), (b" [{}]", "array"),
+                                         (b"\xef\xbb\xbf[{}]", "array"), (b"version https://git-lfs.", "pointer")])
 def test_a_file_of_another_format_is_named(tmp_path, start, what):
     path = tmp_path / "rows.json"
     path.write_bytes(start)
