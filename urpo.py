@@ -339,7 +339,7 @@ def update(config: Config, policy: Policy, optimizer, minibatches: list[list[Row
 
 
 def record(config: Config, log: runs.Log, groups: list[Group], figures: dict, step: int) -> None:
-    """The step's line in log.jsonl and its trajectories, from the groups of all ranks."""
+    """The step's line in log.jsonl and its trajectories, from the groups of all ranks in the batch's order."""
 
     def make():
         kinds = step_figures(config, groups)

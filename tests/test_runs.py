@@ -49,7 +49,7 @@ def test_a_step_is_one_line_of_the_log_and_one_line_a_group(process_group, tmp_p
     log, config = open_log(monkeypatch, tmp_path, steps=2), urpo.Config(batch=2, minibatches=1)
     groups = [ranked(0, ["a", "b"], [-1.0, 1.0]), judged(1, "<scores>3, 8</scores>", [8.0, 3.0])]
     for step in log.steps():
-        urpo.record(config, log, groups[::-1], figures(), step)
+        urpo.record(config, log, groups, figures(), step)
     own = lines(tmp_path / "runs" / "mine" / "log.jsonl")
     assert [line["step"] for line in own] == [0, 1] and "reasoning" not in own[1]
     assert {kind: own[1][kind] for kind in ("preference", "instruction")} == step_figures(config, groups)
