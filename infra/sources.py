@@ -31,7 +31,7 @@ def source_records(source: str, *, split: str, flag: str):
 
 OTHER_FORMATS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"[": "one JSON array", b"PK": "an archive",
                  b"\x1f\x8b": "compressed", b"BZh": "compressed", b"\xfd7zXZ": "compressed",
-                 b"\x28\xb5\x2f\xfd": "compressed", b"version https://git-lfs": "a pointer that `git lfs pull` replaces"}
+                 b"\x28\xb5\x2f\xfd": "compressed", b"version https://git-lfs": "a pointer: run git lfs pull"}
 MARK = b"\xef\xbb\xbf"  # with which some editors begin a file
 
 
@@ -98,9 +98,9 @@ def transcript(name: str, turns: list[dict]) -> str:
 
 
 BEFORE, BEHIND = ("system", "system_prompt"), ("input", "context")  # fields that belong to a question
+# Fields that would belong to it, too, in a form that we do not know.
 NOT_READ = ("history", "chat_history", "conversation_history", "system_message", "choices", "answer_choices", "options",
-            "option_a", "A", "body", "passage", "document", "table", "image", "images", "tools", "functions",
-            )  # that would belong to it, in a form that we do not know
+            "option_a", "A", "body", "passage", "document", "table", "image", "images", "tools", "functions")
 
 
 def question_of(record: dict, *names: str) -> str:
@@ -117,7 +117,7 @@ def question_of(record: dict, *names: str) -> str:
         raise ValueError(f"field {name!r} is empty")
     for field in NOT_READ:
         if record.get(field):
-            raise ValueError(f"field {field!r} belongs to the question and is not read: write it into {name!r}")
+            raise ValueError(f"field {field!r} belongs to the question and is not read: write it out in {name!r}")
     for field in BEFORE + BEHIND:
         if record.get(field) and text_of(field, record[field]).strip():
             parts.insert(0 if field in BEFORE else len(parts), record[field])
