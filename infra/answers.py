@@ -125,10 +125,8 @@ def split_unit(text: str) -> tuple[str, str, Fraction]:
     """
     unit, scale = re.match("(?:(dollar|euro|pound) (?=[-0-9.]))?", text)[1] or "", Fraction(1)
     text, found = text[len(unit) :].strip(), UNIT.search(text)
-    if not found or NO_UNIT.search(found[0]):
-        return text, unit, scale
-    if found[3] and "\\" in text[: -len(found[0])]:  # of a cosine the degrees are no unit
-        return text, unit, scale
+    if not found or NO_UNIT.search(found[0]) or found[3] and "\\" in text[: -len(found[0])]:
+        return text, unit, scale  # of a cosine the degrees are no unit
     for word in (found[1] or found[2] or "degree").lower().replace(".", "").split():
         word = word[:2] + word[2:].rstrip("s").rstrip("e")  # the unit s stays
         scale *= SCALES.get(word, 1)
@@ -148,16 +146,20 @@ def read_number(text: str) -> tuple[Fraction, bool] | None:
     return value / int(match["denominator"] or 1), match["percent"] is not None
 
 
-def as_word(text: str) -> str | None:
-    """A word or a choice as it is compared; None for anything else. Case counts where it may be maths: x is not X.
+def bare(text: str) -> str:
+    """A text without fonts, and without the blanks that keep no two letters or digits apart."""
+    text = re.sub(r"\s+", " ", re.sub(FONT + r"\{([^{}]*)\}", r"\1", text))
+    return re.sub(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", text)
 
-    That is in letters alone, in pairs of them, and in three capitals.
+
+def as_word(text: str) -> str | None:
+    """A word or a choice as it is compared; None for anything else. Case counts where it may be maths, as x is not X:
+    in letters alone, in pairs of them, and in three capitals.
 
     >>> as_word("(B)"), as_word("Friday"), as_word("No"), as_word("AB"), as_word("x + 1")
     ('B', 'friday', 'no', 'AB', None)
     """
-    plain = re.sub(FONT + r"\{([^{}]*)\}", r"\1", text).strip(". ")
-    plain = re.sub(r"^[(\[]([^,]*)[)\]]$", r"\1", plain).replace(", ", ",")
+    plain = re.sub(r"^[(\[]([^,]*)[)\]]$", r"\1", bare(text).strip(". "))
     if not re.fullmatch("[A-Za-z][A-Za-z ,'-]*", plain) or re.search(FUNCTION + r"|\b[A-Za-z]-[A-Za-z]\b", plain):
         return None
     longest = max(map(len, re.findall("[A-Za-z]+", plain)))
@@ -209,12 +211,6 @@ def same_answer(given: str, truth: str) -> bool:
     if "," in a and "," in b and a[0] + a[-1] != b[0] + b[-1] and (a[0] in "([" and b[0] in "(["):
         return False  # an open interval and a closed one, a point and a list
     return math_verify(*without_capitals(b, a)) is True
-
-
-def bare(text: str) -> str:
-    """A text without fonts, and without the blanks that keep no two letters or digits apart."""
-    text = re.sub(r"\s+", " ", re.sub(FONT + r"\{([^{}]*)\}", r"\1", text))
-    return re.sub(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", text)
 
 
 def is_system(text: str) -> bool:

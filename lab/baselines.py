@@ -42,11 +42,18 @@ class Baseline(urpo.Config):
 # ------------------------------------------------------------------------------- GRPO with a frozen judge
 
 
+def check_judge(config: Baseline) -> None:
+    """Refuse a --judge that is no language model: the sampler would start with another head, and then fail."""
+    found = "no folder"
+    if os.path.isdir(config.judge):
+        found = policy.model_config(policy.check_folder(config.judge)).architectures
+    if "ForCausalLM" not in str(found):
+        raise InputError(f"--judge {config.judge!r} is {found}: give a ...ForCausalLM that `urpo.py --mix 1:1:0` made")
+
+
 def rm_gen(config: Baseline) -> None:
     """GRPO with a separate generative reward model [paper]: another model judges, and its weights never change."""
-    if not os.path.isdir(config.judge):
-        raise InputError(f"--judge {config.judge!r}: no folder; give a model that `urpo.py --mix 1:1:0` made")
-    on_rank_0("reading the judge", lambda: policy.check_folder(config.judge))
+    on_rank_0(f"reading --judge {config.judge}", lambda: check_judge(config))
     tokenizer = chat.load_tokenizer(config.judge, config.chat_template)
     longest = config.max_judge_tokens + config.max_referee_tokens
     on_rank_0("reading the judge", lambda: policy.check_model(

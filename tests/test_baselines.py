@@ -1,6 +1,7 @@
 """The baselines: each changes the one part of the loop that it says, on a tiny model; and their own equations."""
 import random
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,8 @@ def test_sft_lowers_its_loss_and_its_checkpoint_loads(trained):
     assert (trained / "sft" / "checkpoints" / "last" / "model" / "model.safetensors").exists()
 
 
-def test_a_judge_that_is_no_folder_is_refused():
-    with pytest.raises(InputError, match="--judge 'runs/mistyped': no folder"):
-        baselines.rm_gen(Baseline(judge="runs/mistyped"))
+@pytest.mark.parametrize("head, found", [("LlamaForSequenceClassification", "Classification"), (None, "no folder")])
+def test_a_judge_with_another_head_or_none_at_all_is_refused(head, found, tiny_model, process_group, monkeypatch):
+    monkeypatch.setattr(baselines.policy, "model_config", lambda folder: SimpleNamespace(architectures=[head]))
+    with pytest.raises(InputError, match=f"--judge .*{found}.*ForCausalLM"):
+        baselines.rm_gen(Baseline(judge=tiny_model if head else "runs/mistyped"))
