@@ -429,8 +429,6 @@ def read_preference(record: dict) -> Prompt:
         for form in PAIR_SCORES:
             scores = [record.get(form.format(name)) for name in ("chosen", "rejected")]
             truth = truth if None in scores else scores
-        if truth[0] < truth[1]:
-            raise ValueError(f"the response chosen has the lower score, {truth[0]}, and the other one {truth[1]}")
     if not isinstance(responses, list) or not isinstance(truth, list) or len(responses) != len(truth):
         raise ValueError("field 'responses' or 'scores': expected two lists of equal length")
     if not 2 <= len(responses) <= 8:
@@ -439,6 +437,8 @@ def read_preference(record: dict) -> Prompt:
     for score in truth:
         if not isinstance(score, (int, float)) or not abs(score) < 1e300:
             raise ValueError(f"field 'scores': {score!r} is no finite number")
+    if not record.get("completions") and not record.get("responses") and truth[0] < truth[1]:
+        raise ValueError(f"the response chosen has the lower score, {truth[0]}, and the other one {truth[1]}")
     if len(set(truth)) == 1 or len(set(responses)) == 1:
         raise LeftOut("all its responses are equally good")
     if not all(map(str.strip, responses)) or len(set(zip(responses, truth))) > len(set(responses)):

@@ -115,6 +115,7 @@ def test_what_teaches_nothing_is_left_out_and_counted(tmp_path, kind, row):
     ("instruction", {"instruction": "Describe it.", "images": ["a.png"]}, "images"),
     ("instruction", {"messages": '[{"role": "user", "content": "q"}]'}, "'messages' holds messages as a text"),
     ("preference", {"prompt": "q", **PAIR, "chosen-rating": 2, "rejected-rating": 5}, "lower score, 2"),
+    ("preference", {"prompt": "q", **PAIR, "score_chosen": "8", "score_rejected": 3}, "'8' is no finite number"),
     ("preference", {"prompt": "You are a pirate.", "chosen": [user("q"), assistant("good")],
                     "rejected": [user("q"), assistant("bad")]}, "'prompt' says what field 'chosen' does not"),
     ("preference", {"chosen": [user("q"), assistant("a"), assistant("good")], "rejected": "bad"}, "none at its end"),
