@@ -49,7 +49,7 @@ class Prompt:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The user message of a prompt. The wording for R is ours (paper silent)."""
+    """The user message of a prompt. The wording for R is ours."""
     if prompt.kind == "preference":
         return referee_text(prompt.instruction, prompt.responses)
     if prompt.kind == "reasoning":

@@ -1,4 +1,4 @@
-"""Measure a model on held-out rows and by the paper's three scores; every figure has its 95 % interval.
+"""Measure a model on held-out rows and by the paper's three scores; a figure of several rows has its 95 % interval.
 
     python eval.py heldout --model M --preferences F --reasoning F --instructions F --json before.json
     python eval.py rewardbench --model M                           as a judge of labelled pairs
@@ -26,7 +26,7 @@ import data
 from data import Prompt, better_first, swapped
 from infra.chat import load_tokenizer
 from infra.policy import check_folder, check_model
-from infra.ranks import InputError
+from infra.ranks import InputError, one_line_errors
 from infra.results import (
     check_writable,
     columns,
@@ -42,7 +42,7 @@ from infra.runs import write_whole
 from infra.sampler import PROMPTS_AT_ONCE, Sample, generate, start_sampler
 from infra.settings import PRESET
 from infra.sources import LeftOut, progress, source_records
-from rewards import first_position_preference, kendall_tau, mean, parse_scores, verify_answer
+from rewards import first_position_preference, mean, parse_scores, verify_answer
 
 # ------------------------------------------------------------------------------- asking a model
 
@@ -72,9 +72,9 @@ def fitting(config, tokenizer, rows: list[Prompt], source: str) -> list[bool]:
     return fits
 
 
-def load_rows(config, tokenizer, kind: str, source: str, split: str = "train") -> list[Prompt]:
+def load_rows(config, tokenizer, kind: str, source: str) -> list[Prompt]:
     """The first --rows rows of a source, none twice: a repeated row is no independent trial. Pairs: better first."""
-    rows, left_out = data.load_source(kind, source, split)
+    rows, left_out = data.load_source(kind, source, config.split)
     for reason, number in left_out.items():
         print(f"{source}: {number} rows left out, since {reason}", file=sys.stderr)
     if kind == "preference":
@@ -189,9 +189,9 @@ def pair_figures(better_first, worse_first) -> dict:
 
 
 def longer_wins(pair: Prompt) -> float:
-    """What always preferring the longer response would earn: 1 right, 0 wrong, 0.5 at equal lengths."""
-    lengths = list(map(len, pair.responses))
-    return (kendall_tau(lengths, pair.truth, "strict") + 1) / 2
+    """What always preferring the longer response would earn on a pair, better first: 1, 0, or 0.5 at equal lengths."""
+    better, worse = map(len, pair.responses)
+    return credit(better - worse)
 
 
 # ------------------------------------------------------------------------------- heldout
@@ -325,8 +325,8 @@ def benchmark_pairs(config) -> tuple[list[str], list[Prompt]]:
 def rewardbench(config) -> None:
     """The judge on labelled pairs, greedy, each in both orders: a figure a subset, a section, and their mean.
 
-    "single order" is the official script's accuracy, of which a coin decides what "format" lacks. A judge that prefers
-    the longer response has there what "longer wins" has, and one that prefers the first 0.5 in every line.
+    "single order" is the official script's accuracy; an unreadable judgement counts 0.5. There a judge by length has
+    what "longer wins" has, and a judge by position 0.5.
     """
     folder, tokenizer = open_model(config)
     subsets, pairs = benchmark_pairs(config)
@@ -353,7 +353,7 @@ def reasoning(config) -> None:
     folder, tokenizer = open_model(config)
     prompts, source_of = [], []
     for source in config.reasoning:
-        rows = load_rows(config, tokenizer, "reasoning", source, config.split)
+        rows = load_rows(config, tokenizer, "reasoning", source)
         prompts += rows
         source_of += [source] * len(rows)
     sets = {}
@@ -431,6 +431,7 @@ def command_line() -> argparse.ArgumentParser:
         add("--samples", type=positive, default=samples, help="answers to each prompt, beside a greedy one")
         add("--temperature", type=float, default=training.temperature, help="of these samples")
         add("--rows", type=positive, default=rows, help="the first so many of each source")
+        add("--split", default="test", help="of a hub's set")
     for flag in data.FLAGS.values():
         parts["heldout"](f"--{flag}", nargs="+", default=[], help=".jsonl files or hub ids")
     add = parts["rewardbench"]
@@ -440,7 +441,6 @@ def command_line() -> argparse.ArgumentParser:
     add = parts["reasoning"]
     add("--data", dest="reasoning", nargs="+", required=True, help="hub ids (openai/gsm8k:main "
         "HuggingFaceH4/MATH-500) or .jsonl files")
-    add("--split", default="test", help="of a hub's set")
     add = parts["alpacaeval"]
     add("--data", required=True, help="alpaca_eval.json of hub tatsu-lab/alpaca_eval")
     add("--outputs", default="model_outputs.json", help="the file for the answers")
@@ -464,15 +464,11 @@ def parse_arguments(arguments: list[str], measure) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None, measure=None) -> None:
     """measure: what `heldout` asks of open-ended answers: (instruction, text) -> {property: whether the text has it},
-
     or None for an instruction that it does not know. Without it only the length of such answers is known.
     """
-    try:
+    with one_line_errors():
         config = parse_arguments(sys.argv[1:] if arguments is None else arguments, measure)
         config.command(config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

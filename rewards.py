@@ -180,8 +180,8 @@ def read_judgements(group) -> list[list[float] | None]:
     return verdicts
 
 
-def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """A = (r - mean) / (std + eps) over the last dimension, the G answers to one prompt; float32.
+def group_advantages(rewards: Tensor) -> Tensor:
+    """A = (r - mean) / (std + 1e-6) over the last dimension, the G answers to one prompt; float32.
 
     Group-relative advantages are the paper's. The unbiased std and its floor are ours: a group whose std is below
     1e-6 gets exactly 0.
@@ -196,7 +196,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
         raise ValueError("a reward is not finite: leave an unjudged group out, instead of passing nan")
     rewards = rewards.double()
     std = rewards.std(dim=-1, keepdim=True)
-    advantages = (rewards - rewards.mean(dim=-1, keepdim=True)) / (std + eps)
+    advantages = (rewards - rewards.mean(dim=-1, keepdim=True)) / (std + SMALLEST_SPREAD)
     return torch.where(std < SMALLEST_SPREAD, 0.0, advantages).float()
 
 
@@ -221,13 +221,13 @@ def token_weight(length: int, denominator: float, loss: str) -> float:
     return weight / length if loss == "sequence-mean" else weight
 
 
-def clipped_objective(ratio: Tensor, advantage: Tensor, low: float = 0.8, high: float = 1.28) -> Tensor:
+def clipped_objective(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
     """min(rho A, clip(rho, low, high) A) for each token, to be maximised. The range is the paper's, from DAPO.
 
     rho is a token's probability now over its probability when it was sampled. There is no dual clip: a token that
     got likelier in a bad answer (rho > high, A < 0) is pulled back in full.
 
-    >>> clipped_objective(torch.tensor([0.5, 0.5, 1.5, 1.5]), torch.tensor([1., -1., 1., -1.]))
+    >>> clipped_objective(torch.tensor([0.5, 0.5, 1.5, 1.5]), torch.tensor([1., -1., 1., -1.]), 0.8, 1.28)
     tensor([ 0.5000, -0.8000,  1.2800, -1.5000])
     """
     return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
@@ -308,7 +308,7 @@ def gradient_shares(config, groups: list) -> dict[str, float]:
     """
     pull: dict[str, float] = {}
     size = len(groups) // config.minibatches
-    for first in range(0, size * config.minibatches, size or 1):
+    for first in range(0, size * config.minibatches, size):
         minibatch, lengths = groups[first : first + size], []
         for group in minibatch:
             lengths += map(len, group.answers)

@@ -396,14 +396,12 @@ def train(config: Config, score=self_score, program: str = "urpo") -> None:
 
 
 def main() -> None:
-    try:
+    with ranks.one_line_errors():
         config = parse(Config, PRESETS, sys.argv[1:], "URPO; see README.md")
         check(config, world=int(os.environ.get("WORLD_SIZE", 1)))
         runs.check_name(config.name, config.resume)
         ranks.start_ranks()
         train(config)
-    except (InputError, FloatingPointError, RuntimeError) as error:
-        ranks.stop(error)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from infra.rows import Example, Row, block_mask, build_row, row_attention
 
 LOGIT_CHUNK = 1024  # answer tokens whose logits are made at once
 RECOMPUTE = GPU  # layers and logits again in the backward pass: a third more work, and activations that fit a card
-MOST_PADDED = 1024  # the largest logit bias that vLLM's kernel on a GPU takes
+MOST_PADDED = 1024  # token ids that vLLM's kernel on a GPU can forbid, at most
 # Large pages for large tensors: a CPU's update takes 1/8 less time. Torch reads this at its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -28,7 +28,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 def check_folder(model: str) -> str:
     """A hub id as it is, or a local folder that holds a model. Raises InputError that says what is missing."""
-    if model.startswith((".", "/")) or model.endswith("/model") or os.path.exists(model):
+    if model.startswith((".", "/", "toy/")) or model.count("/") > 1 or os.path.exists(model):  # a hub id has one slash
         if not os.path.isfile(os.path.join(model, "config.json")):
             raise InputError(f"{model}: no model here (no config.json); give a folder that save_pretrained wrote, or "
                              "toy/model, which `python -m lab.seed` writes")
@@ -44,17 +44,14 @@ def model_config(folder: str):
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except OSError as error:
-        raise InputError(f"--model {folder}: neither a local folder nor the hub gave a config.json that can be read "
-                         f"({str(error).splitlines()[0]}); check the name and the network") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise no_language_model(folder, error) from None
 
 
-def no_language_model(folder: str, error: ValueError) -> InputError:
+def no_language_model(folder: str, error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:200]
-    return InputError(f"--model {folder}: its config.json names no language model that transformers knows ({reason}); "
-                      "use another")
+    return InputError(f"--model {folder}: no language model that transformers knows, here or on the hub ({reason}); "
+                      "check the name and the network, or use another")
 
 
 def empty_model(folder: str, config):
@@ -320,5 +317,4 @@ def full_weights(policy: Policy):
     """(name, whole tensor) one at a time, by the checkpoint's names, in compute precision. All ranks must iterate."""
     for name, weight in policy.state_dict().items():
         if name != "lm.lm_head.weight" or not policy.lm.config.tie_word_embeddings:
-            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            yield name.removeprefix("lm."), whole.detach().to(DEVICE, policy.compute)
+            yield name.removeprefix("lm."), weight.full_tensor().detach().to(DEVICE, policy.compute)

@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import packages_distributions, version
 
 import torch
@@ -35,8 +36,8 @@ class InputError(Exception):
 # ------------------------------------------------------------------------------- start and end
 
 
-def start_ranks() -> tuple[int, int]:
-    """(rank, number of ranks), after all ranks have met. Without torchrun this process is a group of one.
+def start_ranks() -> None:
+    """Returns when all ranks have met. Without torchrun this process is a group of one.
 
     Before the sampler, which would start a group of its own. Never destroyed, which vLLM would answer with an error.
     """
@@ -54,7 +55,6 @@ def start_ranks() -> tuple[int, int]:
     STORE, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", store=STORE, rank=rank, world_size=world,
                             timeout=TIMEOUT)
-    return rank, world
 
 
 def ranks_here() -> int:
@@ -78,6 +78,15 @@ def stop(error: Exception) -> None:
     if first:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+@contextmanager
+def one_line_errors():
+    """Around a command: what goes wrong ends it by `stop`."""
+    try:
+        yield
+    except (InputError, FloatingPointError, RuntimeError) as error:
+        stop(error)
 
 
 def catch_signals() -> list[int]:

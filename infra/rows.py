@@ -5,7 +5,7 @@ answer, and an answer sees its prompt and itself alone. So G answers cost one pr
 equal those of G separate sequences (tests/test_rows.py).
 
 Tensor names carry their shape: T tokens of a row, N answer tokens, K attention heads, D width of a head.
-A group is anything with index, prompt_ids, answers, advantages, sampler_logprobs, tokens and has_signal, as data.Group.
+A group is anything with prompt_ids, answers, advantages, sampler_logprobs, tokens and has_signal, as data.Group.
 """
 
 from __future__ import annotations

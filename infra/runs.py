@@ -133,8 +133,8 @@ class Log:
     def write(self, step: int, figures: dict, make) -> None:
         """One line of log.jsonl, one record a group in rollouts.jsonl.
 
-        figures: the same on all ranks. make: on rank 0, () -> (records, figures of their kinds, the live line's text).
-        Raises FloatingPointError at the third step in a row whose updates were all skipped as not finite.
+        figures: the same on all ranks, but for seconds. make: on rank 0, () -> (records, figures of kinds, the live
+        line's text). Raises FloatingPointError at the third step without a finite update since the last that had one.
         """
 
         def write() -> str:

@@ -4,10 +4,10 @@
     python -m lab.arms --only rm_gen sft --seeds 1         some of them, with URPO and the judges that they need
     python -m lab.arms --show                              no run: the tables of the CSV
 
-All arms draw the same prompts and answer the same held-out examples. Any other flag goes to every run, so one CSV is
-for one set of flags. A run that died has a line too: delete it, and the run is tried again. A difference from URPO has
-a t interval: Welch's, since two arms share the order of prompts and nothing that was sampled; or of the seeds' own
-differences, for arms that are URPO's run until the warm-up ends and for models as they are.
+All arms answer the same held-out examples; those of one mix and warm-up draw the same prompts. Any other flag goes to
+every run, so one CSV is for one set of flags. A run that died has a line too: delete it, and the run is tried again. A
+difference from URPO has a t interval: Welch's, since two arms share the order of prompts and nothing that was sampled;
+or of the seeds' own differences, for arms that are URPO's run until the warm-up ends and for models as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from infra.runs import hold
 from infra.settings import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "urpo"  # the arm that others are compared with
+REFERENCE = "urpo"  # the arm that others are compared with
 MEASURED = "--rows 128 --samples 2".split()  # of held-out rows of a kind
 # Arm -> (seeds, command). It may need another arm's run with the same {seed}, its judge, which stands before it.
 ARMS = {
@@ -62,7 +62,7 @@ FIGURES = {  # column of the CSV -> (part, figure) of heldout-after.json; each h
     "flaws_both": ("referee, flaws", "both orders"),
     "bank": ("referee, bank", "single order"),
     "reasoning": ("reasoning", "solved"),
-    "gold": ("instructions", "on topic, whole, in order"),
+    "other_three": ("instructions", "on topic, whole, in order"),
     "kept": ("instructions", "keeps the constraint"),
     "all_four": ("instructions", "all four"),
 }
@@ -83,7 +83,7 @@ def command_of(arm: str, seed: int, passed: list[str]) -> list[str]:
 
 def wanted(only: list[str], seeds: int | None) -> list[tuple[str, int]]:
     """(arm, seed) in the order to run them: seed by seed, so that all arms are compared early."""
-    asked, jobs = {*(only or ARMS), BASE}, []
+    asked, jobs = {*(only or ARMS), REFERENCE}, []
     for arm in list(asked):
         asked.update(re.findall(r"runs/arms-(\w+)-{seed}", ARMS[arm][1]))
     for seed in range(seeds or 8):
@@ -150,18 +150,18 @@ def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], ranks: i
             print(f"{arm} {seed}: {line['status']}, {line['cpu_minutes']} minutes of CPU time", flush=True)
 
 
-def interval(arm: str, values: pandas.Series, base: pandas.Series) -> list[float]:
+def interval(arm: str, values: pandas.Series, reference: pandas.Series) -> list[float]:
     """[difference of an arm's mean from URPO's, low, high] of figures by seed. NaN: fewer than two seeds, or no spread.
     """
     low = high = math.nan
     if arm.startswith("start"):  # measured once, since nothing is trained
-        gaps = values.iloc[0] - base
+        gaps = values.iloc[0] - reference
     elif arm in PAIRED:
-        gaps = (values - base).dropna()
+        gaps = (values - reference).dropna()
     else:
-        if values.std() + base.std() > 0:
-            low, high = stats.ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
-        return [values.mean() - base.mean(), low, high]
+        if values.std() + reference.std() > 0:
+            low, high = stats.ttest_ind(values, reference, equal_var=False).confidence_interval(0.95)
+        return [values.mean() - reference.mean(), low, high]
     if gaps.std() > 0:
         low, high = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
     return [gaps.mean(), low, high]
@@ -173,9 +173,9 @@ def compared(done: pandas.DataFrame, column: str) -> pandas.DataFrame:
     done: measured lines of the CSV. NaN is not known.
     """
     known = done.dropna(subset=[column]).set_index("seed")
-    rows, base = {}, known.loc[known.arm == BASE, column]
+    rows, reference = {}, known.loc[known.arm == REFERENCE, column]
     for arm, values in known.groupby("arm", sort=False)[column]:
-        own = [math.nan] * 3 if arm == BASE else interval(arm, values, base)
+        own = [math.nan] * 3 if arm == REFERENCE else interval(arm, values, reference)
         rows[arm] = [len(values), values.mean(), values.std(), *own]
     return pandas.DataFrame.from_dict(rows, orient="index", columns="seeds mean spread difference low high".split())
 

@@ -21,7 +21,7 @@ import data
 import urpo
 from data import Group
 from infra import chat
-from infra.ranks import InputError, stop
+from infra.ranks import InputError, one_line_errors
 from infra.runs import read_about, read_log
 from rewards import step_figures
 
@@ -184,11 +184,9 @@ def missing_steps(steps: list[int], found: list[int], repairs: list[str]) -> lis
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="its folder, for example runs/urpo")
-    try:
+    with one_line_errors():
         if not audit(parser.parse_args(arguments).run):
             sys.exit(1)
-    except InputError as error:
-        stop(error)
 
 
 if __name__ == "__main__":

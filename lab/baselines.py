@@ -4,7 +4,7 @@
     python -m lab.baselines rm_gen --judge FOLDER ...     part 3 by that judge, frozen, in a sampler of its own
     python -m lab.baselines sft ...                       no rewards: imitate the toy world's demonstrator instead
 
-Each takes the flags of urpo.py, draws the same prompts from a seed, and starts under torchrun as urpo.py does:
+Each takes the flags of urpo.py, draws the same prompts from one seed and mix, and starts under torchrun, too:
 `torchrun --nproc_per_node=2 -m lab.baselines rm_gen ...`. On a GPU, where nothing of this was run, a judge stays awake
 beside the policy's sampler and the trainer: give half of --gpu_memory or less.
 """
@@ -117,6 +117,8 @@ def sft(config: Baseline) -> None:
     world = dist.get_world_size()
     folder = on_rank_0(f"reading --model {config.model}", lambda: policy.check_folder(config.model))
     tokenizer = chat.load_tokenizer(folder, config.chat_template)
+    on_rank_0("reading the model", lambda: policy.check_model(
+        folder, vocabulary=len(tokenizer), tokens=data.longest_sequence(config)))
     sources, told = data.load_sources(config, tokenizer)
     worked = demonstrations(sources)
     log = runs.Log(asdict(config), program="sft", rows=data.checksums(sources), may_change=urpo.MAY_CHANGE,
@@ -146,7 +148,7 @@ COMMANDS = {"rm_gen": rm_gen, "sft": sft}
 
 
 def main() -> None:
-    try:
+    with ranks.one_line_errors():
         command, *arguments = sys.argv[1:] or [""]
         if command not in COMMANDS:
             raise InputError(f"{command or 'no command'}: give one of {', '.join(COMMANDS)}, then the flags of urpo.py")
@@ -155,8 +157,6 @@ def main() -> None:
         runs.check_name(config.name, config.resume)
         ranks.start_ranks()
         COMMANDS[command](config)
-    except (InputError, FloatingPointError, RuntimeError) as error:
-        ranks.stop(error)
 
 
 if __name__ == "__main__":

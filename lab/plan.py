@@ -1,9 +1,9 @@
-"""What a run would need: memory of a rank in each part, seconds of a step, cache, host memory, disk; does it fit?
+"""What a run would need: memory of a GPU, seconds of a step, cache, host memory, disk; does it fit?
 
-    python -m lab.plan --gpu_gib 80 --nproc 8 [--nodes N] [any flag of urpo.py]
+    python -m lab.plan [--gpu_gib 79.6] [--nproc 8] [--nodes 1] [any flag of urpo.py]
 
-It needs no GPU, no weights, and no network for the bases in SHAPES. Sizes are in GiB, of one rank. tests/test_plan.py
-holds memory against an update under fake tensors, and time against published steps (docs/gpu.md).
+It needs no GPU, no weights, and no network for the bases in SHAPES. tests/test_plan.py holds memory against an update
+under fake tensors, and time against published steps (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Literal
 
 import data
 import urpo
-from infra import ranks
 from infra.policy import LOGIT_CHUNK, check_heads, empty_model, model_config
-from infra.ranks import InputError
+from infra.ranks import InputError, one_line_errors
 from infra.sampler import BLOCK, SAMPLED_AT_ONCE
 from infra.settings import parse, setting
 
@@ -28,7 +27,7 @@ class Plan(urpo.Config):
     """The settings of urpo.py, and the machine that they are planned for."""
 
     preset: Literal["auto", "smol", "paper"] = setting("paper", "SmolLM2-135M | Qwen2.5-7B | by hardware")
-    gpu_gib: float = setting(79.0, "GiB of one GPU", above=0)
+    gpu_gib: float = setting(79.6, "GiB of one GPU", above=0)
     nproc: int = setting(8, "ranks of a node, a GPU each", above=0)
     nodes: int = setting(1, "machines", above=0)
     judge: bool = setting(False, "a frozen judge has a sampler of its own, which never sleeps: lab.baselines rm_gen")
@@ -36,7 +35,7 @@ class Plan(urpo.Config):
 
 FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "tie_word_embeddings")
-SHAPES = {  # of the bases that the README names
+SHAPES = {  # of the bases that the pages name
     "Qwen/Qwen2.5-0.5B": ("qwen2", 151936, 896, 4864, 24, 14, 2, True),
     "Qwen/Qwen2.5-1.5B": ("qwen2", 151936, 1536, 8960, 28, 12, 2, True),
     "Qwen/Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
@@ -263,10 +262,8 @@ host memory of a node: {host:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} G
 
 
 def main() -> None:
-    try:
+    with one_line_errors():
         print(show(parse(Plan, urpo.PRESETS, sys.argv[1:], "What a run would need; no GPU is needed for that")))
-    except InputError as error:
-        ranks.stop(error)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import data
 import urpo
 from data import Group
 from eval import open_model
-from infra.ranks import InputError, stop
+from infra.ranks import InputError, one_line_errors
 from infra.results import summary, table
 from infra.sampler import start_sampler
 from infra.settings import parse, setting
@@ -70,7 +70,7 @@ def measure(config) -> dict[str, dict]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
+    with one_line_errors():
         config = parse(Probe, urpo.PRESETS, sys.argv[1:] if arguments is None else arguments, __doc__)
         if config.rows % 2:
             raise InputError(f"--rows {config.rows}: give an even number")
@@ -80,9 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         config.mix, config.batch = ":".join(map(str, shares)), config.rows * sum(shares)
         urpo.check(config, world=1)
         figures = measure(config)
-    except InputError as error:
-        stop(error)
-    print(table({config.model: {"figures": figures}}, "n"), *map(verdict, figures, figures.values()), sep="\n")
+        print(table({config.model: {"figures": figures}}, "n"), *map(verdict, figures, figures.values()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ import pandas
 from matplotlib.figure import Figure
 
 from data import score_line
-from infra.ranks import InputError, stop
+from infra.ranks import one_line_errors
 from infra.results import cell_text, figure, read_result, table
 from infra.runs import read_about, read_log, write_whole
 from lab import toy
 from rewards import parse_scores, verify_answer
 
-# What to look for in a panel -> its figures of log.jsonl ("gold" and "all_four": of the laptop's world)
+# What to look for in a panel -> its figures of log.jsonl ("other_three" and "all_four": of the laptop's world)
 PANELS = {
     "reward should rise (P: tau or -1, R: share solved)": "preference.reward reasoning.reward",
     "format: readable judgements, should be near 1": "preference.format instruction.format",
@@ -36,10 +36,10 @@ PANELS = {
     "first_position: away from 0 is bias": "preference.first_position instruction.first_position",
     "drift from the sampler should stay low, nats a token": "drift_mean drift_max",
     "share of clipped tokens, below .05": "clipped_low clipped_high",
-    "open answers by hidden gold should rise": "gold all_four",
+    "open answers by hidden gold should rise": "other_three all_four",
     "seconds of a step": "seconds.rollout seconds.self_score seconds.old_logprobs seconds.update seconds.sync",
 }
-HEADLINE = ("single order", "solved", "keeps the constraint", "all four")  # what the table shows of a result
+HEADLINE = ("both orders", "solved", "keeps the constraint", "all four")  # what the table shows of a result
 COLORS = {"preference": "tab:blue", "reasoning": "tab:orange", "instruction": "tab:green"}
 
 
@@ -57,7 +57,7 @@ def read_figures(run: Path, repairs: list[str]) -> pandas.DataFrame:
     """The log of a run as a table: a row a step, a column a figure of the panels."""
     log = pandas.json_normalize(read_log(run, repairs)).set_index("step")
     if (run / "rollouts.jsonl").is_file():
-        gold = pandas.DataFrame(toy.gold_of_run(run, repairs), columns=["step", "gold", "all_four"])
+        gold = pandas.DataFrame(toy.gold_of_run(run, repairs), columns=["step", "other_three", "all_four"])
         log = log.join(gold.set_index("step"))
     return log.reindex(columns=" ".join(PANELS.values()).split()).astype(float)
 
@@ -159,10 +159,8 @@ def printable(text: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="its folder, for example runs/urpo")
-    try:
+    with one_line_errors():
         report(parser.parse_args(arguments).run)
-    except InputError as error:
-        stop(error)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infra.ranks import InputError, stop
+from infra.ranks import InputError, one_line_errors
 from lab import toy
 
 ADAPTER = Path(__file__).with_name("adapter")
@@ -76,7 +76,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(sys.argv[1:])
-    except InputError as error:
-        stop(error)

@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 import data
-from infra.ranks import InputError, stop
+from infra.ranks import InputError, one_line_errors
 from infra.runs import write_whole
 from rewards import mean
 
@@ -37,7 +37,7 @@ FORMS = {
 }
 # The true score of a response: another topic, cut short, breaks the constraint alone, good.
 OTHER_TOPIC, CUT, BREAKS, GOOD = range(4)
-# How often the demonstrator errs whom the base imitates last, so that it knows more than it says.
+# How often the demonstrator errs whom the base imitates last, so that its samples are worse than its greedy answer.
 ERRORS = {"preference": 0.2, "reasoning": 0.3, "instruction": 0.6}
 
 
@@ -327,10 +327,9 @@ def write_all() -> None:
 
 
 def gold_of_run(run: Path, repairs: list[str]) -> list[dict]:
-    """{step, gold, all_four} of each step of a run; None where a step has nothing to measure.
+    """{step, other_three, all_four} of each step of a run; None where a step has nothing to measure.
 
-    gold is the share of open answers that are on topic, whole and in order; all_four of those that keep the
-    constraint too.
+    other_three: share of open answers on topic, whole and in order; all_four: of those that keep the constraint, too.
     """
     path, figures = Path(run) / "rollouts.jsonl", []
     for step, pairs in groupby(data.read_groups(path, repairs), key=lambda pair: pair[0]):
@@ -340,7 +339,7 @@ def gold_of_run(run: Path, repairs: list[str]) -> list[dict]:
                 marks += [measure(group.prompt.instruction, text) for text in group.texts]
         figures.append({
             "step": step,
-            "gold": mean(parts["on topic, whole, in order"] for parts in marks),
+            "other_three": mean(parts["on topic, whole, in order"] for parts in marks),
             "all_four": mean(parts["all four"] for parts in marks),
         })
     return figures
@@ -362,7 +361,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(sys.argv[1:])
-    except InputError as error:
-        stop(error)

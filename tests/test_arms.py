@@ -71,7 +71,7 @@ def test_arms_are_run_measured_compared_and_not_run_again(pretended, capsys):
     table = pandas.read_csv(path).set_index("arm")
     assert list(table.index) == ["start", "urpo", "no_instructions", "rm_gen"]
     assert table.status["urpo"] == "done" and "drift" in table.status["rm_gen"]
-    assert table.gib["urpo"] == 6.12 and math.isnan(table.gib["start"]) and math.isnan(table.gold["urpo"])
+    assert table.gib["urpo"] == 6.12 and math.isnan(table.gib["start"]) and math.isnan(table.other_three["urpo"])
     assert (table.flaws_both["urpo"], table.flaws["urpo"], table.reasoning_greedy["urpo"]) == (0.25, 0.5, 0.5)
     assert "--lr 2e-5 --preset smol --name arms-urpo-0 --seed 0" in table.command["urpo"]
     assert not list(pretended.rglob("trainer"))

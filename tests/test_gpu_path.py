@@ -95,8 +95,9 @@ def test_ranks_meet_over_gloo_and_nccl_on_the_card_of_their_own_number(as_on_a_g
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "STORE", None)
     monkeypatch.setattr(ranks.dist, "rendezvous", lambda *a, **k: iter([("store", 3, 9)]))
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **options: asked.append(backend))
-    assert ranks.start_ranks() == (3, 9) and asked == ["cpu:gloo,cuda:nccl"] and "set_device" in as_on_a_gpu
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda name, rank, **_: asked.append((name, rank)))
+    ranks.start_ranks()
+    assert asked == [("cpu:gloo,cuda:nccl", 3)] and "set_device" in as_on_a_gpu
     monkeypatch.setenv("LOCAL_RANK", "8")
     with pytest.raises(InputError, match="local rank 8 .*--nproc_per_node=8"):
         ranks.start_ranks()

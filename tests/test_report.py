@@ -76,10 +76,10 @@ def test_a_gap_is_never_a_zero_in_curves(tmp_path, monkeypatch):
 
 def test_hidden_gold_is_drawn_where_it_knows_the_instructions(tmp_path):
     folder = made_up_run(tmp_path / "run")
-    assert list(report.read_figures(folder, [])["gold"].isna()) == [True] * 2 + [False] * 4  # warm-up has none
+    assert list(report.read_figures(folder, [])["other_three"].isna()) == [True] * 2 + [False] * 4  # warm-up has none
     lines = (folder / "rollouts.jsonl").read_text()
     (folder / "rollouts.jsonl").write_text(lines.replace("about dogs", "about nothing known"))
-    assert report.read_figures(folder, [])["gold"].isna().all()
+    assert report.read_figures(folder, [])["other_three"].isna().all()
 
 
 def test_what_was_measured_held_out_is_a_table_and_answers_side_by_side(no_pictures, tmp_path, capsys):

@@ -193,7 +193,7 @@ def test_affine_rewards_give_the_same_advantages_and_their_sum_is_0(group, slope
 def test_the_tokens_counted_as_clipped_are_those_whose_gradient_the_objective_stops():
     ratio = torch.tensor([.5, .5, 1.5, 1.5], requires_grad=True)
     advantage = torch.tensor([1., -1., 1., -1.])
-    clipped_objective(ratio, advantage).sum().backward()
+    clipped_objective(ratio, advantage, 0.8, 1.28).sum().backward()
     assert ratio.grad.tolist() == [1., 0., 0., -1.]
     tally = Tally()
     tally.add(torch.zeros(1), ratio, SimpleNamespace(advantage_N=advantage, weight_N=torch.ones(4)), 0.8, 1.28)

@@ -283,7 +283,8 @@ import json, math, torch, urpo
 from conftest import VOCABULARY, random_groups
 from infra import policy as policies, ranks
 from test_urpo import tiny_config, update
-rank, _ = ranks.start_ranks()
+ranks.start_ranks()
+rank = torch.distributed.get_rank()
 policy = policies.load_policy({model!r}, vocabulary=VOCABULARY, precision="float32")
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
 urpo.largest_drift = lambda precision: 99.0

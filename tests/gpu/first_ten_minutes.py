@@ -5,8 +5,8 @@
     python tests/gpu/first_ten_minutes.py --trainer              the trainer alone: no vLLM, no hub, no download
     python tests/gpu/first_ten_minutes.py --rehearse             on a CPU with toy/model: that it works itself
 
-It prints one line a check, and goes on after a check that fails. --out FILE keeps the lines as JSON; `docs/gpu.json` is
-what the README quotes. Without a GPU it says so and ends: nothing is called good that was not run.
+It prints one line a check, and goes on after a check that fails. --out FILE keeps the lines as JSON. Without a GPU it
+says so and ends: nothing is called good that was not run.
 """
 import argparse
 import json
