@@ -78,10 +78,18 @@ def load_rows(config, tokenizer, kind: str, source: str) -> list[Prompt]:
     for reason, number in left_out.items():
         print(f"{source}: {number} rows left out, since {reason}", file=sys.stderr)
     if kind == "preference":
-        rows = known(map(better_first, rows))
+        pairs = known(map(better_first, rows))
+        if len(pairs) < len(rows):
+            print(f"{source}: {len(rows) - len(pairs)} rows left out, since they are no pairs", file=sys.stderr)
+        rows = pairs
     rows = list(dict.fromkeys(rows))[: config.rows]
     fits = fitting(config, tokenizer, rows, f"--{data.FLAGS[kind]} {source}")
     return list(compress(rows, fits))
+
+
+def refuse_twins(flag: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise InputError(f"{flag} {' '.join(names)}: two have one name; leave one out, or rename it")
 
 
 @dataclass
@@ -231,7 +239,7 @@ def record(asked: Asked) -> dict:
     }
     for name in ("greedy", "sampled", "mirrored_greedy", "mirrored"):
         found[name] = [sample.text for sample in getattr(asked, name)]
-    return found
+    return found | {"finished": [sample.finished for sample in asked.sampled]}
 
 
 PARTS = {"reasoning": "reasoning", "instruction": "instructions", "preference": "referee"}  # of the result
@@ -246,8 +254,7 @@ def heldout(config) -> None:
     rows, part_of = [], []
     for kind, part in PARTS.items():
         sources = getattr(config, data.FLAGS[kind])
-        if len({Path(source).stem for source in sources}) < len(sources):
-            raise InputError(f"--{data.FLAGS[kind]} {' '.join(sources)}: two have one name; rename one")
+        refuse_twins(f"--{data.FLAGS[kind]}", [Path(source).stem for source in sources])
         for source in sources:
             found = load_rows(config, tokenizer, kind, source)
             rows += found
@@ -350,6 +357,7 @@ def rewardbench(config) -> None:
 
 def reasoning(config) -> None:
     """"solved, greedy" is pass@1, "solved" of k --samples is mean@k, for each set; of several the plain average."""
+    refuse_twins("--data", config.reasoning)
     folder, tokenizer = open_model(config)
     prompts, source_of = [], []
     for source in config.reasoning:
@@ -453,9 +461,9 @@ def parse_arguments(arguments: list[str], measure) -> argparse.Namespace:
     config = argparse.Namespace(json="", measure=measure, max_judge_tokens=0)
     parser.parse_args(arguments, config)
     temperature, samples = getattr(config, "temperature", 1.0), getattr(config, "samples", 1)
-    if temperature < 0 or temperature == 0 and samples > 1:
-        parser.error(f"--temperature {temperature:g}: {samples} samples need one above 0, else all are the greedy "
-                     "answer, which is measured anyway; or give --samples 1")
+    if not 0.01 <= temperature <= 2 and (temperature or samples > 1):
+        parser.error(f"--temperature {temperature:g}: give .01 to 2. At 0 all {samples} samples would be the "
+                     "greedy answer, which is measured anyway; there give --samples 1")
     for flag in ("json", "outputs"):
         if getattr(config, flag, ""):
             check_writable(flag, getattr(config, flag))

@@ -91,7 +91,7 @@ class Config:
     group: int = setting(8, "G, answers a prompt (ours)", least=2)
     minibatches: int = setting(2, "updates per rollout batch; with 1 the ratio is 1 and nothing is clipped", above=0)
     # sampling and judging
-    temperature: float = setting(1.0, "of all sampling; the trainer's log-probs use it too", above=0)
+    temperature: float = setting(1.0, "of all sampling; the trainer's log-probs use it too", least=0.01)
     max_prompt_tokens: int = setting(4096, "longer rows are dropped at load", above=0)
     max_answer_tokens: int = setting(2048, "of answers to R and I", above=0)
     max_referee_tokens: int = setting(1024, "of answers to P and of self-judgements", above=0)
@@ -147,6 +147,8 @@ def check(config: Config, world: int) -> None:
     """What no single bound can say. Raises InputError that says what to change."""
     if config.gpu_memory > 1:
         raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
+    if config.temperature > 2:
+        raise InputError(f"--temperature {config.temperature}: the sampler takes at most 2")
     if config.clip_low > 1:
         raise InputError(f"--clip_low {config.clip_low}: the range of the ratio must hold 1")
     if world % config.tensor_parallel:

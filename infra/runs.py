@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import torch.distributed as dist
@@ -99,14 +98,13 @@ class Log:
     def __init__(self, settings: dict, *, program: str, rows: dict, may_change: list[str], about: dict):
         self.settings, self.folder = {"program": program, **settings}, Path("runs") / settings["name"]
         self.not_finite, self.stopped = 0, False
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        about = {"rows": rows, **about, "commit": git.stdout.strip() or None, **about_machine()}
+        about = {"rows": rows, **about, **about_machine()}
         config = self.folder / "config.json"
 
         def start() -> tuple[int, Path | None]:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = hold(self.folder)
-            done, saved = last_checkpoint(self.folder, settings["keep"]) if settings["resume"] else (0, None)
+            done, saved = last_checkpoint(self.folder) if settings["resume"] else (0, None)
             if saved:
                 check_resumed(saved, self.settings, may_change, read_about(self.folder).get("rows", rows), rows)
             for name in ("log.jsonl", "rollouts.jsonl"):
@@ -216,7 +214,7 @@ def put_in_place(unfinished: Path, folder: Path, keep: int) -> None:
 def tidy_checkpoints(run: Path, keep: int) -> None:
     """`last` points at the newest checkpoint, all but the newest `keep` go (0: all stay), and nothing unfinished stays.
 
-    Also when a run is resumed, since a kill may have come between a checkpoint and this.
+    When a run is resumed, too, since a kill may have come between a checkpoint and this: then all stay.
     """
     folder, found = run / "checkpoints", checkpoints(run)
     pointer, new, unfinished = folder / "last", folder / "last.new", folder / "unfinished"
@@ -235,7 +233,11 @@ def tidy_checkpoints(run: Path, keep: int) -> None:
 def load_checkpoint(folder: Path, policy, optimizer) -> None:
     """Weights, moments and the number of updates."""
     state = trainer_state(policy, optimizer)
-    dcp.load(state, checkpoint_id=folder / "trainer")
+    try:
+        dcp.load(state, checkpoint_id=folder / "trainer")
+    except dcp.CheckpointException as error:  # on all ranks alike
+        reason = str(next(iter(error.failures.values()))[0])
+        raise InputError(f"{folder}: damaged ({reason}): remove it, and --resume goes on from the one before") from None
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
@@ -245,7 +247,7 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def last_checkpoint(run: Path, keep: int = 0) -> tuple[int, Path | None]:
+def last_checkpoint(run: Path) -> tuple[int, Path | None]:
     """(steps done, folder) of the newest checkpoint; (0, None) for a run that has not begun.
 
     Raises InputError where there are steps and no checkpoint: to begin again would erase them.
@@ -256,13 +258,17 @@ def last_checkpoint(run: Path, keep: int = 0) -> tuple[int, Path | None]:
                              "give another --name")
         print(f"{run}: no checkpoint to resume from, starting at step 0", flush=True)
         return 0, None
-    tidy_checkpoints(run, keep)
-    return checkpoints(run)[0]
+    tidy_checkpoints(run, keep=0)
+    done, saved = checkpoints(run)[0]
+    if not (saved / "trainer" / ".metadata").exists():
+        raise InputError(f"{saved}: without trainer/, so no run goes on from it: remove it, or begin a new run with "
+                         f"--model {saved / 'model'}")
+    return done, saved
 
 
 def check_resumed(saved: Path, settings: dict, may_change: list[str], old_rows: dict, rows: dict) -> None:
     """Name every setting that differs from the checkpoint's. Refuse those that a run must keep, and other rows."""
-    before = json.loads((saved / "config.json").read_text())
+    before = read_about(saved)
     # With other rows the order of every later draw would be another one.
     refused = [f"the rows of {kind}" for kind in rows if old_rows.get(kind) != rows[kind]]
     for name in before | settings:
@@ -310,9 +316,9 @@ def read_log(run: Path, repairs: list[str]) -> list[dict]:
     return steps
 
 
-def read_about(run: Path) -> dict:
-    """The run's config.json; {} where there is none."""
-    path = run / "config.json"
+def read_about(folder: Path) -> dict:
+    """The config.json of a run or of a checkpoint; {} where there is none."""
+    path = folder / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError as error:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from infra.chat import answer_text, stop_ids
 from infra.policy import Policy, full_weights, model_config
-from infra.ranks import GPU, all_reduce, exchange, ranks_here
+from infra.ranks import GPU, InputError, all_reduce, exchange, ranks_here
 
 SAMPLED_AT_ONCE = 8192  # tokens of one forward pass; a GPU reads a longer prompt in parts
 PROMPTS_AT_ONCE = 4096 if GPU else 64  # that evaluation asks twice, while the cache still holds them
@@ -68,7 +68,11 @@ def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences
         options.update(dtype="float32", enforce_eager=True, block_size=BLOCK, enable_chunked_prefill=False,
                        max_num_batched_tokens=max(SAMPLED_AT_ONCE, max_tokens),
                        kv_cache_memory_bytes=cpu_cache_bytes(folder, max_tokens))
-    sampler = LLM(folder, **options)
+    try:
+        sampler = LLM(folder, **options)
+    except ValueError as error:  # on a GPU too little memory is free, or no cache is left
+        raise InputError(f"vLLM does not start ({error}); --gpu_memory, --max_judge_tokens and --max_prompt_tokens "
+                         "change what it needs, and other programs on this GPU what is free") from None
     sampler.get_tokenizer().chat_template = chat_template
     sampler.sharers = None
     if tensor_parallel > 1:

@@ -29,7 +29,8 @@ import pandas
 from scipy import stats
 
 import urpo
-from infra.ranks import InputError, stop
+from infra.ranks import InputError, commit, stop
+from infra.results import check_writable
 from infra.runs import hold
 from infra.settings import parse
 
@@ -86,7 +87,7 @@ def wanted(only: list[str], seeds: int | None) -> list[tuple[str, int]]:
     asked, jobs = {*(only or ARMS), REFERENCE}, []
     for arm in list(asked):
         asked.update(re.findall(r"runs/arms-(\w+)-{seed}", ARMS[arm][1]))
-    for seed in range(seeds or 8):
+    for seed in range(8 if seeds is None else seeds):
         jobs += [(arm, seed) for arm, (count, _) in ARMS.items() if arm in asked and seed < count]
     return jobs
 
@@ -118,11 +119,12 @@ def run_arm(arm: str, seed: int, passed: list[str], ranks: int) -> dict:
     result, command = home / "heldout-after.json", command_of(arm, seed, passed)
     shutil.rmtree(home, ignore_errors=True)
     log.unlink(missing_ok=True)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     before = cpu_minutes()
     status = call(command, 1 if "lab.toy" in command else ranks, log)
     line = {"arm": arm, "seed": seed, "status": "done", "cpu_minutes": round(cpu_minutes() - before, 1),
-            "command": shlex.join(["python", *command]), "commit": git.stdout.strip()}
+            "command": shlex.join(["python", *command]), "commit": commit()}
+    if "stopped by a signal" in log.read_text():
+        status = 143  # as a shell has it
     if not status and not result.exists():  # a model as it is has been measured
         model = str(home / "checkpoints" / "last" / "model")
         status = call(["-m", "lab.toy", "heldout", "--model", model, *MEASURED, "--json", str(result)], 1, log)
@@ -138,10 +140,17 @@ def run_arm(arm: str, seed: int, passed: list[str], ranks: int) -> dict:
     return line
 
 
+def read_csv(path: Path) -> pandas.DataFrame:
+    """The CSV; no line where there is none yet. Raises InputError where it has other columns than today's."""
+    lines = pandas.read_csv(path) if path.exists() and path.stat().st_size else pandas.DataFrame(columns=COLUMNS)
+    if list(lines.columns) != COLUMNS:
+        raise InputError(f"{path}: not the columns {', '.join(COLUMNS)}: give another --csv")
+    return lines
+
+
 def run_all(jobs: list[tuple[str, int]], path: Path, passed: list[str], ranks: int) -> None:
     """All jobs that have no line in the CSV yet, one after the other."""
-    lines = pandas.read_csv(path) if path.exists() else pandas.DataFrame(columns=COLUMNS)
-    done = set(zip(lines.arm, lines.seed))
+    done = set(zip(*[read_csv(path)[name] for name in ("arm", "seed")]))
     for arm, seed in jobs:
         if (arm, seed) not in done:
             line = run_arm(arm, seed, passed, ranks)
@@ -182,9 +191,9 @@ def compared(done: pandas.DataFrame, column: str) -> pandas.DataFrame:
 
 def show(path: Path) -> None:
     """Print the tables of a CSV, and what died."""
-    if not path.exists():
+    lines = read_csv(path)
+    if lines.empty:
         raise InputError(f"{path}: no arm has run yet; leave --show out")
-    lines = pandas.read_csv(path)
     done = lines[lines.status == "done"]
     for column in FIGURES:
         print(f"{column}\n{compared(done, column).to_string(float_format='%.3f', na_rep='-')}\n")
@@ -207,6 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not args.show:
             urpo.check(parse(urpo.Config, urpo.PRESETS, ["--preset", "smol", *passed], ""), world=args.ranks)
             (ROOT / "runs").mkdir(exist_ok=True)
+            check_writable("csv", args.csv)
+            args.csv.parent.mkdir(parents=True, exist_ok=True)
             with hold(ROOT / "runs"):  # two of us would remove each other's folders
                 run_all(wanted(args.only, args.seeds), args.csv, passed, args.ranks)
         show(args.csv)

@@ -20,7 +20,7 @@ import pandas
 from matplotlib.figure import Figure
 
 from data import score_line
-from infra.ranks import one_line_errors
+from infra.ranks import InputError, one_line_errors
 from infra.results import cell_text, figure, read_result, table
 from infra.runs import read_about, read_log, write_whole
 from lab import toy
@@ -92,12 +92,14 @@ def draw_curves(run: Path, log: pandas.DataFrame, settings: dict) -> bytes:
 
 
 def measured_held_out(run: Path) -> str:
-    """The results heldout*.json of a run side by side, in the order in which they were measured."""
-    paths = sorted(run.glob("heldout*.json"), key=lambda path: path.stat().st_mtime)
-    results = {path.stem: read_result(path) for path in paths}
-    if len(results) != 2:
+    """The results heldout*.json of a run side by side; of heldout-before and heldout-after a headline, and answers."""
+    results = {path.stem: read_result(path) for path in sorted(run.glob("heldout*.json"))}
+    if results.keys() != {"heldout-before", "heldout-after"}:
         return table(results) if results else ""
-    before, after = results.values()
+    after, before = results.values()
+    for name in ("rows", "samples", "temperature", "seed"):
+        if before["settings"].get(name) != after["settings"].get(name):
+            raise InputError(f"{run}: heldout-before.json and heldout-after.json differ in --{name}: measure one anew")
     shown = headline(before["figures"], after["figures"]) or table(results)
     return shown + "\n" + side_by_side(before.get("answers", []), after.get("answers", []))
 
@@ -115,12 +117,13 @@ def headline(before: dict, after: dict) -> str:
     return pandas.DataFrame.from_dict(rows, orient="index", columns=titles).to_string() if rows else ""
 
 
-def is_right(row: dict, text: str) -> bool:
-    """Whether an answer to a held-out row is right, by the truth or by hidden gold."""
+def is_right(row: dict) -> bool:
+    """Whether the first sampled answer to a held-out row is right, by the truth or by hidden gold."""
+    text = row["sampled"][0]
     if row["kind"] == "reasoning":
         return verify_answer(text, row["truth"]) == 1
     if row["kind"] == "preference":
-        scores = parse_scores(text, 2, True)
+        scores = parse_scores(text, 2, row["finished"][0])
         return scores is not None and scores[0] > scores[1]
     return toy.is_good(row["asked"], text)
 
@@ -131,7 +134,7 @@ def side_by_side(before: list[dict], after: list[dict], width: int = 52) -> str:
     for old, new in zip(before, after):
         texts = [*old["sampled"][:1], *new["sampled"][:1]]
         if old["asked"] == new["asked"] and len(set(texts)) == 2:
-            learnt = [is_right(old, text) for text in texts] == [False, True]
+            learnt = is_right(new) and not is_right(old)
             if old["kind"] not in found or learnt > found[old["kind"]][0]:
                 found[old["kind"]] = learnt, old, texts
     lines = []

@@ -84,7 +84,7 @@ def test_hidden_gold_is_drawn_where_it_knows_the_instructions(tmp_path):
 
 def test_what_was_measured_held_out_is_a_table_and_answers_side_by_side(no_pictures, tmp_path, capsys):
     folder = made_up_run(tmp_path / "run")
-    for name, text, value in (("before", "it is \x1b[31m5", 0.0), ("after", "it is 4", 1.0)):
+    for name, text, value in (("after", "it is 4", 1.0), ("before", "it is \x1b[31m5", 0.0)):
         answer = {"kind": "reasoning", "asked": "2 + 2?", "responses": [], "truth": "4", "sampled": [text]}
         figures = {"reasoning": {"solved": {"value": value, "low": None, "high": None, "count": 1}}}
         result = {"figures": figures, "settings": {}, "answers": [answer]}
@@ -94,6 +94,9 @@ def test_what_was_measured_held_out_is_a_table_and_answers_side_by_side(no_pictu
     assert re.search("reasoning: solved +0.00 +1.00 +- +-\n", said) and "\x1b" not in said
     assert said.count("the first that became right") == 1
     assert re.search(r"it is \\x1b\[31m5 +it is 4", said)
+    (folder / "heldout-after.json").write_text(json.dumps(result | {"settings": {"rows": 48}}))
+    with pytest.raises(InputError, match="differ in --rows"):
+        report.report(folder)
 
 
 @pytest.mark.parametrize("name, content, message", [

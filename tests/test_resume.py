@@ -28,7 +28,7 @@ def write_checkpoint(run_folder: Path, steps: int, keep: int = 0, settings: dict
     folder = run_folder / "checkpoints" / f"step_{steps}"
     unfinished = folder.with_name("unfinished")
     (unfinished / "trainer").mkdir(parents=True, exist_ok=True)
-    (unfinished / "trainer" / "state").write_text("whole")
+    (unfinished / "trainer" / ".metadata").write_text("whole")
     (unfinished / "config.json").write_text(json.dumps(settings or {}))
     runs.put_in_place(unfinished, folder, keep)
     return folder
@@ -86,7 +86,7 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one_whole(tm
             except Crash:
                 crashed = True
         steps, found = runs.last_checkpoint(folder)
-        assert steps in (2, 3) and (found / "trainer" / "state").read_text() == "whole"
+        assert steps in (2, 3) and (found / "trainer" / ".metadata").read_text() == "whole"
         assert (folder / "checkpoints" / "last").resolve().name in ("step_2", "step_3")
         assert (folder / "checkpoints" / "last" / "config.json").exists()
         write_checkpoint(folder, 4)
@@ -144,6 +144,18 @@ def test_a_resume_brings_back_weights_moments_and_the_number_of_updates(new_trai
     assert_same_weights(first, second)
 
 
+def test_a_damaged_checkpoint_and_one_without_the_trainers_state_are_named(new_trainer, tmp_path):
+    folder = tmp_path / "checkpoints" / "step_1"
+    save(folder, new_trainer())
+    (part,) = (folder / "trainer").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(InputError, match="step_1: damaged .*remove it"):
+        runs.load_checkpoint(folder, *new_trainer())
+    shutil.rmtree(folder / "trainer")
+    with pytest.raises(InputError, match="step_1: without trainer/.*--model"):
+        runs.last_checkpoint(tmp_path)
+
+
 def test_the_rate_of_a_resumed_run_is_its_own(new_trainer, tmp_path):
     first, second = new_trainer(), new_trainer()
     advance(*first)
@@ -170,6 +182,7 @@ def resume_with(folder, monkeypatch, capsys, rows=None, program="urpo", **change
     """What a resume says whose settings or rows differ, and that nothing is written where it is refused."""
     monkeypatch.chdir(folder)
     settings, mine = asdict(urpo.Config(name="mine")), folder / "runs" / "mine"
+    write_checkpoint(mine, 2)
     saved = write_checkpoint(mine, 3, settings=settings | {"program": "urpo"})
     about = '{"rows": {"preference": 1, "reasoning": 2}}'
     (mine / "config.json").write_text(about)
@@ -180,6 +193,7 @@ def resume_with(folder, monkeypatch, capsys, rows=None, program="urpo", **change
                        may_change=urpo.MAY_CHANGE, about={})
     except InputError as error:
         assert (mine / "config.json").read_text() == about and len(lines(mine / "log.jsonl")) == 2
+        assert names(mine) == ["last", "step_2", "step_3"]
         return str(error)
     assert (log.first_step, log.saved) == (3, saved.relative_to(folder)) and len(lines(mine / "log.jsonl")) == 1
     return capsys.readouterr().out
@@ -213,8 +227,8 @@ def test_a_resume_mends_what_a_kill_left_between_a_checkpoint_and_its_pointer(tm
     pointer.unlink()
     shutil.copytree(newest, pointer)  # a copy that followed the link
     (tmp_path / "checkpoints" / "unfinished").mkdir()
-    assert runs.last_checkpoint(tmp_path, keep=1) == (2, newest)
-    assert names(tmp_path) == ["last", "step_2"] and pointer.is_symlink()
+    assert runs.last_checkpoint(tmp_path) == (2, newest)
+    assert names(tmp_path) == ["last", "step_1", "step_2"] and pointer.is_symlink()
 
 
 def test_a_run_folder_belongs_to_one_process(tmp_path):
