@@ -165,11 +165,7 @@ def encode_judgement(config, tokenizer, instruction: str, answers) -> tuple[list
 
 def judge_strides(size: int, listed: int) -> list[int]:
     """The steps around a ring of `size` answers that meet `listed` different ones before one comes again."""
-    strides = []
-    for stride in range(1, size):
-        if listed <= size // math.gcd(size, stride):
-            strides.append(stride)
-    return strides
+    return [stride for stride in range(1, size) if listed <= size // math.gcd(size, stride)]
 
 
 def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) -> list[list[int]]:
@@ -566,7 +562,8 @@ def each_row_fits(config, tokenizer, rows: list[Prompt]) -> list[bool]:
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = [fits(config, tokenizer, row) for row in progress(rows[rank::world], "measuring prompts")]
-    parts, found = exchange((checksum(rows), own)), [False] * len(rows)
+    parts = exchange((checksum(rows), own))
+    found = [False] * len(rows)
     for other, (rows_read, part) in enumerate(parts):
         if rows_read != parts[0][0]:
             raise InputError("the ranks have read different rows: give every node the same files and versions")

@@ -33,7 +33,6 @@ from infra.results import (
     figure,
     interval,
     known,
-    read_texts,
     summary,
     table,
     weighted_mean,
@@ -85,11 +84,6 @@ def load_rows(config, tokenizer, kind: str, source: str) -> list[Prompt]:
     rows = list(dict.fromkeys(rows))[: config.rows]
     fits = fitting(config, tokenizer, rows, f"--{data.FLAGS[kind]} {source}")
     return list(compress(rows, fits))
-
-
-def refuse_twins(flag: str, names: list[str]) -> None:
-    if len(set(names)) < len(names):
-        raise InputError(f"{flag} {' '.join(names)}: two have one name; leave one out, or rename it")
 
 
 @dataclass
@@ -248,13 +242,15 @@ PARTS = {"reasoning": "reasoning", "instruction": "instructions", "preference": 
 def heldout(config) -> None:
     """Answers and judgements on held-out rows: a table, and JSON for the reports.
 
-    Each prompt is answered once greedily, and --samples times at --temperature. Each of several files has its figures.
+    Each prompt is answered once greedily, and --samples times at --temperature. Each of several files has its figures;
+    several files of questions have their plain average, too.
     """
     folder, tokenizer = open_model(config)
     rows, part_of = [], []
     for kind, part in PARTS.items():
         sources = getattr(config, data.FLAGS[kind])
-        refuse_twins(f"--{data.FLAGS[kind]}", [Path(source).stem for source in sources])
+        if len({Path(source).stem for source in sources}) < len(sources):
+            raise InputError(f"--{data.FLAGS[kind]} {' '.join(sources)}: two have one name: leave one out or rename it")
         for source in sources:
             found = load_rows(config, tokenizer, kind, source)
             rows += found
@@ -266,7 +262,14 @@ def heldout(config) -> None:
     parts = {}
     for part, asked in zip(part_of, found):
         parts.setdefault(part, []).append(row_figures(config, asked))
-    figures = {part: summary(rows) for part, rows in parts.items()}
+    figures, sets = {}, {}
+    for part, rows in parts.items():
+        figures[part] = summary(rows)
+        if part.startswith("reasoning, "):
+            for name, values in columns(rows).items():
+                sets.setdefault(name, []).append((values, 1))
+    for name, values in sets.items():
+        figures.setdefault("reasoning, average", {})[name] = weighted_mean(values)
     answers = [{"part": part} | record(asked) for part, asked in zip(part_of, found)]
     finish(config, figures, table({config.model: {"figures": figures}}, "n"), answers=answers)
 
@@ -357,24 +360,7 @@ def rewardbench(config) -> None:
 
 def reasoning(config) -> None:
     """"solved, greedy" is pass@1, "solved" of k --samples is mean@k, for each set; of several the plain average."""
-    refuse_twins("--data", config.reasoning)
-    folder, tokenizer = open_model(config)
-    prompts, source_of = [], []
-    for source in config.reasoning:
-        rows = load_rows(config, tokenizer, "reasoning", source)
-        prompts += rows
-        source_of += [source] * len(rows)
-    sets = {}
-    for source, asked in zip(source_of, ask(config, folder, tokenizer, prompts, config.samples)):
-        sets.setdefault(source, []).append(row_figures(config, asked))
-    figures, parts = {}, {}
-    for source, rows in sets.items():
-        figures[source] = summary(rows)
-        for name, values in columns(rows).items():
-            parts.setdefault(name, []).append((values, 1))
-    if len(sets) > 1:
-        figures["average"] = {name: weighted_mean(values) for name, values in parts.items()}
-    finish(config, figures, table({config.model: {"figures": figures}}, "n"))
+    heldout(config)
 
 
 # ------------------------------------------------------------------------------- alpacaeval
@@ -386,8 +372,8 @@ def alpacaeval(config) -> None:
     `alpaca_eval --model_outputs FILE` then asks its judge, and prints the win rates, plain and length-controlled.
     """
     folder, tokenizer = open_model(config)
-    rows = [Prompt("instruction", text) for text in read_texts(config.data, "instruction")]
-    fits = fitting(config, tokenizer, rows, f"--data {config.data}")
+    rows, _ = data.load_source("instruction", config.instructions)
+    fits = fitting(config, tokenizer, rows, f"--data {config.instructions}")
     outputs, cut = [], []
     for asked in ask(config, folder, tokenizer, list(compress(rows, fits))):
         answer = asked.greedy[0]
@@ -424,10 +410,7 @@ def command_line() -> argparse.ArgumentParser:
         part = commands.add_parser(name, help=about.splitlines()[0], description=about, allow_abbrev=False,
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         part.set_defaults(command=command)
-        parts[name] = part.add_argument
-
-    for name in ("heldout", "rewardbench", "reasoning", "alpacaeval"):
-        add = parts[name]
+        add = parts[name] = part.add_argument
         add("--model", required=True, help="a folder or hub id")
         for limit in ("max_prompt_tokens", "max_answer_tokens", "max_referee_tokens"):
             add(f"--{limit}", type=positive, default=getattr(training, limit), help="as in training")
@@ -450,7 +433,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--data", dest="reasoning", nargs="+", required=True, help="hub ids (openai/gsm8k:main "
         "HuggingFaceH4/MATH-500) or .jsonl files")
     add = parts["alpacaeval"]
-    add("--data", required=True, help="alpaca_eval.json of hub tatsu-lab/alpaca_eval")
+    add("--data", dest="instructions", required=True, help="alpaca_eval.json of hub tatsu-lab/alpaca_eval")
     add("--outputs", default="model_outputs.json", help="the file for the answers")
     return parser
 
@@ -458,7 +441,7 @@ def command_line() -> argparse.ArgumentParser:
 def parse_arguments(arguments: list[str], measure) -> argparse.Namespace:
     """The command line, checked: the config of a command."""
     parser = command_line()
-    config = argparse.Namespace(json="", measure=measure, max_judge_tokens=0)
+    config = argparse.Namespace(json="", measure=measure, max_judge_tokens=0, preferences=[], instructions=[])
     parser.parse_args(arguments, config)
     temperature, samples = getattr(config, "temperature", 1.0), getattr(config, "samples", 1)
     if not 0.01 <= temperature <= 2 and (temperature or samples > 1):

@@ -308,7 +308,7 @@ def gradient_shares(config, groups: list) -> dict[str, float]:
     """
     pull: dict[str, float] = {}
     size = len(groups) // config.minibatches
-    for first in range(0, size * config.minibatches, size):
+    for first in range(0, size * config.minibatches, size or 1):
         minibatch, lengths = groups[first : first + size], []
         for group in minibatch:
             lengths += map(len, group.answers)

@@ -91,7 +91,7 @@ class Config:
     group: int = setting(8, "G, answers a prompt (ours)", least=2)
     minibatches: int = setting(2, "updates per rollout batch; with 1 the ratio is 1 and nothing is clipped", above=0)
     # sampling and judging
-    temperature: float = setting(1.0, "of all sampling; the trainer's log-probs use it too", least=0.01)
+    temperature: float = setting(1.0, "of all sampling; the trainer's log-probs use it too", least=0.01, most=2)
     max_prompt_tokens: int = setting(4096, "longer rows are dropped at load", above=0)
     max_answer_tokens: int = setting(2048, "of answers to R and I", above=0)
     max_referee_tokens: int = setting(1024, "of answers to P and of self-judgements", above=0)
@@ -101,7 +101,7 @@ class Config:
     both_orders: bool = setting(False, "draw each P row in both orders, so that no position pays (ours)")
     tau: Literal["b", "strict"] = setting("b", "scipy's tau-b | strict: a tied pair of scores earns 0")
     # objective
-    clip_low: float = setting(0.8, "lower end of the ratio (paper: 0.8)", least=0)
+    clip_low: float = setting(0.8, "lower end of the ratio (paper: 0.8)", least=0, most=1)
     clip_high: float = setting(1.28, "upper end of the ratio (paper: 1.28)", least=1)
     loss: Literal["token-mean", "sequence-mean"] = setting("token-mean", "over the global minibatch: DAPO | GRPO")
     importance_cap: float = setting(0.0, "0: off; else weight tokens by min(trainer/sampler probability, cap)", least=0)
@@ -113,7 +113,7 @@ class Config:
     row_tokens: int = setting(16384, "tokens in one packed row, the micro-batch of log-probs and update", above=0)
     tensor_parallel: int = setting(1, "ranks that share one sampler, where a GPU cannot hold a whole one", above=0)
     offload: bool = setting(False, "keep the trainer's weights, gradients and moments in the host's memory")
-    gpu_memory: float = setting(0.6, "share of the GPU that vLLM may take while it is awake", above=0)
+    gpu_memory: float = setting(0.6, "share of the GPU that vLLM may take while it is awake", above=0, most=1)
     save_every: int = setting(100, "steps between checkpoints; the last step is always saved; 0: only that", least=0)
     keep: int = setting(0, "newest checkpoints to keep; 0: all", least=0)
 
@@ -145,12 +145,6 @@ GRAD_CLIP = 1.0  # the largest norm of a gradient
 
 def check(config: Config, world: int) -> None:
     """What no single bound can say. Raises InputError that says what to change."""
-    if config.gpu_memory > 1:
-        raise InputError(f"--gpu_memory {config.gpu_memory}: a share of the GPU's memory, at most 1")
-    if config.temperature > 2:
-        raise InputError(f"--temperature {config.temperature}: the sampler takes at most 2")
-    if config.clip_low > 1:
-        raise InputError(f"--clip_low {config.clip_low}: the range of the ratio must hold 1")
     if world % config.tensor_parallel:
         raise InputError(f"--tensor_parallel {config.tensor_parallel}: {world} ranks do not split into samplers of so "
                          f"many: use {math.gcd(world, config.tensor_parallel)}")
@@ -175,8 +169,8 @@ def sequences_at_once(config: Config) -> int:
 
 def rollout(config: Config, sampler, tokenizer, share: list[tuple[int, data.Prompt]], step: int) -> list[Group]:
     """Part 2: G answers to each prompt of this rank's share, by the current weights."""
-    groups, prompts = [], []
-    limits, seeds = [], []
+    groups = []
+    prompts, limits, seeds = [], [], []
     for index, prompt in share:
         prompts.append(data.encode_prompt(tokenizer, prompt))
         groups.append(Group(index, prompt, prompts[-1]))
@@ -317,7 +311,8 @@ def update(config: Config, policy: Policy, optimizer, minibatches: list[list[Row
 
     with no KL term (beta = 0). The weights w stand in the rows, and with them the importance cap (both ours).
     """
-    tallies, lr = [], learning_rate(config, updates_done(optimizer))
+    tallies = []
+    lr = learning_rate(config, updates_done(optimizer))
     for m, rows in enumerate(minibatches):  # as many rows on every rank
         tally = Tally()
         for row in accumulate(policy, rows):

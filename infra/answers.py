@@ -2,7 +2,7 @@ r"""The final answer of a text: how it is found, and what equals what. A wrong 1
 
     1. tidy      only what cannot change a value goes: fonts, blanks of LaTeX, signs around maths
     2. units     where both sides have one, it must be the same; million, dozen and cents belong to the value
-    3. numbers   two plain numbers must be exactly equal, never nearly
+    3. numbers   two plain numbers must be exactly equal, never nearly; what is still to compute is none
     4. words     two words or choices are compared letter by letter, and so is what math_verify would misread
     5. maths     everything else goes to math_verify, in a process of its own, its decimals as exact fractions
 """
@@ -70,6 +70,9 @@ NO_MATHS = re.compile("|".join((  # what math_verify would misread: only equal t
     r":[^;]*:", r"(?:^|;)[0-9]{1,2}:[0-9]{2}(?:;|$)",  # a ratio of three, a time
     r"(?:^|;)[0-9]+(?:(?:-[0-9]+)+|/[0-9]+/[0-9]+)(?:;|$)",  # a score, a range, a date
     r"'", r"\\[lc]?dots", r"\.\.\.")))  # what it leaves out
+# Of a number as the truth: what is still to compute is no answer, or a copy of the question would be paid.
+TO_COMPUTE = re.compile(r"[^\s({=,^]\s*(?:[-+*!]|\\(?:cdot|times|div)(?![A-Za-z])(?! *10 *\^))"
+                        r"|\\?(?:max|min|gcd|lcm|binom|sum|prod|int|lim)(?![A-Za-z])")
 DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)(?:\\overline\{([0-9]+)\})?(?![0-9._])")
 
 
@@ -201,6 +204,8 @@ def same_answer(given: str, truth: str) -> bool:
         (x, x_percent), (y, y_percent) = a_number, b_number
         x, y = x * a_scale, y * b_scale
         return x == y or x_percent > y_percent and x == 100 * y or y_percent > x_percent and y == 100 * x
+    if b_number and TO_COMPUTE.search(re.sub(r"^[^={]*=", "", a)):
+        return False
     a_word, b_word = as_word(a), as_word(b)
     alike = bare(a) == bare(b)
     if alike or a_word or b_word or a_scale != b_scale:
@@ -208,8 +213,9 @@ def same_answer(given: str, truth: str) -> bool:
     a, b = as_maths(a), as_maths(b)
     if NO_MATHS.search(f"{a};{b}") or ("=" in a) != ("=" in b) and (is_system(a) or is_system(b)):
         return False
-    if "," in a and "," in b and a[0] + a[-1] != b[0] + b[-1] and (a[0] in "([" and b[0] in "(["):
-        return False  # an open interval and a closed one, a point and a list
+    begun = re.match(r"[(\[]|\\\{", a), re.match(r"[(\[]|\\\{", b)
+    if all(begun) and "," in a and "," in b and (begun[0][0], a[-1]) != (begun[1][0], b[-1]):
+        return False  # an open interval and a closed one, a point and a set
     return math_verify(*without_capitals(b, a)) is True
 
 

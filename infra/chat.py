@@ -70,17 +70,10 @@ def stop_ids(tokenizer) -> list[int]:
 
     An instruct model has one token for both. A base model's eos is another one, and its answers would run on.
     """
-    *_, after = around_turns(tokenizer)
+    turns = [{"role": "user", "content": "My question"}, {"role": "assistant", "content": "My answer"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False, **FROZEN).rpartition("My answer")[2]
     first = tokenizer.encode(after, add_special_tokens=False)[:1]
     return sorted(({tokenizer.eos_token_id} | (control_ids(tokenizer) & set(first))) - {None})
-
-
-def around_turns(tokenizer) -> tuple[str, str, str]:
-    """What the chat template sets before a user's turn, between it and an assistant's, and after that."""
-    turns = [{"role": "user", "content": "My question"}, {"role": "assistant", "content": "My answer"}]
-    before, _, rest = tokenizer.apply_chat_template(turns, tokenize=False, **FROZEN).partition("My question")
-    between, _, after = rest.partition("My answer")
-    return before, between, after
 
 
 def answer_text(tokenizer, ids: list[int], stops: list[int]) -> str:

@@ -56,9 +56,11 @@ def weighted_mean(parts) -> dict:
     >>> weighted_mean([([1, 1, 0, 0], 1), ([1, 1, None], 3)])
     {'value': 0.875, 'low': 0.75, 'high': 1.0, 'count': 6}
     """
-    parts = [(known(values), weight) for values, weight in parts]
-    samples = [values for values, _ in parts if values]
-    weights = [weight for values, weight in parts if values]
+    samples, weights = [], []
+    for values, weight in parts:
+        if known(values):
+            samples.append(known(values))
+            weights.append(weight)
     if not samples:
         return figure(None, 0)
 
@@ -111,28 +113,12 @@ def check_writable(flag: str, path: str) -> None:
         raise InputError(f"--{flag} {path}: no file can be written there; name a file in a folder of yours")
 
 
-def read_json(path: str | Path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read, or is not JSON ({error}); check the name") from None
-
-
-def read_result(path: str | Path) -> dict:
+def read_result(path: Path) -> dict:
     """A JSON that a command of eval.py wrote."""
-    content = read_json(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read, or is not JSON ({error}); write it anew") from None
     if not isinstance(content, dict) or not {"figures", "settings"} <= content.keys():
         raise InputError(f"{path}: no result of eval.py (no 'figures' and 'settings'); write it with --json {path}")
     return content
-
-
-def read_texts(path: str | Path, field: str) -> list[str]:
-    """The texts in one field of a JSON list of objects, as the `alpaca_eval` package has it."""
-    records, texts = read_json(path), []
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{path}: expected a list of objects with {field}")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise InputError(f"{path}: entry {i} (from 0) has no text in field {field!r}; correct or remove it")
-        texts.append(record[field])
-    return texts

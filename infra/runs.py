@@ -80,9 +80,6 @@ def check_name(name: str, resume: bool) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InputError(f"--name {name!r}: at most 100 letters, digits, '.', '_' and '-'; a folder in runs/")
     run = Path("runs") / name
-    for folder in (run.parent, run):
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise InputError(f"{folder} is no folder: move it away, or run elsewhere")
     begun = (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size
     if not resume and (begun or checkpoints(run)):
         raise InputError(f"{run} holds a run: give --resume to continue it, or another --name")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -12,9 +11,9 @@ from infra.ranks import GPU, InputError, missing_gpu
 PRESET = "paper" if GPU else "smol"  # what --preset auto means on this machine
 
 
-def setting(default, help: str, *, above: float | None = None, least: float | None = None):
-    """One setting. Its value must be above one bound, or at least the other."""
-    metadata = {"help": help, "above": above, "least": least}
+def setting(default, help: str, *, above: float | None = None, least: float | None = None, most: float = 1e300):
+    """One setting. Its value must be above one bound or at least another, and at most the third."""
+    metadata = {"help": help, "above": above, "least": least, "most": most}
     if isinstance(default, list):  # takes several values: --preferences A B
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -54,21 +53,16 @@ def how_to_read(kind) -> dict:
         return {"choices": get_args(kind)}
     if get_origin(kind) is list:
         return {"nargs": "+"}
-    if kind is bool:  # --resume alone, or --resume True
-        return {"nargs": "?", "const": True, "type": yes_or_no}
+    if kind is bool:  # --offload, or --no-offload
+        return {"action": argparse.BooleanOptionalAction}
     return {"type": kind}
-
-
-def yes_or_no(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: give True or False")
-    return text.lower() == "true"
 
 
 def check_bounds(config) -> None:
     for one in fields(config):
-        value, above, least = getattr(config, one.name), one.metadata["above"], one.metadata["least"]
-        if above is not None and not above < value < math.inf:
-            raise InputError(f"--{one.name} {value}: must be above {above:g}, and finite")
-        if least is not None and not least <= value < math.inf:
-            raise InputError(f"--{one.name} {value}: must be {least:g} or more, and finite")
+        value, above, least, most = [getattr(config, one.name), *map(one.metadata.get, ("above", "least", "most"))]
+        end = f"at most {most:g}" if most < 1e300 else "finite"
+        if above is not None and not above < value <= most:
+            raise InputError(f"--{one.name} {value}: must be above {above:g}, and {end}")
+        if least is not None and not least <= value <= most:
+            raise InputError(f"--{one.name} {value}: must be {least:g} or more, and {end}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
@@ -9,19 +10,24 @@ from tqdm import tqdm
 
 from infra.ranks import InputError
 
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".gz": "json", ".zst": "json"}  # of `datasets`
+
 
 def source_records(source: str, *, split: str, flag: str):
     """((number, record) of every row, whether they come from the hub). A record is a dict, or a line of JSON in bytes.
 
-    source: a local .jsonl file, or a hub id, whose configuration follows a colon, as in openai/gsm8k:main. flag: the
-    setting that names it, for messages.
+    source: a local file: JSON objects, one a line or all in an array, or what BUILDERS reads; or a hub id, whose
+    configuration follows a colon, as in openai/gsm8k:main. flag: the setting that names it, for messages.
     """
-    if source.endswith((".jsonl", ".json")) or os.path.exists(source):
+    builder = BUILDERS.get(os.path.splitext(source)[1])
+    if not builder and (source.endswith((".jsonl", ".json")) or os.path.exists(source)):
         return file_records(source, flag), False
     import datasets  # slow
 
     name, _, config = source.partition(":")
     try:
+        if builder:
+            return enumerate(datasets.load_dataset(builder, data_files=source, split="train"), 1), False
         return enumerate(datasets.load_dataset(name, config or None, split=split), 1), True
     except Exception as error:  # noqa: BLE001  an unknown id or split, no network, a damaged set: anything is raised
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -29,14 +35,11 @@ def source_records(source: str, *, split: str, flag: str):
                          "the id and the network, or use a .jsonl file") from None
 
 
-OTHER_FORMATS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"[": "one JSON array", b"PK": "an archive",
-                 b"\x1f\x8b": "compressed", b"BZh": "compressed", b"\xfd7zXZ": "compressed",
-                 b"\x28\xb5\x2f\xfd": "compressed", b"version https://git-lfs": "a pointer: run git lfs pull"}
 MARK = b"\xef\xbb\xbf"  # with which some editors begin a file
 
 
 def file_records(source: str, flag: str):
-    """The lines of a local file, one at a time. Empty ones are left out, and counted as lines."""
+    """The lines of a local file, one at a time, or the items of its array. Empty lines are left out, and counted."""
     if not os.path.isfile(source):
         what = "a folder or a pipe, and no file" if os.path.exists(source) else "no such file"
         raise InputError(f"--{flag} {source}: {what}; give a .jsonl file or a hub id. `python -m lab.toy` writes the "
@@ -46,10 +49,13 @@ def file_records(source: str, flag: str):
     except OSError as error:
         raise InputError(f"--{flag} {source}: cannot be read ({error.strerror}); mend its permissions") from None
     with lines:
-        for start, what in OTHER_FORMATS.items():
-            if lines.peek(40).removeprefix(MARK).lstrip().startswith(start):
-                raise InputError(f"--{flag} {source}: this is {what}, and we read one JSON object a line; convert it, "
-                                 "for example datasets.load_dataset(...).to_json(\"rows.jsonl\")")
+        begins = lines.peek(40).removeprefix(MARK).lstrip()
+        if begins.startswith(b"["):
+            try:
+                yield from enumerate(json.loads(lines.read().removeprefix(MARK)), 1)
+            except ValueError as error:
+                raise InputError(f"--{flag} {source}: begins as a JSON array, and is none ({error})") from None
+            return
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(MARK)
             if line.strip():

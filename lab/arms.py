@@ -123,8 +123,6 @@ def run_arm(arm: str, seed: int, passed: list[str], ranks: int) -> dict:
     status = call(command, 1 if "lab.toy" in command else ranks, log)
     line = {"arm": arm, "seed": seed, "status": "done", "cpu_minutes": round(cpu_minutes() - before, 1),
             "command": shlex.join(["python", *command]), "commit": commit()}
-    if "stopped by a signal" in log.read_text():
-        status = 143  # as a shell has it
     if not status and not result.exists():  # a model as it is has been measured
         model = str(home / "checkpoints" / "last" / "model")
         status = call(["-m", "lab.toy", "heldout", "--model", model, *MEASURED, "--json", str(result)], 1, log)

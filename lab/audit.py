@@ -127,8 +127,8 @@ def record_differences(config, step: int, group: Group, tokenizer, judge) -> lis
     if recorded != orders:
         return [*wrong, f"{where}: judgements over the answers {recorded}, and the seed gives {orders}"]
     for k, judgement in enumerate(group.judgements, 1):
-        if not judge or config.judge and judgement["prompt"] is None:  # a reward model reads no prompt
-            continue
+        if not judge:
+            break
         shown = [group.texts[i] for i in judgement["order"]]
         ids, cut = data.encode_judgement(config, judge, group.prompt.instruction, shown)
         if (judge.decode(ids), cut) != (judgement["prompt"], judgement["cut"]):

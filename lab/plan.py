@@ -226,7 +226,8 @@ def advice(shape, plan: Plan) -> str:
         except InputError:  # these do not split
             continue
         if plan.nproc % tried.tensor_parallel == 0 and not does_not_fit(shape, tried, world):
-            flags = [f"--{name} {value}" for name, value in vars(tried).items() if value != getattr(plan, name)]
+            changed = [(name, value) for name, value in vars(tried).items() if value != getattr(plan, name)]
+            flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in changed]
             return f"{' '.join(flags)}, about {sum(planned_seconds(shape, tried, world).values()):.0f} s a step"
     return "nothing that this plan tries"
 

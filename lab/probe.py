@@ -21,8 +21,6 @@ from infra.sampler import start_sampler
 from infra.settings import parse, setting
 from rewards import kind_figures, mean
 
-FIGURES = ("reward", "format", "tau", "score_std", "distinct", "first_position", "finished")  # of those of log.jsonl
-
 
 @dataclass
 class Probe(urpo.Config):
@@ -33,11 +31,7 @@ class Probe(urpo.Config):
 
 def row_figures(groups: list[Group]) -> dict[str, float | None]:
     """The figures of one row, from its group; those of P from both its orders."""
-    figures = {"gradient": mean(group.has_signal for group in groups)}
-    for name, value in kind_figures(groups).items():
-        if name in FIGURES:
-            figures[name] = value
-    return figures
+    return {"gradient": mean(group.has_signal for group in groups), **kind_figures(groups)}
 
 
 def verdict(kind: str, figures: dict[str, dict]) -> str:

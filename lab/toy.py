@@ -113,8 +113,10 @@ def measure(instruction: str, text: str) -> dict[str, bool] | None:
     names = {stem(word) for word in topic.split() if word != "the"}
     sentences = re.split(r"(?<=[.!?])\s+|\n", re.sub(r"^- ", "", text, flags=re.MULTILINE))
     capital = all(sentence[:1].isupper() for sentence in sentences)
-    on_topic, whole = names <= stems, text[-1:] in tuple(".!?")
-    in_order, kept = capital and not re.search(r"[.!?]\w", text), complies(check, text)
+    on_topic = names <= stems
+    whole = text[-1:] in tuple(".!?")
+    in_order = capital and not re.search(r"[.!?]\w", text)
+    kept = complies(check, text)
     good = on_topic and whole and in_order
     return {**dict(zip(GOLD, (on_topic, whole, in_order, kept))), "on topic, whole, in order": good,
             "all four": good and kept}

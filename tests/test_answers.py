@@ -33,7 +33,8 @@ WRONG = [  # (given, truth)
     ("2516", "2516_8"), ("2", "2m"), ("2", "2d"), ("3", "3h"), ("5 km", "5 m"), ("5 m", "5 s"), ("5 cm", "5 m"),
     (r"3 \text{ m}", r"3 \text{ s}"),
     # a capital letter; brackets; a letter in a font; a word that changes the value; two numbers; a ratio, a time
-    (r"\frac{R}{2}", "r/2"), (r"\pi(R^2-r^2)", r"\pi(r^2-R^2)"), ("R-r", "r-R"), ("ABC", "abc"), ("A, B, C", "a, b, c"),
+    (r"\{3,4\}", "(3,4)"), (r"\frac{R}{2}", "r/2"), (r"\pi(R^2-r^2)", r"\pi(r^2-R^2)"), ("R-r", "r-R"),
+    ("ABC", "abc"), ("A, B, C", "a, b, c"),
     ("(a, b)", "[a, b]"), ("[a,b)", "(a,b]"), (r"3\mathrm{i}", "3"), (r"3\mathbf{a}", "3"), (r"3\text{x}^2", "3"),
     (r"5\text{ or more}", "5"), ("5 tenths", "5"), ("3 out of five", "3"), (r"\$5\text{M}", "5"), ("5 lakh", "5"),
     (r"2\text{ R }3", r"3\text{ R }2"), ("6 ft 2 in", "4 ft 3 in"), ("2 to 6", "3 to 4"), (r"5 \text{} 3", "53"),
@@ -42,6 +43,10 @@ WRONG = [  # (given, truth)
     ("2^{-300}", "2^{-301}"), (r"\frac{2019}{2^{2020}}", r"\frac{2020}{2^{2020}}"), ("f'(2)", "f(2)"), ("5'", "5"),
     (r"1,2,\ldots,10", "1,2,10"), ("2020-01-05", "2020-05-01"), ("3-1", "2-0"), ("3/4/2000", "6/8/2000"),
     ("2A3B_{16}", "3A2B_{16}"), (r"\frac{\rm 12}{5}", "5/2"),
+]
+COPIES = [  # (what a question asks for, the number that it should be)
+    ("24 + 25", "49"), (r"\max(13, 29, 38, 68)", "68"), ("max(1, 2)", "2"), ("9 * 8", "72"), (r"9\cdot 8", "72"),
+    (r"\binom{5}{2}", "10"), ("5!", "120"), (r"\frac{24+25}{1}", "49"), (r"\sum_{k=1}^{3} k", "6"), ("x=24+25", "49"),
 ]
 LAST = [  # (text without a box, its last number)
     ("The answer is –7.", "-7"), ("He owes -$7.", "-7"), ("It is negative 7.", "-7"), ("10 minus 7", "7"),
@@ -59,6 +64,12 @@ def test_right_answers_are_paid_however_they_are_written(given, truth):
 def test_wrong_answers_are_not_paid(given, truth):
     assert not same_answer(given, truth)
     assert not same_answer(truth, given)
+
+
+@pytest.mark.parametrize("given, truth", COPIES)
+def test_a_number_that_is_still_to_compute_is_no_answer(given, truth):
+    assert not same_answer(given, truth)
+    assert same_answer(r"1.5\times 10^3", "1500")
 
 
 @pytest.mark.parametrize("text, number", LAST)

@@ -66,11 +66,12 @@ def test_reasoning_measures_each_set_and_their_average(tmp_path, answering):
             for answer in ("4", "5", "6")]
     main(["reasoning", "--model", "m", "--data", *sets, "--samples", "4", "--json", str(tmp_path / "out.json")])
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
-    found = {name: [figures[part][name]["value"] for part in (*sets, "average")] for name in figures["average"]}
+    parts = [f"reasoning, {part}" for part in ("4", "5", "6", "average")]
+    found = {name: [figures[part][name]["value"] for part in parts] for name in figures[parts[-1]]}
     assert found["solved, greedy"] == pytest.approx([1, 0, 0, 1 / 3], abs=1e-4)
     assert found["solved"] == pytest.approx([0.75, 0.25, 0, 1 / 3], abs=1e-4)
     assert found["cut off"] == [0] * 4
-    assert figures[sets[0]]["solved"]["count"] == 1  # a repeated question is no independent trial
+    assert figures[parts[0]]["solved"]["count"] == 1  # a repeated question is no independent trial
 
 
 def test_alpacaeval_writes_the_fields_that_the_package_reads(tmp_path, answering, capsys):
@@ -93,7 +94,7 @@ def test_what_is_refused_names_the_remedy(tmp_path, capsys, measuring):
     for words, arguments in [
             (["--data", "pairs"], ["rewardbench", "--model", "m", "--data", ties]),
             (["--data"], ["reasoning", "--model", "m"]),
-            (["entry 0", "'instruction'"], ["alpacaeval", "--model", "m", "--data", tmp_path / "bad.json"]),
+            (["bad.json:1", "no field"], ["alpacaeval", "--model", "m", "--data", tmp_path / "bad.json"]),
             (["--outputs", "name a file"], ["alpacaeval", "--model", "m", "--data", good, "--outputs", tmp_path])]:
         err = fails(arguments, capsys)
         assert all(word in err for word in words), (words, err)

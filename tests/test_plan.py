@@ -80,14 +80,6 @@ def test_the_time_of_a_step_is_within_half_of_published_ones(what):
     assert sum(found.values()) == pytest.approx(total, rel=0.35)
 
 
-def test_a_judges_prompt_costs_the_answers_that_it_lists_and_never_more_than_its_limit():
-    def judging(**changes):
-        return plan.planned_seconds(SEVEN_B, settings(**changes), 8)["self_score"]
-
-    assert judging(max_judge_tokens=8192) == judging() > judging(max_judge_tokens=2048)
-    assert judging(judge_list=2, judgements=4) > judging(judge_list=2, judgements=2) > judging()
-
-
 # ---- does it fit ----
 
 
@@ -126,7 +118,7 @@ def test_70b_by_hand(monkeypatch, capsys):
     assert len(TABLE) == 8
     text = planned(monkeypatch, capsys, "--model meta-llama/Llama-3.1-70B --nodes 4 --gpu_gib 79.6")
     assert "sampler's weights take 131.4 GiB" in text and re.search(r"parameters +8.21", text)
-    assert "what fits: --tensor_parallel 4 --offload True, about 139 s" in text and "a step: " not in text
+    assert "what fits: --tensor_parallel 4 --offload, about 139 s" in text and "a step: " not in text
 
 
 # ---- the command ----
@@ -155,7 +147,6 @@ def test_a_model_that_is_not_known_is_read_from_its_config(monkeypatch, capsys, 
 
 @pytest.mark.parametrize("arguments, message", [
     ("--gpu_gib 80 --nproc 7", "--batch 196"),
-    ("--gpu_gib 0", "--gpu_gib 0"),
     ("--nproc_per_node 8", "--nproc_per_node"),
 ])
 def test_a_mistake_is_one_line(monkeypatch, capsys, arguments, message):

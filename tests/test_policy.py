@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import fsdp
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import VOCABULARY, assert_same_gradients, gradients, packed, plain_logprobs, random_groups
@@ -87,6 +88,9 @@ def test_weights_are_the_folders_in_fp32_and_one_that_is_missing_or_of_another_s
         save_file(weights | more, tmp_path / "model.safetensors")
         with pytest.raises(InputError, match=f"{said}.*save_pretrained"):
             policies.load_policy(str(tmp_path), vocabulary=VOCABULARY, precision="float32")
+    (tmp_path / "generation_config.json").write_text('{"top_p": 0.6}')  # and it does not sample
+    with pytest.raises(InputError, match="generation_config.json contradicts itself.*top_p"):
+        policies.load_policy(str(tmp_path), vocabulary=VOCABULARY, precision="float32")
 
 
 def test_heads_that_do_not_split_over_the_sharers_of_a_sampler_name_numbers_that_do():
@@ -97,17 +101,13 @@ def test_heads_that_do_not_split_over_the_sharers_of_a_sampler_name_numbers_that
         policies.check_heads("m", qwen, 3)
 
 
-def test_offload_changes_no_digit(tiny_model, process_group):
-    found = []
-    for offload in (False, True):
-        policy = policies.load_policy(tiny_model, vocabulary=VOCABULARY, precision="float32", offload=offload)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
-        for row in policies.accumulate(policy, [packed(random_groups(2, seed)) for seed in (1, 2)]):
-            policy(row).square().sum().backward()
-        norm = policies.clip_gradient(policy, 0.1)
-        optimizer.step()
-        found.append([torch.tensor(norm), *(weight for _, weight in policies.full_weights(policy))])
-    assert all(map(torch.equal, *found))
+def test_offload_is_asked_of_every_layer_and_of_the_rest(tiny_model, process_group, monkeypatch):
+    """On a CPU it changes nothing else: what it does on a GPU is not yet run."""
+    asked, shard = [], fsdp.fully_shard
+    monkeypatch.setattr(fsdp, "fully_shard", lambda part, **options: asked.append(options) or shard(part, **options))
+    policy = policies.load_policy(tiny_model, vocabulary=VOCABULARY, precision="float32", offload=True)
+    assert len(asked) == 1 + len(policy.lm.model.layers)
+    assert all(isinstance(options["offload_policy"], fsdp.CPUOffloadPolicy) for options in asked)
 
 
 LOAD = """

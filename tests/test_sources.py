@@ -1,7 +1,9 @@
 """Rows of public data sets are read as they are meant, left out and counted, or refused with the field's name."""
 import json
+from functools import partial
 
 import pytest
+from pandas import DataFrame
 
 import data
 from data import Prompt
@@ -128,17 +130,27 @@ def test_what_cannot_be_read_is_refused_by_line_and_field(tmp_path, kind, row, f
         load(tmp_path, kind, row)
 
 
-@pytest.mark.parametrize("start, what", [(b"PAR1..", "parquet"), (b"\x1f\x8b..", "compressed"), (b" [{}]", "array"),
-                                         (b"\xef\xbb\xbf[{}]", "array"), (b"version https://git-lfs.", "pointer")])
-def test_a_file_of_another_format_is_named(tmp_path, start, what):
+@pytest.mark.parametrize("content, what", [(b"PAR1..", "json:1: .*JSON object a line"), (b" [{},", "array"),
+                                           (b"\xef\xbb\xbf[1]", "json:1: expected an object, found int")])
+def test_a_file_that_holds_no_objects_is_named(tmp_path, content, what):
     path = tmp_path / "rows.json"
-    path.write_bytes(start)
+    path.write_bytes(content)
     with pytest.raises(InputError, match=what):
         data.load_source("reasoning", str(path))
 
 
-def test_a_mark_at_the_start_of_a_file_is_no_part_of_its_first_row(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"instruction": "Say hi."}\n')
-    (prompt,), _ = data.load_source("instruction", str(path))
-    assert prompt.instruction == "Say hi."
+@pytest.mark.parametrize("name, write", [
+    ("rows.parquet", DataFrame.to_parquet), ("rows.csv", partial(DataFrame.to_csv, index=False)),
+    ("rows.jsonl.gz", partial(DataFrame.to_json, orient="records", lines=True))])
+def test_other_formats_are_read_by_the_package_for_data_sets(tmp_path, name, write):
+    write(DataFrame({"question": ["2 + 2?", "1 + 1?"], "answer": ["4", "two"]}), tmp_path / name)
+    prompts, _ = data.load_source("reasoning", str(tmp_path / name))
+    assert [(prompt.instruction, prompt.answer) for prompt in prompts] == [("2 + 2?", "4"), ("1 + 1?", "two")]
+
+
+@pytest.mark.parametrize("form", ["%s\n", "[%s,\n%s]"])
+def test_a_line_or_an_array_is_read_and_a_mark_at_the_start_of_a_file_is_no_part_of_it(tmp_path, form):
+    path, row = tmp_path / "rows.json", '{"instruction": "Say hi."}'
+    path.write_text("\ufeff" + form.replace("%s", row))
+    prompts, _ = data.load_source("instruction", str(path))
+    assert [prompt.instruction for prompt in prompts] == ["Say hi."] * form.count("%s")

@@ -22,7 +22,7 @@ from lab import toy
 
 # Every size is given, so that no change of the preset changes what these runs show.
 SIZES = ("--preset smol --name e2e --batch 12 --mix 1:1:1 --group 4 --minibatches 2 --judgements 1 --judge_list 0 "
-         "--both_orders True --max_prompt_tokens 700 --max_answer_tokens 24 --max_referee_tokens 24 "
+         "--both_orders --max_prompt_tokens 700 --max_answer_tokens 24 --max_referee_tokens 24 "
          "--max_judge_tokens 700 --row_tokens 512 --save_every 0 --keep 0 --warmup_steps 1 --lr 3e-4 --lr_warmup 0 "
          "--precision float32").split()
 SIX_STEPS = ("--steps", "6", "--save_every", "3")  # of the run that conftest.py makes once for all tests, `finished`
