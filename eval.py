@@ -32,6 +32,7 @@ from infra.results import (
     columns,
     figure,
     interval,
+    is_share,
     known,
     summary,
     table,
@@ -148,10 +149,6 @@ def finish(config, figures: dict, printed: str, **more) -> None:
 # those with the worse one shown first. A judgement is [score of the first shown, score of the second], or None.
 
 
-def verdicts(samples: list[Sample]) -> list:
-    return [parse_scores(sample.text, 2, sample.finished) for sample in samples]
-
-
 def credit(margin: float | None) -> float:
     """1 if the better response is ahead, 0 if it is behind; a tie, or an unread judgement, is worth a coin."""
     return float(margin > 0) if margin else 0.5
@@ -202,7 +199,8 @@ def longer_wins(pair: Prompt) -> float:
 def measures(config, row: Prompt, shown: list[Sample], mirrored: list[Sample]) -> dict:
     """Of some answers to a row: how a pair was judged, else the share of answers with each property that is known."""
     if row.kind == "preference":
-        return pair_figures(verdicts(shown), verdicts(mirrored))
+        return pair_figures(*[[parse_scores(sample.text, 2, sample.finished) for sample in samples]
+                              for samples in (shown, mirrored)])
     if row.kind == "reasoning":
         return {"solved": mean(verify_answer(sample.text, row.answer) for sample in shown)}
     marks = known(config.measure and config.measure(row.instruction, sample.text) for sample in shown)
@@ -292,7 +290,7 @@ Reasoning: math-prm 984, hep-cpp 164, hep-go 164, hep-java 164, hep-js 164, hep-
     REWARDBENCH[section] = {name: int(weight) for name, weight in map(str.split, subsets.split(", "))}
 
 
-def benchmark_figures(subsets: list[str], values) -> dict[str, dict]:
+def benchmark_figures(subsets: list[str], values, share: bool = True) -> dict[str, dict]:
     """One measure of many pairs -> a figure a subset, a section, and the plain mean of the sections.
 
     subsets: that of each pair. One that RewardBench does not know weighs as many pairs as it has.
@@ -307,7 +305,7 @@ def benchmark_figures(subsets: list[str], values) -> dict[str, dict]:
         own = [subset for subset in found if subset in weights]
         if own:
             parts = [(found[subset], weights[subset]) for subset in own]
-            figures[section] = {subset: interval(found[subset]) for subset in own}
+            figures[section] = {subset: interval(found[subset], share) for subset in own}
             figures[section]["section"] = weighted_mean(parts)
             total = sum(weight for part, weight in parts if known(part))
             everything += [(part, weight / max(total, 1)) for part, weight in parts]
@@ -347,7 +345,7 @@ def rewardbench(config) -> None:
         rows.append(judged | {"longer wins": longer_wins(asked.row)})
     results, figures = {}, {}
     for name, values in columns(rows).items():
-        results[name] = {"figures": benchmark_figures(compress(subsets, fits), values)}
+        results[name] = {"figures": benchmark_figures(compress(subsets, fits), values, is_share(name))}
         for section, cells in results[name]["figures"].items():
             for subset, cell in cells.items():
                 figures.setdefault(section, {})[f"{subset}: {name}"] = cell

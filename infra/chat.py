@@ -10,7 +10,7 @@ from pathlib import Path
 
 from infra.ranks import InputError
 
-# Some templates write today's date: a run that is resumed tomorrow, or audited, would then have other prompts.
+# Else a template that writes today's date would give a run that is resumed, or audited, other prompts tomorrow.
 FROZEN = {"strftime_now": datetime.date(2025, 1, 1).strftime}
 
 

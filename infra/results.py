@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from operator import itemgetter
 from pathlib import Path
 
@@ -30,10 +31,11 @@ def known(values) -> list:
     return [value for value in values if value is not None]
 
 
-def interval(values) -> dict:
-    """Mean of one value a row, and its 95 % interval (ours): Wilson's if all are 0 or 1, else a bootstrap over rows.
+def interval(values, share: bool = True) -> dict:
+    """Mean of one value a row, and its 95 % interval (ours): of a share Wilson's if all are 0 or 1, else a bootstrap.
 
-    Rows are the unit and not samples, since the samples of one row are no independent trials. None is left out.
+    Rows are the unit, since the samples of one row are no independent trials. None is left out. Equal values have no
+    interval unless they are shares.
 
     >>> interval([1, 0, 1, 1, None])
     {'value': 0.75, 'low': 0.3006, 'high': 0.9544, 'count': 4}
@@ -41,7 +43,7 @@ def interval(values) -> dict:
     {'value': None, 'low': None, 'high': None, 'count': 0}
     """
     values = list(map(float, known(values)))
-    if not values or set(values) - {0.0, 1.0}:
+    if not values or not share or set(values) - {0.0, 1.0}:
         return weighted_mean([(values, 1)])
     test = stats.binomtest(int(sum(values)), len(values))
     low, high = test.proportion_ci(method="wilson")
@@ -69,7 +71,7 @@ def weighted_mean(parts) -> dict:
         return np.average(means, axis=0, weights=weights)
 
     sizes = list(map(len, samples))
-    if min(sizes) < 2:  # one row does not tell how much rows differ
+    if min(sizes) < 2 or max(len(set(values)) for values in samples) == 1:  # nothing tells how much rows differ
         return figure(statistic(*samples), sum(sizes))
     rng = np.random.default_rng(0)
     drawn = stats.bootstrap(samples, statistic, n_resamples=2000, method="percentile", rng=rng)
@@ -85,9 +87,14 @@ def columns(rows: list[dict]) -> dict[str, list]:
     return found
 
 
+def is_share(name: str) -> bool:
+    """Whether a measure of this name is between 0 and 1, of one row 0 or 1."""
+    return not re.search("first|tau|reward|std|scale|distinct|length|tokens|entropy|prompts|unjudged", name)
+
+
 def summary(rows: list[dict]) -> dict[str, dict]:
     """The measures of many rows, an `interval` for each measure."""
-    return {name: interval(values) for name, values in columns(rows).items()}
+    return {name: interval(values, is_share(name)) for name, values in columns(rows).items()}
 
 
 def table(results: dict[str, dict], last: str = "") -> str:

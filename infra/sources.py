@@ -25,10 +25,9 @@ def source_records(source: str, *, split: str, flag: str):
     import datasets  # slow
 
     name, _, config = source.partition(":")
+    options = {"data_files": source, "split": "train"} if builder else {"name": config or None, "split": split}
     try:
-        if builder:
-            return enumerate(datasets.load_dataset(builder, data_files=source, split="train"), 1), False
-        return enumerate(datasets.load_dataset(name, config or None, split=split), 1), True
+        return enumerate(datasets.load_dataset(builder or name, **options), 1), not builder
     except Exception as error:  # noqa: BLE001  an unknown id or split, no network, a damaged set: anything is raised
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"--{flag} {source}: neither a local file nor a data set the hub gave us ({reason}); check "

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import data
 import urpo
-from data import Group
 from eval import open_model
 from infra.ranks import InputError, one_line_errors
 from infra.results import summary, table
@@ -27,11 +26,6 @@ class Probe(urpo.Config):
     """The settings of urpo.py, and how much is asked."""
 
     rows: int = setting(32, "prompts of each kind, an even number", least=2)
-
-
-def row_figures(groups: list[Group]) -> dict[str, float | None]:
-    """The figures of one row, from its group; those of P from both its orders."""
-    return {"gradient": mean(group.has_signal for group in groups), **kind_figures(groups)}
 
 
 def verdict(kind: str, figures: dict[str, dict]) -> str:
@@ -56,8 +50,11 @@ def measure(config) -> dict[str, dict]:
     groups = urpo.reward(config, groups)
     figures = {}
     for kind in data.KINDS:
-        part, orders = [group for group in groups if group.prompt.kind == kind], 1 + (kind == "preference")
-        rows = [row_figures(part[first : first + orders]) for first in range(0, len(part), orders)]
+        part, rows = [group for group in groups if group.prompt.kind == kind], []
+        orders = 2 if kind == "preference" else 1
+        for first in range(0, len(part), orders):
+            row = part[first : first + orders]
+            rows.append({"gradient": mean(group.has_signal for group in row), **kind_figures(row)})
         if rows:
             figures[kind] = summary(rows)
     return figures

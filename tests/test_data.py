@@ -170,7 +170,7 @@ def test_rows_of_the_hub_are_read_once_and_a_few_unreadable_ones_are_left_out_an
     rows += [rows[0], ultrafeedback(1.0)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: asked.append((args, kw)) or rows)
     found, left_out = data.load_source("preference", "some/set:main")
-    assert asked == [(("some/set", "main"), {"split": "train"})]
+    assert asked == [(("some/set",), {"name": "main", "split": "train"})]
     assert len(found) == 98 and list(left_out.values()) == [1, 1]
     assert any("some/set:main:100: field 'responses'" in reason for reason in left_out)
     rows[:] = rows[-10:]

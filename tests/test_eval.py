@@ -42,6 +42,7 @@ def test_intervals():
     assert interval([0] * 10)["high"] == pytest.approx(0.2775, abs=1e-4)  # Wilson, unlike Wald, is not (0, 0)
     shares = interval([0, 0.5, 1, 0.25] * 8)  # by a bootstrap
     assert 0.25 < shares["low"] < shares["value"] == 0.4375 < shares["high"] < 0.65
+    assert interval([0] * 10, share=False)["high"] is None  # of a preference for a place, or of tau
     assert interval([0.5]) == {"value": 0.5, "low": None, "high": None, "count": 1}
     parts = weighted_mean([([0, 1] * 20, 1), ([1] * 10, 3)])  # rows are drawn within parts
     assert 0.8 < parts["low"] < 0.875 == parts["value"] < parts["high"] < 0.95
