@@ -12,7 +12,7 @@ torch = torch==2.13.0+cpu
 torch_index = --extra-index-url https://download.pytorch.org/whl/cpu
 # An installation that broke off has no .venv/ready; one by another Python holds another version. Both are built anew.
 anew := $(if $(filter $(version),$(shell cat .venv/ready 2> /dev/null)),,--clear)
-run = runs/$(NAME)
+run = runs/$(or $(NAME),demo)
 torchrun = $(python) -m torch.distributed.run --nproc_per_node=$(RANKS)
 # bf16 halves the time of an update, on a CPU that has instructions for it.
 BF16 ?= $(shell grep -q avx512_bf16 /proc/cpuinfo 2> /dev/null && echo --precision bfloat16)
@@ -45,10 +45,11 @@ toy: .venv/ready
 demo: toy
 	@echo "URPO on SmolLM2-135M, $(RANKS) processes: about 30 minutes and 14 GB of memory. Four steps:"
 	@echo "1. measure the base on held-out examples   2. train 16 steps   3. measure again   4. curves, table, answers"
+	@test $(run) = runs/demo -o ! -e $(run) || { echo "$(run) is there already: give another NAME" >&2; exit 1; }
 	@rm -rf $(run)
 	@env -u OMP_NUM_THREADS $(python) -m lab.toy heldout --model toy/model --rows 48 \
 		--json $(run)/heldout-before.json > /dev/null
-	@$(torchrun) urpo.py --preset smol --name $(NAME) --seed $(SEED) $(BF16)
+	@$(torchrun) urpo.py --preset smol --name $(notdir $(run)) --seed $(SEED) $(BF16)
 	@env -u OMP_NUM_THREADS $(python) -m lab.toy heldout --model $(run)/checkpoints/last/model --rows 48 \
 		--json $(run)/heldout-after.json > /dev/null
 	@$(python) -m lab.report $(run)

@@ -123,7 +123,7 @@ def sft(config: Baseline) -> None:
     worked = demonstrations(sources)
     log = runs.Log(asdict(config), program="sft", rows=data.checksums(sources), may_change=urpo.MAY_CHANGE,
                    about={"sources": told})
-    model = policy.load_policy(folder, vocabulary=len(tokenizer), precision=config.precision)
+    model = policy.load_policy(folder, vocabulary=len(tokenizer), precision=config.precision, offload=config.offload)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     policy.check_packing(model)
     if log.saved:
