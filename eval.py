@@ -40,7 +40,7 @@ from infra.results import (
 )
 from infra.runs import write_whole
 from infra.sampler import PROMPTS_AT_ONCE, Sample, generate, start_sampler
-from infra.settings import PRESET
+from infra.settings import PRESET, check_bounds
 from infra.sources import LeftOut, progress, source_records
 from rewards import first_position_preference, mean, parse_scores, verify_answer
 
@@ -442,9 +442,10 @@ def parse_arguments(arguments: list[str], measure) -> argparse.Namespace:
     config = argparse.Namespace(json="", measure=measure, max_judge_tokens=0, preferences=[], instructions=[])
     parser.parse_args(arguments, config)
     temperature, samples = getattr(config, "temperature", 1.0), getattr(config, "samples", 1)
-    if not 0.01 <= temperature <= 2 and (temperature or samples > 1):
-        parser.error(f"--temperature {temperature:g}: give .01 to 2. At 0 all {samples} samples would be the "
-                     "greedy answer, which is measured anyway; there give --samples 1")
+    if temperature:
+        check_bounds(urpo.Config(temperature=temperature))
+    elif samples > 1:
+        parser.error(f"--temperature 0: all {samples} samples are the greedy answer, measured anyway; give --samples 1")
     for flag in ("json", "outputs"):
         if getattr(config, flag, ""):
             check_writable(flag, getattr(config, flag))
