@@ -238,8 +238,7 @@ def read_weights(policy: Policy, folder: str) -> None:
     try:
         folder = folder if os.path.isdir(folder) else snapshot_download(folder, allow_patterns=["model*.safetensors"])
     except OSError as error:
-        raise InputError(f"--model {folder}: its weights did not come from the hub ({error}); check network and disk, "
-                         "or give a folder") from None
+        raise InputError(f"--model {folder}: no weights from the hub ({error}): check network and disk") from None
     files = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         file = safe_open(path, framework="pt")

@@ -80,6 +80,8 @@ def check_name(name: str, resume: bool) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InputError(f"--name {name!r}: at most 100 letters, digits, '.', '_' and '-'; a folder in runs/")
     run = Path("runs") / name
+    if os.path.lexists(run) and not run.is_dir():
+        raise InputError(f"{run} is no folder: move it away, or give another --name")
     begun = (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size
     if not resume and (begun or checkpoints(run)):
         raise InputError(f"{run} holds a run: give --resume to continue it, or another --name")
@@ -258,8 +260,7 @@ def last_checkpoint(run: Path) -> tuple[int, Path | None]:
     tidy_checkpoints(run, keep=0)
     done, saved = checkpoints(run)[0]
     if not (saved / "trainer" / ".metadata").exists():
-        raise InputError(f"{saved}: without trainer/, so no run goes on from it: remove it, or begin a new run with "
-                         f"--model {saved / 'model'}")
+        raise InputError(f"{saved}: without trainer/: remove it, or begin a new run with --model {saved / 'model'}")
     return done, saved
 
 

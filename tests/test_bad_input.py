@@ -66,6 +66,7 @@ def folders(tmp_path_factory, smol_tokenizer):
         (home / f"{flag}.jsonl").write_text(line + "\n")
     (home / "runs" / "taken").mkdir(parents=True)
     (home / "runs" / "taken" / "log.jsonl").write_text("{}\n")
+    (home / "runs" / "file").write_text("")
     return home
 
 
@@ -122,6 +123,7 @@ COMMANDS = [  # arguments, and what the message must say
     ("--judge_list 1", ["--judge_list 1", "2 to 4"]),
     ("--judge_list 2 --judgements 3", ["--judgements 3", "for example 4"]),
     ("--judge_list 2 --judgements 8", ["--judgements 8", "6"]),
+    ("--name file", ["runs/file", "move it away"]),
     ("--name taken", ["runs/taken", "--resume", "--name"]),
     ("--max_prompt_tokens 20", ["--preferences", "raise --max_prompt_tokens 20"]),
     ("--max_prompt_tokens 4000", ["--model model", "1024", "4064", "lower --max_judge_tokens"]),
