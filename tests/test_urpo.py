@@ -44,7 +44,7 @@ class FakeSampler:
 
     def generate(self, sampler, prompts, *, n, max_tokens, seeds, temperature):
         assert sampler is self and len(prompts) == len(max_tokens) == len(seeds)
-        self.calls.append(SimpleNamespace(prompts=prompts, n=n, max_tokens=max_tokens, seeds=seeds))
+        self.calls.append(SimpleNamespace(prompts=prompts, n=n, max_tokens=max_tokens, seeds=seeds, at=temperature))
         return [[self.sample(text) for text in self.texts[:n]] for _ in prompts]
 
     def sample(self, text):
@@ -61,7 +61,7 @@ def test_rollout_keeps_ids_texts_and_logprobs_of_every_sample(monkeypatch, smol_
     config = tiny_config(max_answer_tokens=11, max_referee_tokens=7)
     groups = urpo.rollout(config, sampler, smol_tokenizer, SHARE, step=9)
     (call,) = sampler.calls
-    assert call.n == 3 and call.max_tokens == [7, 11, 11]
+    assert call.n == 3 and call.max_tokens == [7, 11, 11] and call.at == 0.7
     assert call.seeds == [data.request_seed(0, 9, index, "answer") for index in (4, 5, 6)]
     for group, (index, prompt), ids in zip(groups, SHARE, call.prompts, strict=True):
         assert (group.index, group.prompt, group.prompt_ids) == (index, prompt, ids)
