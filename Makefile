@@ -58,7 +58,7 @@ demo: toy
 test: .venv/ready
 	$(python) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
-test-slow: .venv/ready
+test-slow: .venv-trl/ready
 	$(python) -m pytest -q -n 2 --dist loadfile -m slow tests
 
 test-all: test test-slow

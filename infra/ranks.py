@@ -47,13 +47,13 @@ def start_ranks() -> None:
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free port
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank, threads = int(os.environ["LOCAL_RANK"]), max(1, len(os.sched_getaffinity(0)) // ranks_here())
     if GPU:
         if local_rank >= torch.cuda.device_count():
             raise InputError(f"local rank {local_rank} has no GPU: use --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
-    else:  # more threads than cores get in each other's way: an update took 7 times as long
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else vLLM leaves one to the AdamW of --offload
+    torch.set_num_threads(threads)  # more than cores get in each other's way: an update took 7 times as long
     STORE, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
     dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", store=STORE, rank=rank, world_size=world,
                             timeout=TIMEOUT)

@@ -57,7 +57,7 @@ def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences
     if gpu_memory is not None:
         options.update(distributed_executor_backend="external_launcher", enable_sleep_mode=GPU and sleeps,
                        gpu_memory_utilization=gpu_memory, tensor_parallel_size=tensor_parallel)
-    if tensor_parallel > 1:  # vLLM's own all-reduce has crashed beside a sampler that sleeps (its issue 45611)
+    if tensor_parallel > 1:  # vLLM's own all-reduce has crashed beside a sampler that sleeps (its pull request 45611)
         options.update(disable_custom_all_reduce=True)
     if sequences is not None:
         options.update(max_num_seqs=min(sequences, SAMPLED_AT_ONCE))  # the others wait

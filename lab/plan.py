@@ -95,7 +95,7 @@ def gpu_memory(shape, config, world: int) -> dict[str, dict[str, float]]:
     """{what: {part: GiB}} of one rank from the second step on."""
     state = 0 if config.offload else 4 * shape.parameters / world / 2**30
     weights = 2 * shape.parameters / config.tensor_parallel / 2**30
-    largest = 6 * shape.vocabulary * shape.hidden / 2**30  # one whole tensor, in fp32 and in bf16
+    largest = 2 * shape.vocabulary * shape.hidden / 2**30  # one whole tensor, in bf16
     rows = {
         "parameters": dict.fromkeys(PARTS, state),
         "gradients": {"update": state},
@@ -126,7 +126,7 @@ BANDWIDTH = 3.35e12  # bytes a second, by the data sheet
 UPDATE_SHARE, FORWARD_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.30, 0.25, 0.5, 0.7  # of these two, reached
 DECODE_OVERHEAD = 0.004  # seconds of a decode step outside the model
 REDUCE_SECONDS = 20e-6  # of one all-reduce between ranks that share a sampler: two a layer
-HOST_LINK, HOST_MEMORY = 25e9, 200e9  # bytes a second: of a GPU to its host (PCIe 4), of a node's own memory
+HOST_LINK, PAGED_LINK, HOST_MEMORY = 25e9, 10e9, 200e9  # bytes a second: PCIe 4, pinned or not; a node's memory
 SYNC_SECONDS, GATHER = 2.0, 100e9  # a wake-up; bytes a second of weights gathered and loaded
 ANSWER_SHARE = 0.4  # of its limit is the mean length of an answer; measured runs of others: .2 to .5
 
@@ -146,9 +146,9 @@ def decode_seconds(shape, answers: float, mean_tokens: float, longest: float, co
 
 def host_seconds(shape, config, world: int, rows: float) -> float:
     """What --offload adds to an update, seconds: for each row of a rank its weights to the GPU twice and its gradient
-    back, in fp32; then AdamW on the host, which reads and writes 28 bytes a parameter of all ranks of a node."""
-    adamw = config.minibatches * 28 * config.nproc / HOST_MEMORY
-    return (rows * 12 / HOST_LINK + adamw) * shape.parameters / world
+    back, in fp32, added up on the host (12 bytes of its memory a parameter); then AdamW there (28 bytes)."""
+    memory = (rows * 12 + config.minibatches * 28) * config.nproc / HOST_MEMORY
+    return (rows * (8 / HOST_LINK + 4 / PAGED_LINK) + memory) * shape.parameters / world
 
 
 def step_seconds(shape, world: int, kinds: list[tuple], judged: tuple, minibatches: int, sharers: int = 1) -> dict:
@@ -240,7 +240,8 @@ def show(plan: Plan) -> str:
     check_heads(plan.model, shape.config, plan.tensor_parallel)
     memory = pandas.DataFrame.from_dict(gpu_memory(shape, plan, world), orient="index", columns=PARTS)
     answer = plan.max_prompt_tokens / plan.group + max(plan.max_answer_tokens, plan.max_referee_tokens)
-    host = plan.nproc * (5 + (16 * shape.parameters / world / 2**30 if plan.offload else 0))  # 5: a process
+    # 5: a process. 24 bytes: moments 8, weights and gradients 8 each, since pinned memory comes in powers of two.
+    host = plan.nproc * (5 + plan.offload * 24 * shape.parameters / world / 2**30)
     fault = does_not_fit(shape, plan, world)
     if fault:
         verdict = f"does NOT fit: {fault}\nwhat fits: {advice(shape, plan)}"
@@ -257,7 +258,7 @@ GiB of one rank, in the two parts that need the most
 cache of a sampler: {cache_tokens(shape, plan, world) / answer:.0f} answers of full length at a time, of \
 {plan.batch // world * plan.group * plan.tensor_parallel} a step
 longest packed row: {longest_row(plan)} tokens
-host memory of a node: {host:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} GB a checkpoint
+host memory of a node: up to {host:.0f} GiB; disk: {14 * shape.parameters / 1e9:.1f} GB a checkpoint
 
 {verdict}"""
 

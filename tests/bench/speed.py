@@ -190,7 +190,7 @@ def serve_trl(case: dict) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         length, micro_batch = case["answer_tokens"], min(8, rows)
         GRPOTrainer(options.model, random_reward, GRPOConfig(
-            scratch, use_cpu=True, bf16="bfloat16" in flags, fp16=False, model_init_kwargs={"dtype": "float32"}, beta=0.0,
+            scratch, use_cpu=True, bf16="bfloat16" in flags, model_init_kwargs={"dtype": "float32"}, beta=0.0,
             loss_type="dapo", epsilon=0.2, epsilon_high=0.28, gradient_checkpointing=False, num_iterations=1,
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=rows // micro_batch,
             num_generations=case["group"], max_completion_length=length, temperature=1.0, top_p=1.0, top_k=0,

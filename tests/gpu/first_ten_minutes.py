@@ -237,6 +237,7 @@ class Trainer:
         runs.load_checkpoint(saved, self.policy, optimizer)
         seconds.append(time.perf_counter() - started)
         assert torch.equal(weight, next(self.policy.parameters()).full_tensor()), "another weight was loaded"
+        shutil.rmtree(self.folder)  # 22 GB of a 1.5B model
         return "AdamW {:.2f} s, with saving {:.0f} s, with loading {:.0f} s".format(*seconds)
 
 
