@@ -375,8 +375,11 @@ def alpacaeval(config) -> None:
     outputs, cut = [], []
     for asked in ask(config, folder, tokenizer, list(compress(rows, fits))):
         answer = asked.greedy[0]
-        outputs.append(
-            {"instruction": asked.row.instruction, "output": answer.text, "generator": config.model})
+        outputs.append({
+            "instruction": asked.row.instruction,
+            "output": answer.text,
+            "generator": config.model,
+        })
         cut.append(not answer.finished)
     write_whole(config.outputs, json.dumps(outputs, indent=1))
     told = (f"{config.outputs}: {len(outputs)} answers, {sum(cut)} cut off at --max_answer_tokens, "

@@ -1,7 +1,4 @@
-"""Results: figures with 95 % intervals, the table that shows them, and the JSON that keeps them.
-
-Unknown is not zero: it is None, and "-" in a table.
-"""
+"""Figures with 95 % intervals, their table and their JSON. Unknown is not zero: it is None, and "-" in a table."""
 
 from __future__ import annotations
 

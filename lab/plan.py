@@ -2,8 +2,7 @@
 
     python -m lab.plan [--gpu_gib 79.6] [--nproc 8] [--nodes 1] [any flag of urpo.py]
 
-It needs no GPU, no weights, and no network for the bases in SHAPES. tests/test_plan.py holds memory against an update
-under fake tensors, and time against published steps (docs/gpu.md).
+It needs no GPU, no weights, and no network for the bases in SHAPES.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ SHAPES = {  # of the bases that the pages name
     "Qwen/Qwen2.5-32B": ("qwen2", 152064, 5120, 27648, 64, 40, 8, False),
     "Qwen/Qwen2.5-72B": ("qwen2", 152064, 8192, 29568, 80, 64, 8, False),
     "OctoThinker/OctoThinker-8B-Hybrid-Base": ("llama", 128256, 4096, 14336, 32, 32, 8, False),
-    "meta-llama/Llama-3.1-70B": ("llama", 128256, 8192, 28672, 80, 64, 8, False),
 }
 
 

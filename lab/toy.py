@@ -328,8 +328,8 @@ def write_all() -> None:
     write_file(home / "instructions.jsonl", heldout_records("instruction"))
 
 
-def gold_of_run(run: Path, repairs: list[str]) -> list[tuple]:
-    """(step, other_three, all_four) of each step of a run; None where a step has nothing to measure.
+def gold_of_run(run: Path, repairs: list[str]) -> list[dict]:
+    """{step, other_three, all_four} of each step of a run; None where a step has nothing to measure.
 
     other_three: share of open answers on topic, whole and in order; all_four: of those that keep the constraint, too.
     """
@@ -339,9 +339,11 @@ def gold_of_run(run: Path, repairs: list[str]) -> list[tuple]:
         for _, group in pairs:
             if group.prompt.kind == "instruction" and read_instruction(group.prompt.instruction):
                 marks += [measure(group.prompt.instruction, text) for text in group.texts]
-        other_three = mean(parts["on topic, whole, in order"] for parts in marks)
-        all_four = mean(parts["all four"] for parts in marks)
-        figures.append((step, other_three, all_four))
+        figures.append({
+            "step": step,
+            "other_three": mean(parts["on topic, whole, in order"] for parts in marks),
+            "all_four": mean(parts["all four"] for parts in marks),
+        })
     return figures
 
 

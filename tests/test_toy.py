@@ -151,6 +151,8 @@ def test_the_gold_of_a_run(tmp_path):
         for step, kind, asked, texts, rewards in rows:
             group = Group(0, Prompt(kind, asked, answer="2"), [], texts=texts, rewards=rewards)
             out.write(json.dumps(group.to_record(step)) + "\n")
-    assert toy.gold_of_run(tmp_path, []) == [(0, None, None), (1, 0.5, 2 / 6)]
+    assert toy.gold_of_run(tmp_path, []) == [
+        {"step": 0, "other_three": None, "all_four": None},
+        {"step": 1, "other_three": 0.5, "all_four": 2 / 6}]
     with pytest.raises(InputError, match="heldout --model"):
         toy.main(["rows"])
