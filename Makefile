@@ -43,7 +43,7 @@ toy: .venv/ready
 
 # Measuring is one process, so it may use all cores.
 demo: toy
-	@echo "URPO on SmolLM2-135M, $(RANKS) processes: about 30 minutes and 14 GB of memory. Four steps:"
+	@echo "URPO on SmolLM2-135M, $(RANKS) processes: 15 to 30 minutes and 14 GB of memory. Four steps:"
 	@echo "1. measure the base on held-out examples   2. train 16 steps   3. measure again   4. curves, table, answers"
 	@test $(run) = runs/demo -o ! -e $(run) || { echo "$(run) is there already: give another NAME" >&2; exit 1; }
 	@rm -rf $(run)

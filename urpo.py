@@ -403,6 +403,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # A thread of gloo that still lets go of a Python object can abort a Python that is being torn down (rarely;
-    # pytorch issue 190489). All is written, so end without tearing down.
+    # A thread of gloo can abort a Python that is being torn down (rarely; pytorch issue 190489). All is written.
     os._exit(0)

@@ -203,7 +203,6 @@ def load_policy(folder: str, *, vocabulary: int, precision: str, temperature: fl
     """The policy of a model's folder, sharded over all ranks: fp32 master weights, compute in `precision`.
 
     offload: weights, gradients and moments stay in the host's memory, and a layer comes to the GPU while it is at work.
-    The model is made without values, which takes no memory, and sharded; then each rank reads what it keeps.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
     from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig

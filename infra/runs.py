@@ -267,7 +267,6 @@ def last_checkpoint(run: Path) -> tuple[int, Path | None]:
 def check_resumed(saved: Path, settings: dict, may_change: list[str], old_rows: dict, rows: dict) -> None:
     """Name every setting that differs from the checkpoint's. Refuse those that a run must keep, and other rows."""
     before = read_about(saved)
-    # With other rows the order of every later draw would be another one.
     refused = [f"the rows of {kind}" for kind in rows if old_rows.get(kind) != rows[kind]]
     for name in before | settings:
         if settings.get(name) != before.get(name) and name != "resume":

@@ -15,6 +15,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,11 @@ def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences
     if tensor_parallel > 1:
         from vllm.distributed.parallel_state import get_tp_group
 
-        sampler.sharers = get_tp_group().cpu_group
+        group = get_tp_group()
+        sampler.sharers = group.cpu_group
+        # On a CPU vLLM leaves the names of its shared memory behind, and a later run's sampler could not begin.
+        name = getattr(getattr(group.device_communicator, "dist_module", None), "group_name", "").strip("/")
+        Path("/dev/shm", f"{name}_{group.rank_in_group}").unlink(missing_ok=True)
     return sampler
 
 
@@ -122,8 +127,7 @@ def generate(sampler, prompts: list[list[int]], *, n: int, max_tokens: list[int]
     stops = stop_ids(tokenizer)
     params = []
     for _, limit, seed in asked:
-        # vLLM's own text and its dictionary of log-probs, made token by token, would take longer than the rest of its
-        # work outside the model: they are left out, and the text is made once, below.
+        # vLLM makes text and dictionaries token by token, slower than all its work outside the model: text comes below.
         params.append(SamplingParams(n=n, max_tokens=limit, seed=seed, temperature=temperature, top_p=1.0, top_k=0,
                                      logprobs=0, flat_logprobs=True, detokenize=False, stop_token_ids=stops,
                                      logit_bias=dict.fromkeys(padded, -math.inf) or None))

@@ -63,8 +63,7 @@ def planned_shape(model: str) -> SimpleNamespace:
         key_values=2 * layers * config.num_key_value_heads * head)  # that one token keeps, all layers together
 
 
-# The two parts that need the most. While the sampler is awake that is sync: rollout needs all that it does, but for the
-# tensor on its way. While the sampler sleeps that is update: old_logprobs needs less, and no gradients.
+# The two parts that need the most: rollout needs less than sync, old_logprobs less than update.
 PARTS = ("update", "sync")
 OTHER = 4.0  # GiB: CUDA contexts, NCCL's buffers, CUDA graphs. From the sources and others' reports
 
