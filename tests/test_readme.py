@@ -167,11 +167,11 @@ def test_the_recipes_of_kl_a_tracker_and_a_fourth_kind(fork, taught_model, tmp_p
 @pytest.mark.slow
 def test_all_sides_of_the_benchmark_run_at_real_lengths(taught_model, tmp_path):
     command = [sys.executable, ROOT / "tests/bench/speed.py", "--model", taught_model, "--out", tmp_path / "out",
-               "--parts", "step", "rollout", "--repeats", "1", "--cases", "a"]
+               "--repeats", "1", "--cases", "a", "4 answers"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out").read_text())
-    assert all(found["step"]["a"][side]["rest"] > 0 for side in ("ours", "trl"))
+    assert all(side["rest"] > 0 for side in (*found["step"]["a"].values(), found["growth"]["4 answers"]["ours"]))
     assert all(found["rollout"]["a"][side]["rollout"] > 0 for side in ("rollout", "bare"))
 
 

