@@ -156,7 +156,7 @@ def encode_judgement(config, tokenizer, instruction: str, answers) -> tuple[list
                 shown[i] = ("\n".join(lines).rstrip() + " [cut]").lstrip()
         return encode_chat(tokenizer, referee_text(instruction, shown))
 
-    length = bisect_right(range(max(map(len, ends))), limit, key=lambda length: len(encode(length))) - 1
+    length = bisect_right(range(max(map(len, ends))), limit, key=lambda n: len(encode(n))) - 1  # the largest that fits
     if length < 0:
         raise InputError(f"a referee prompt over {len(answers)} answers needs {len(encode(0))} tokens and "
                          f"--max_judge_tokens is {limit}: raise it, or lower --group")
@@ -174,7 +174,7 @@ def judge_orders(size: int, listed: int, judgements: int, rng: random.Random) ->
     The answers stand in a ring p, shuffled. List (d, j) is p[j], p[j + d], p[j + 2d], ... around the ring, `listed`
     of them. One stride d and all j together show every answer `listed` times, once in each position. The first
     judgements * size / listed of these lists are taken, so every answer is judged `judgements` times. With all answers
-    in one list, the orders are that of the ring, begun at another answer each time. Fewer judgements let fewer pairs
+    in one list, the first G orders are the ring, begun at another answer each time. Fewer judgements let fewer pairs
     meet; of six answers in lists of three, opposite ones of the ring never do.
 
     Here every pair of four answers meets, and each answer stands first as often as last:
@@ -424,7 +424,7 @@ def read_preference(record: dict) -> Prompt:
         truth = [1.0, 0.0]
         for form in PAIR_SCORES:
             scores = [record.get(form.format(name)) for name in ("chosen", "rejected")]
-            truth = truth if None in scores else scores
+            truth = scores if None not in scores else truth
     if not isinstance(responses, list) or not isinstance(truth, list) or len(responses) != len(truth):
         raise ValueError("field 'responses' or 'scores': expected two lists of equal length")
     if not 2 <= len(responses) <= 8:

@@ -199,8 +199,8 @@ def longer_wins(pair: Prompt) -> float:
 def measures(config, row: Prompt, shown: list[Sample], mirrored: list[Sample]) -> dict:
     """Of some answers to a row: how a pair was judged, else the share of answers with each property that is known."""
     if row.kind == "preference":
-        return pair_figures(*[[parse_scores(sample.text, 2, sample.finished) for sample in samples]
-                              for samples in (shown, mirrored)])
+        scores = [[parse_scores(one.text, 2, one.finished) for one in samples] for samples in (shown, mirrored)]
+        return pair_figures(*scores)
     if row.kind == "reasoning":
         return {"solved": mean(verify_answer(sample.text, row.answer) for sample in shown)}
     marks = known(config.measure and config.measure(row.instruction, sample.text) for sample in shown)
@@ -320,13 +320,13 @@ def benchmark_pairs(config) -> tuple[list[str], list[Prompt]]:
     for number, fields in records:
         try:
             pair = better_first(data.read_row("preference", f"{source}:{number}", fields))
-        except LeftOut as reason:
-            print(f"{source}:{number}: left out, since {reason}", file=sys.stderr)
-            continue
-        if pair:
+            if pair is None:
+                raise LeftOut("it is no pair with a better response")
             fields = json.loads(fields) if isinstance(fields, bytes) else fields
             subsets.append(str(fields.get("subset") or "all"))
             pairs.append(pair)
+        except LeftOut as reason:
+            print(f"{source}:{number}: left out, since {reason}", file=sys.stderr)
     return subsets, pairs
 
 

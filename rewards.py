@@ -128,8 +128,8 @@ def self_rewards(verdicts: list, orders: list[list[int]]) -> list[float] | None:
 
     That the policy scores its own group is the paper's. The shuffled orders and the mean are ours.
     verdicts[k]: the scores of judgement k, None where it cannot be read; orders[k][j]: the answer that it was shown at
-    position j. Returns one reward in [1, 10] an answer; or None where of some answer less than half of the judgements
-    can be read, since what is left could turn a preference round: that group has no advantage (our choice).
+    position j. Returns one reward in [1, 10] an answer; or None if less than half of any answer's judgements
+    can be read: the rest could reverse a preference, so the group gets no advantage (our choice).
 
     >>> self_rewards([[9, 2], [4, 3], [7, 1]], [[2, 0], [1, 2], [0, 1]])
     [4.5, 2.5, 6.0]

@@ -72,7 +72,7 @@ from rewards import (
 class Config:
     """Every setting: its default, which is the paper's where we know it, what it does, and its bound."""
 
-    preset: Literal["auto", "smol", "paper"] = setting("auto", "SmolLM2-135M, CPU | Qwen2.5-7B, 8 GPUs | by hardware")
+    preset: Literal["auto", "smol", "paper"] = setting("auto", "by hardware | SmolLM2-135M, CPU | Qwen2.5-7B, 8 GPUs")
     name: str = setting("urpo", "the run's folder under runs/")
     seed: int = setting(0, "of data order, candidate order and sampling")
     resume: bool = setting(False, "continue runs/<name> from its last checkpoint")
@@ -136,8 +136,8 @@ PRESETS = {
         lr=2e-5, precision="float32", row_tokens=1024,
         save_every=8, keep=2),
 }
-# What a resumed run may change: how it goes on. Everything else decides which prompts come, or what `lab.audit`
-# derives again by the settings in config.json, which must hold for all steps of a run.
+# What a resumed run may change: how it goes on. Everything else decides which prompts come or what the record means,
+# and one config.json speaks for all steps of a run.
 MAY_CHANGE = """name preset steps lr lr_warmup clip_low clip_high importance_cap
     precision row_tokens tensor_parallel offload gpu_memory save_every keep""".split()
 GRAD_CLIP = 1.0  # the largest norm of a gradient
@@ -227,9 +227,9 @@ def reward(config: Config, groups: list[Group]) -> list[Group]:
 def build_minibatches(config: Config, groups: list[Group]) -> list[list[Row]]:
     """The packed rows of each minibatch, with the weight of every answer token in the loss.
 
-    The loss is a mean over the global minibatch: of all ranks, and of groups without a signal too, though these stand
-    in no row, since their gradient is exactly 0. FSDP averages gradients over the ranks, so a weight is times their
-    number. Thus the loss does not depend on how many ranks share the minibatch.
+    The mean is over all answers of the global minibatch, on all ranks. Groups without a signal count in it, but get no
+    row: their gradient is exactly 0. FSDP averages gradients over the ranks, so a weight is multiplied by their number.
+    Thus the loss does not depend on how many ranks share the minibatch.
     """
     minibatches, size, world = [], len(groups) // config.minibatches, dist.get_world_size()
     for m in range(config.minibatches):
@@ -286,7 +286,7 @@ def check_drift(config: Config, minibatches: list[list[Row]]) -> dict[str, float
 
 
 def learning_rate(config: Config, updates: int) -> float:
-    """The rate of an update, after so many others: it rises linearly over lr_warmup updates, then stays."""
+    """The rate after `updates` updates: it rises linearly over the first lr_warmup, then stays."""
     return config.lr * min(1.0, (updates + 1) / max(1, config.lr_warmup))
 
 

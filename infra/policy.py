@@ -113,8 +113,8 @@ def check_attention(folder: str, config, tokens: int) -> None:
         longest = getattr(config, name, None) or tokens
         if tokens > longest:
             raise InputError(f"--model {folder}: its {name} is {longest}, and the longest prompt with its answer may "
-                             f"have {tokens} tokens: lower --max_judge_tokens, --max_prompt_tokens, "
-                             "--max_answer_tokens and --max_referee_tokens, or use another model")
+                             f"have {tokens} tokens: lower --max_prompt_tokens, --max_answer_tokens, "
+                             "--max_referee_tokens and, in training, --max_judge_tokens, or use another model")
 
 
 def check_heads(folder: str, config, tensor_parallel: int) -> None:

@@ -25,7 +25,7 @@ from infra.settings import parse, setting
 class Plan(urpo.Config):
     """The settings of urpo.py, and the machine that they are planned for."""
 
-    preset: Literal["auto", "smol", "paper"] = setting("paper", "SmolLM2-135M | Qwen2.5-7B | by hardware")
+    preset: Literal["auto", "smol", "paper"] = setting("paper", "by hardware | SmolLM2-135M | Qwen2.5-7B")
     gpu_gib: float = setting(79.6, "GiB of one GPU", above=0)
     nproc: int = setting(8, "ranks of a node, a GPU each", above=0)
     nodes: int = setting(1, "machines", above=0)

@@ -126,7 +126,7 @@ COMMANDS = [  # arguments, and what the message must say
     ("--name file", ["runs/file", "move it away"]),
     ("--name taken", ["runs/taken", "--resume", "--name"]),
     ("--max_prompt_tokens 20", ["--preferences", "raise --max_prompt_tokens 20"]),
-    ("--max_prompt_tokens 4000", ["--model model", "1024", "4064", "lower --max_judge_tokens"]),
+    ("--max_prompt_tokens 4000", ["--model model", "1024", "4064", "lower --max_prompt_tokens"]),
     ("--reasoning reasoning.jsonl no/such.jsonl", ["--reasoning no/such.jsonl", "no such file"]),
     ("--reasoning runs", ["--reasoning runs", "a folder"]),
     ("--reasoning empty.jsonl", ["empty.jsonl", "no rows", "--reasoning"]),

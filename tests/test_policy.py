@@ -46,7 +46,7 @@ def test_chunks_and_recomputation_change_nothing(make_policy, monkeypatch, chunk
 # ---- models that a packed row would misread ----
 
 @pytest.mark.parametrize("config, tokens, said", [
-    ({"sliding_window": 512}, 513, "sliding_window is 512, .*513 tokens: lower --max_judge_tokens"),
+    ({"sliding_window": 512}, 513, "sliding_window is 512, .*513 tokens: lower --max_prompt_tokens"),
     ({"sliding_window": 512}, 512, None), ({"sliding_window": 512, "use_sliding_window": False}, 513, None),
     ({"sliding_window": 512, "layer_types": ["full_attention"]}, 513, None),
     ({"sliding_window": 512, "layer_types": ["full_attention", "sliding_attention"]}, 513, "sliding_window is 512"),
