@@ -72,7 +72,7 @@ def start_sampler(folder: str, *, max_tokens: int, chat_template: str, sequences
     try:
         sampler = LLM(folder, **options)
     except ValueError as error:  # on a GPU too little memory is free, or no cache is left
-        raise InputError(f"vLLM does not start ({error}): free the GPU or lower --max_*_tokens, --gpu_memory") from None
+        raise InputError(f"vLLM does not start ({error}): free the GPU, or set --max_*_tokens, --gpu_memory") from None
     sampler.get_tokenizer().chat_template = chat_template
     sampler.sharers = None
     if tensor_parallel > 1:
