@@ -227,7 +227,7 @@ def reward(config: Config, groups: list[Group]) -> list[Group]:
 def build_minibatches(config: Config, groups: list[Group]) -> list[list[Row]]:
     """The packed rows of each minibatch, with the weight of every answer token in the loss.
 
-    The mean is over all answers of the global minibatch, on all ranks. Groups without a signal count in it, but get no
+    The mean is over the whole global minibatch, on all ranks. Groups without a signal count in it, but get no
     row: their gradient is exactly 0. FSDP averages gradients over the ranks, so a weight is multiplied by their number.
     Thus the loss does not depend on how many ranks share the minibatch.
     """
