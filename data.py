@@ -15,7 +15,6 @@ import os
 import random
 import re
 import zlib
-from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -24,7 +23,7 @@ from itertools import compress
 import torch.distributed as dist
 
 from infra.answers import boxed, check_answer
-from infra.chat import break_control_strings, encode_chat
+from infra.chat import encode_chat
 from infra.ranks import InputError, exchange
 from infra.runs import read_lines
 from infra.sources import LeftOut, first_field, progress, question_of, source_records, text_of
@@ -131,36 +130,9 @@ def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
     return encode_chat(tokenizer, prompt_text(prompt))
 
 
-def encode_judgement(config, tokenizer, instruction: str, answers) -> tuple[list[int], int]:
-    """(the referee's prompt over answers that the model itself wrote, how many of them had to be cut).
-
-    In a prompt above --max_judge_tokens long answers are cut to one length, the largest that fits. A shorter answer
-    stays whole, and a cut one says so. Rows of a data set are never cut: they are dropped at load. Raises InputError
-    when even the shortest form would not fit, which is checked for every instruction at load.
-    """
-    limit = config.max_judge_tokens
-    ids = encode_chat(tokenizer, referee_text(instruction, answers))
-    if len(ids) <= limit:
-        return ids, 0
-    quotes, ends = [], []  # each answer as it is shown, and where its tokens end: quoting 50 empty lines adds 50 marks
-    for answer in answers:
-        quotes.append(break_control_strings(quoted(answer), tokenizer))
-        found = tokenizer(quotes[-1], add_special_tokens=False, return_offsets_mapping=True)
-        ends.append([0] + [end for _, end in found["offset_mapping"]])
-
-    def encode(length: int) -> list[int]:
-        shown = list(answers)
-        for i, end in enumerate(ends):
-            if length < len(end) - 1:
-                lines = [line[2:] for line in quotes[i][: end[length]].split("\n")]  # without the quotation marks
-                shown[i] = ("\n".join(lines).rstrip() + " [cut]").lstrip()
-        return encode_chat(tokenizer, referee_text(instruction, shown))
-
-    length = bisect_right(range(max(map(len, ends))), limit, key=lambda n: len(encode(n))) - 1  # the largest that fits
-    if length < 0:
-        raise InputError(f"a referee prompt over {len(answers)} answers needs {len(encode(0))} tokens and "
-                         f"--max_judge_tokens is {limit}: raise it, or lower --group")
-    return encode(length), sum(length < len(end) - 1 for end in ends)
+def encode_judgement(tokenizer, instruction: str, answers) -> list[int]:
+    """The referee's prompt over answers that the model itself wrote."""
+    return encode_chat(tokenizer, referee_text(instruction, answers))
 
 
 def judge_strides(size: int, listed: int) -> list[int]:
@@ -325,7 +297,7 @@ class Group:
     answers: list[list[int]] = field(default_factory=list)  # G lists of token ids, the end token included
     texts: list[str] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)  # False: cut off at its limit of tokens
-    judgements: list[dict] = field(default_factory=list)  # I: {order, cut, prompt, text, finished} of each judgement
+    judgements: list[dict] = field(default_factory=list)  # I: {order, prompt, text, finished} of each judgement
     rewards: list[float] | None = None  # None: unjudged, which is not 0
     advantages: list[float] = field(default_factory=list)
     entropy: float | None = None  # nats a token: minus the sampler's mean log-prob, an estimate that costs nothing
@@ -546,13 +518,13 @@ def load_source(kind: str, source: str, split: str = "train") -> tuple[list[Prom
 def fits(config, tokenizer, prompt: Prompt) -> bool:
     """Whether a row has room in --max_prompt_tokens. Rows are never silently cut.
 
-    An instruction must also leave room for its judgement in --max_judge_tokens: the referee's prompt over a list of
-    answers, each of them cut to its shortest form.
+    An instruction must also leave room for its judgement in --max_judge_tokens: the referee's prompt over answers
+    without a word.
     """
     if len(encode_prompt(tokenizer, prompt)) > config.max_prompt_tokens:
         return False
-    shortest = referee_text(prompt.instruction, ["[cut]"] * (config.judge_list or config.group))
-    return prompt.kind != "instruction" or len(encode_chat(tokenizer, shortest)) <= config.max_judge_tokens
+    shortest = encode_judgement(tokenizer, prompt.instruction, [""] * (config.judge_list or config.group))
+    return prompt.kind != "instruction" or len(shortest) <= config.max_judge_tokens
 
 
 def each_row_fits(config, tokenizer, rows: list[Prompt]) -> list[bool]:

@@ -361,18 +361,16 @@ def kind_figures(groups: list) -> dict:
 def referee_figures(groups: list) -> dict:
     """What the referee wrote on P or on I: the share that can be read, and its preference for the first position.
 
-    P: also the mean tau of the rankings that can be read. I: the spread within a judgement, in points, and the share of
-    judgements that saw an answer cut.
+    P: also the mean tau of the rankings that can be read. I: the spread within a judgement, in points.
     """
-    verdicts, taus, cuts = [], [], []
+    verdicts, taus = [], []
     for group in groups:
         scores = read_judgements(group)
         verdicts += scores
         if group.prompt.kind == "preference":
             taus += compress(group.rewards, scores)
-        cuts += [judgement["cut"] > 0 for judgement in group.judgements]
     read = [scores for scores in verdicts if scores]
-    figures = {"score_std": mean(map(pstdev, read)), "cut": mean(cuts)}
+    figures = {"score_std": mean(map(pstdev, read))}
     if groups[0].prompt.kind == "preference":
         figures = {"tau": mean(taus)}
     figures["format"] = mean(map(bool, verdicts))

@@ -95,7 +95,7 @@ class Config:
     max_prompt_tokens: int = setting(4096, "longer rows are dropped at load", above=0)
     max_answer_tokens: int = setting(2048, "of answers to R and I", above=0)
     max_referee_tokens: int = setting(1024, "of answers to P and of self-judgements", above=0)
-    max_judge_tokens: int = setting(24576, "of a judge's prompt; its answers are cut to one length to fit", above=0)
+    max_judge_tokens: int = setting(24576, "of a judge's prompt; a longer one counts as unread", above=0)
     judgements: int = setting(1, "K, how often each open-ended answer is judged; the mean counts (ours)", above=0)
     judge_list: int = setting(0, "answers that one judgement compares; 0: all G (ours)", least=0)
     both_orders: bool = setting(False, "draw each P row in both orders, so that no position pays (ours)")
@@ -192,19 +192,22 @@ def self_score(config: Config, sampler, tokenizer, groups: list[Group], step: in
 
     The tokens of a judgement get no gradient, since nothing grounds them. The referee's skill comes from P alone.
     """
-    judged, prompts, seeds = [], [], []
+    asked, prompts, seeds = [], [], []
     for group in groups:
         orders = data.judgement_orders(config, group.index, step) if group.prompt.kind == "instruction" else []
         for k, order in enumerate(orders):
             shown = [group.texts[i] for i in order]
-            ids, cut = data.encode_judgement(config, tokenizer, group.prompt.instruction, shown)
-            prompts.append(ids)
-            judged.append((group, {"order": order, "cut": cut, "prompt": tokenizer.decode(ids)}))
-            seeds.append(data.request_seed(config.seed, step, group.index, f"judge/{k}"))
+            ids = data.encode_judgement(tokenizer, group.prompt.instruction, shown)
+            judgement = {"order": order, "prompt": tokenizer.decode(ids), "text": "", "finished": False}
+            group.judgements.append(judgement)
+            if len(ids) <= config.max_judge_tokens:  # else nobody asks, and it stays unread
+                asked.append(judgement)
+                prompts.append(ids)
+                seeds.append(data.request_seed(config.seed, step, group.index, f"judge/{k}"))
     limits = [config.max_referee_tokens] * len(prompts)
     answers = generate(sampler, prompts, n=1, max_tokens=limits, seeds=seeds, temperature=config.temperature)
-    for (group, judgement), (sample,) in zip(judged, answers):
-        group.judgements.append(judgement | {"text": sample.text, "finished": sample.finished})
+    for judgement, (sample,) in zip(asked, answers):
+        judgement.update(text=sample.text, finished=sample.finished)
 
 
 # ------------------------------------------------------------------------------- 4. reward, 5. old_logprobs

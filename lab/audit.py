@@ -130,8 +130,7 @@ def record_differences(config, step: int, group: Group, tokenizer, judge) -> lis
         if not judge:
             break
         shown = [group.texts[i] for i in judgement["order"]]
-        ids, cut = data.encode_judgement(config, judge, group.prompt.instruction, shown)
-        if (judge.decode(ids), cut) != (judgement["prompt"], judgement["cut"]):
+        if judge.decode(data.encode_judgement(judge, group.prompt.instruction, shown)) != judgement["prompt"]:
             wrong.append(f"{where}, judgement {k}: the judge's prompt is not the one over these answers")
     return wrong
 

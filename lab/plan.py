@@ -180,7 +180,7 @@ def planned_seconds(shape, config, world: int) -> dict[str, float]:
         if prompts:
             tokens = (0.4 if kind == "preference" else 0.05) * config.max_prompt_tokens
             kinds.append((prompts, config.group, tokens, ANSWER_SHARE * limit, limit))
-    listed = config.judge_list or config.group  # answers in a judge's prompt, cut where they do not fit
+    listed = config.judge_list or config.group  # answers in a judge's prompt
     tokens = listed * ANSWER_SHARE * config.max_answer_tokens + 0.05 * config.max_prompt_tokens
     judged = (counts["instruction"] * config.judgements * config.group // listed, min(tokens, config.max_judge_tokens))
     seconds = step_seconds(shape, world, kinds, judged, config.minibatches, config.tensor_parallel)

@@ -126,9 +126,8 @@ def rebuilt(change):
         change(group, tokenizer)
         group["prompt_ids"] = data.encode_prompt(tokenizer, Group.from_record(group).prompt)
         for judged in group["judgements"]:
-            shown, room = [group["texts"][i] for i in judged["order"]], SimpleNamespace(max_judge_tokens=9999)
-            ids, judged["cut"] = data.encode_judgement(room, tokenizer, group["instruction"], shown)
-            judged["prompt"] = tokenizer.decode(ids)
+            shown = [group["texts"][i] for i in judged["order"]]
+            judged["prompt"] = tokenizer.decode(data.encode_judgement(tokenizer, group["instruction"], shown))
 
     return changed
 
@@ -152,7 +151,7 @@ FORGED = {
     "an open answer": of(I, rebuilt(put("texts", "Else."))), "an open answer, with its ids": of(I, said("Else.")),
     "ids that are no tokens": of(R, put("answers", [-1, 10**6])), "cut off early": of(R, put("finished", False)),
     "above the limit": of(R, put("answers", [100] * 99)), "two answers": of(R, put("texts", [], slice(2, None))),
-    "the judge's prompt": judgement(prompt="Praise it."), "how many answers were cut": judgement(cut=2),
+    "the judge's prompt": judgement(prompt="Praise it."),
     "the judge's order": of(I, rebuilt(lambda group, _: group["judgements"][0]["order"].reverse())),
     "a judgement left out": of(I, lambda group, _: group["judgements"].pop()),
     "a judgement twice": of(I, lambda group, _: group["judgements"].append(group["judgements"][0])),

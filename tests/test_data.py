@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import data
@@ -21,42 +21,6 @@ from infra.ranks import InputError
 def config(**changes) -> urpo.Config:
     settings = dict(batch=12, warmup_steps=0, max_prompt_tokens=200, max_judge_tokens=800, group=4)
     return urpo.Config(**settings | changes)
-
-
-# ---- the referee's prompts ----
-
-ANSWERS = st.lists(st.one_of(st.text(max_size=300), st.integers(0, 300).map(lambda n: "\n" * n),
-                             st.integers(0, 200).map(lambda n: "\U0001f9ff<|im_end|>" * n)), min_size=4, max_size=4)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(answers=ANSWERS, spare=st.integers(0, 400))
-def test_a_judgement_fits_for_every_instruction_that_the_load_check_kept(smol_tokenizer, answers, spare):
-    """Whatever four answers were sampled, their judgement must not stop a run."""
-    instruction = Prompt("instruction", "Tell me about owls.")
-    asked = config(max_judge_tokens=120 + spare)
-    if data.fits(asked, smol_tokenizer, instruction):
-        ids, cut = data.encode_judgement(asked, smol_tokenizer, instruction.instruction, answers)
-        assert len(ids) <= 120 + spare and smol_tokenizer.decode(ids).count("[cut]") == cut
-
-
-def test_long_answers_are_cut_to_one_length_and_short_ones_stay_whole(smol_tokenizer):
-    """Eight long answers of different lengths and a short one: none of the long ones is judged by less of its text."""
-    rng = random.Random(0)
-    words = "owl tree river stone because running, 17 a bright - light\n".split(" ")
-    answers = [" ".join(rng.choices(words, k=k)) for k in (300, 350, 400, 450, 500, 600, 900, 2000)] + ["short"]
-    ids, cut = data.encode_judgement(config(max_judge_tokens=1200), smol_tokenizer, "Say hi.", answers)
-    text = smol_tokenizer.decode(ids)
-    assert cut == text.count("[cut]") == 8 and 1190 <= len(ids) <= 1200
-    lengths = []
-    for block in text.split("\nResponse ")[1:]:
-        shown = [line for line in block.splitlines() if line.startswith("> ")]
-        lengths.append(len(smol_tokenizer.encode("\n".join(shown))))
-    assert max(lengths[:8]) - min(lengths[:8]) <= 4 and "> short\n" in text
-    ids, cut = data.encode_judgement(config(max_judge_tokens=20_000), smol_tokenizer, "Say hi.", answers)
-    assert cut == 0 and "[cut]" not in smol_tokenizer.decode(ids)
-    with pytest.raises(InputError, match="--max_judge_tokens is 50: raise it"):
-        data.encode_judgement(config(max_judge_tokens=50), smol_tokenizer, "Say hi.", ["a", "b"])
 
 
 # ---- which answers a judgement sees ----
@@ -237,7 +201,7 @@ RANKED = Group(4, Prompt("preference", "Say hi.", ("hi", "no"), (1.0, 0.0)), [5,
                texts=["<scores>9, 2</scores>", "\u2028\n\"3\""], finished=[True, False], rewards=[1.0, -1.0],
                advantages=[0.7, -0.7], entropy=1.25)
 UNJUDGED = Group(7, Prompt("instruction", "Say hi."), [5], [[7], [8]], texts=["hi", "Hi"], finished=[True, True],
-                 judgements=[{"order": [1, 0], "cut": 0, "text": "fine", "finished": True}], advantages=[0.0, 0.0])
+                 judgements=[{"order": [1, 0], "text": "fine", "finished": True}], advantages=[0.0, 0.0])
 
 
 @pytest.mark.parametrize("group", [RANKED, UNJUDGED], ids=["ranked", "unjudged"])

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-import urpo
 from conftest import ROOT
 from data import Prompt
 from infra import answers, chat, runs
@@ -106,7 +105,7 @@ def test_structure_stands_only_at_line_starts_and_no_text_forges_it():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neither_rows_of_any_kind_nor_answers_become_a_control_token(tokenizers, family):
     tokenizer = tokenizers[family]
-    forged, config = everything(tokenizer), urpo.Config(max_judge_tokens=10_000)
+    forged = everything(tokenizer)
     assert control_ids(tokenizer, tokenizer(forged)["input_ids"]), "unbroken, the forgery must hold control tokens"
     for hostile, plain in [
             (Prompt("preference", forged, (forged, "b"), (1, 0)), Prompt("preference", "ask", ("a", "b"), (1, 0))),
@@ -114,7 +113,7 @@ def test_neither_rows_of_any_kind_nor_answers_become_a_control_token(tokenizers,
             (Prompt("instruction", forged), Prompt("instruction", "ask"))]:
         expected = control_ids(tokenizer, data.encode_prompt(tokenizer, plain))
         assert expected and control_ids(tokenizer, data.encode_prompt(tokenizer, hostile)) == expected
-    judged, plain = (data.encode_judgement(config, tokenizer, asked, [text, "b"])[0]
+    judged, plain = (data.encode_judgement(tokenizer, asked, [text, "b"])
                      for asked, text in ((forged, forged), ("ask", "a")))
     assert control_ids(tokenizer, judged) == control_ids(tokenizer, plain)
 

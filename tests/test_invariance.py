@@ -39,7 +39,7 @@ def make_batch(name: str) -> list[Group]:
         else:
             group.prompt, group.texts = Prompt("instruction", "Say hi."), ["one", "two", "three"]
             text = "<scores>9, 5, 2</scores>" if index == 6 else "all are fine"
-            group.judgements = [{"order": [2, 0, 1], "text": text, "cut": 0, "finished": True}]
+            group.judgements = [{"order": [2, 0, 1], "text": text, "finished": True}]
         if name == BATCHES[2] or (name == BATCHES[1] and index > 3):
             group.prompt, group.texts = Prompt("reasoning", "1 + 1?", answer="2"), ["3"] * 3
         groups.append(group)

@@ -29,7 +29,7 @@ def made_up_group(index, kind, judge, answer):
         texts = [judge(3)] * 4 if kind == "preference" else ["so 4", "so 5"] * 2
     group = data.Group(index, prompt, [1, 2, 3], [[7] * len(text) for text in texts], texts, [True] * 4)
     if kind == "instruction":
-        group.judgements = [{"order": [0, 1, 2, 3], "cut": 0, "prompt": "Score < these.", "text": judge(4),
+        group.judgements = [{"order": [0, 1, 2, 3], "prompt": "Score < these.", "text": judge(4),
                                  "finished": True}]
     return group
 

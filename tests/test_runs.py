@@ -21,7 +21,7 @@ def ranked(index, texts, rewards) -> Group:
 
 
 def judged(index, verdict, rewards) -> Group:
-    judgement = {"order": [1, 0], "cut": 0, "prompt": "p", "text": verdict, "finished": True}
+    judgement = {"order": [1, 0], "prompt": "p", "text": verdict, "finished": True}
     return Group(index, Prompt("instruction", "Say hi."), [5], [[7, 8, 9], [8]], texts=["hi", "hi"], entropy=3.0,
                  finished=[True, False], judgements=[judgement], rewards=rewards, advantages=[0.7, -0.7])
 

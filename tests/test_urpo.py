@@ -79,7 +79,7 @@ def judged_group(monkeypatch, tokenizer, verdicts, texts=("one", "two", "three")
     sampler = FakeSampler(monkeypatch, tokenizer, verdicts[:1])
     urpo.self_score(config, sampler, tokenizer, [group], step=0)
     for judgement, verdict in zip(group.judgements, verdicts, strict=True):
-        judgement["text"] = verdict
+        judgement["text"] = judgement["text"] and verdict
     (group,) = urpo.reward(config, [group])
     return group, sampler.calls[0].prompts, sampler.calls[0].seeds
 
@@ -92,7 +92,7 @@ def test_self_scores_follow_their_answers_through_the_shuffle_and_the_readable_o
         monkeypatch, smol_tokenizer, told, changes):
     verdicts = [f"<scores>{', '.join(map(str, scores))}</scores>" for scores in told]
     group, prompts, seeds = judged_group(monkeypatch, smol_tokenizer, verdicts, **changes)
-    assert len(prompts) == len(told) == len(set(seeds)) and all(judgement["cut"] == 0 for judgement in group.judgements)
+    assert len(prompts) == len(told) == len(set(seeds))
     found = {}
     for judgement, scores, ids in zip(group.judgements, told, prompts):
         shown = re.findall(r"Response \d:\n> (\w+)", judgement["prompt"])
@@ -105,18 +105,20 @@ def test_self_scores_follow_their_answers_through_the_shuffle_and_the_readable_o
     assert len({tuple(judgement["order"]) for judgement in group.judgements}) == len(told)
 
 
-def test_an_unreadable_judgement_gives_no_reward_and_no_advantage_and_a_cut_one_is_counted(monkeypatch, smol_tokenizer):
+@pytest.mark.parametrize("room", [4000, 400])
+def test_an_unreadable_judgement_and_one_too_long_to_be_asked_give_no_reward_and_count(
+        monkeypatch, smol_tokenizer, room):
     long = ("one", "two " * 300, "three " * 300)
-    group, prompts, _ = judged_group(monkeypatch, smol_tokenizer, ["all are fine"], long, max_judge_tokens=400)
+    group, prompts, _ = judged_group(monkeypatch, smol_tokenizer, ["all are fine"], long, max_judge_tokens=room)
     assert group.rewards is None and group.advantages == [0.0] * 3
-    assert len(prompts[0]) <= 400 and group.judgements[0]["prompt"].count("[cut]") == 2 == group.judgements[0]["cut"]
+    assert len(prompts) == (room == 4000) == bool(group.judgements[0]["text"])
     figures = kind_figures([group])
-    assert figures["unjudged"] == 1 == figures["cut"] and figures["reward"] is None and figures["format"] == 0
+    assert figures["unjudged"] == 1 and figures["reward"] is None and figures["format"] == 0
 
 
 def test_rewards_of_all_kinds_and_that_their_advantages_have_one_scale():
     """The best answer of two against the worst one: the same advantage on P, R and I. A cut ranking earns -1."""
-    judgement = {"order": [0, 1], "cut": 0, "text": "<scores>10, 1</scores>", "finished": True}
+    judgement = {"order": [0, 1], "text": "<scores>10, 1</scores>", "finished": True}
     ranking = "<scores>8, 6</scores>"
     groups = [Group(0, SHARE[0][1], [1], [[1]] * 2, texts=[ranking] * 2, finished=[True, False]),
               Group(1, SHARE[1][1], [1], [[1]] * 2, texts=["\\boxed{2}", "3"], finished=[True] * 2),
