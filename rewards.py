@@ -7,7 +7,7 @@ In the order in which a step uses them:
     I  instruction   r_i = mean score that the model itself gave answer i    self_rewards        [paper]
     all kinds        one dispatch, for training and its audit                group_rewards
                      A = (r - mean) / std within the group                   group_advantages    [paper]
-                     w, a token's weight in the loss                         token_weight        [DAPO]
+                     w = 1 / tokens, the weight of each in the loss          token_weight        [DAPO]
                      min(rho A, clip(rho, 0.8, 1.28) A)                      clipped_objective   [paper, DAPO]
 
 Below the equations: the figures of a step, which are made of them. One rule holds everywhere: unknown is not zero. A
@@ -200,25 +200,15 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return torch.where(std < SMALLEST_SPREAD, 0.0, advantages).float()
 
 
-def loss_denominator(lengths: list[int], loss: str) -> int:
-    """What the loss of a global minibatch is divided by: its answer tokens, or with sequence-mean its answers."""
-    return sum(lengths) if loss == "token-mean" else len(lengths)
+def token_weight(tokens: int) -> float:
+    """w = 1 / (answer tokens of the global minibatch): the weight of each of them in the loss [DAPO].
 
+    So a long answer counts as much more as it is longer. The one place where the mean is defined.
 
-def token_weight(length: int, denominator: float, loss: str) -> float:
-    """The weight w of each token of an answer of `length` tokens: the one place where the mean is defined.
-
-        token-mean      w = 1 / (answer tokens of the global minibatch)                               DAPO
-        sequence-mean   w = 1 / (answers of the global minibatch) / (tokens of this answer)           GRPO
-
-    >>> lengths = [6, 2]
-    >>> [token_weight(n, loss_denominator(lengths, "token-mean"), "token-mean") for n in lengths]
-    [0.125, 0.125]
-    >>> [token_weight(n, loss_denominator(lengths, "sequence-mean"), "sequence-mean") for n in lengths]
-    [0.08333333333333333, 0.25]
+    >>> token_weight(8)
+    0.125
     """
-    weight = 1 / denominator
-    return weight / length if loss == "sequence-mean" else weight
+    return 1 / tokens
 
 
 def clipped_objective(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
@@ -312,11 +302,10 @@ def gradient_shares(config, groups: list) -> dict[str, float]:
         minibatch, lengths = groups[first : first + size], []
         for group in minibatch:
             lengths += map(len, group.answers)
-        denominator = loss_denominator(lengths, config.loss)
+        weight = token_weight(sum(lengths))
         for group in minibatch:
             kind = group.prompt.kind
             for answer, advantage in zip(group.answers, group.advantages):
-                weight = token_weight(len(answer), denominator, config.loss)
                 pull[kind] = pull.get(kind, 0.0) + len(answer) * weight * abs(advantage)
     total = sum(pull.values())
     return {kind: part / total for kind, part in pull.items()} if total else {}

@@ -58,7 +58,6 @@ from rewards import (
     clipped_objective,
     group_advantages,
     group_rewards,
-    loss_denominator,
     mean,
     step_figures,
     token_weight,
@@ -103,7 +102,6 @@ class Config:
     # objective
     clip_low: float = setting(0.8, "lower end of the ratio (paper: 0.8)", least=0, most=1)
     clip_high: float = setting(1.28, "upper end of the ratio (paper: 1.28)", least=1)
-    loss: Literal["token-mean", "sequence-mean"] = setting("token-mean", "over the global minibatch: DAPO | GRPO")
     importance_cap: float = setting(0.0, "0: off; else weight tokens by min(trainer/sampler probability, cap)", least=0)
     # optimiser
     lr: float = setting(1e-6, "AdamW, constant after lr_warmup (ours)", above=0)
@@ -234,16 +232,13 @@ def build_minibatches(config: Config, groups: list[Group]) -> list[list[Row]]:
     row: their gradient is exactly 0. FSDP averages gradients over the ranks, so a weight is multiplied by their number.
     Thus the loss does not depend on how many ranks share the minibatch.
     """
-    minibatches, size, world = [], len(groups) // config.minibatches, dist.get_world_size()
+    minibatches, size = [], len(groups) // config.minibatches
     for m in range(config.minibatches):
-        minibatch, lengths = groups[m * size : (m + 1) * size], []
+        minibatch = groups[m * size : (m + 1) * size]
+        tokens = 0
         for group in minibatch:
-            lengths += map(len, group.answers)
-        denominator = all_reduce(loss_denominator(lengths, config.loss))
-
-        def weight(length: int, denominator=denominator) -> float:
-            return world * token_weight(length, denominator, config.loss)
-
+            tokens += sum(map(len, group.answers))
+        weight = dist.get_world_size() * token_weight(all_reduce(tokens))
         active = [group for group in minibatch if group.has_signal]
         minibatches.append(build_rows(active, row_tokens=config.row_tokens, weight=weight))
     return minibatches

@@ -263,7 +263,7 @@ def check_packing(policy: Policy) -> None:
     """
     limit = 1e-4 if policy.compute == torch.float32 else 0.1  # nats, the mean of ten tokens: in bf16 one may be .2
     groups = [Example([5, 6, 7, 8, 9], [[10, 11, 12], [13, 14]]), Example([15, 16, 17], [[18, 19], [20, 21, 22]])]
-    packed_N = policy(build_row(groups, [[1.0, 1.0]] * len(groups)))
+    packed_N = policy(build_row(groups, 1.0))
     plain = []
     for group in groups:
         for answer in group.answers:

@@ -44,17 +44,17 @@ class Row:
             self.weight_N = self.weight_N * (old_N - self.sampler_N).exp().clamp(max=importance_cap)
 
 
-def build_row(groups: list, weights: list[list[float]]) -> Row:
-    """Groups as one row of tensors. weights: in the loss, of each token of each answer of each group.
+def build_row(groups: list, weight: float) -> Row:
+    """Groups as one row of tensors. weight: of each answer token in the loss.
 
     >>> from types import SimpleNamespace
     >>> group = SimpleNamespace(prompt_ids=[5, 6], answers=[[7, 8], [9]], advantages=[1.0, -1.0],
     ...                         sampler_logprobs=[[-.1, -.2], [-.3]])
-    >>> row = build_row([group], [[0.5, 0.25]])
+    >>> row = build_row([group], 0.25)
     >>> row.ids_T.tolist(), row.position_T.tolist(), row.answer_T.tolist()
     ([5, 6, 7, 8, 9], [0, 1, 2, 3, 2], [0, 0, 1, 1, 2])
     >>> row.source_N.tolist(), row.target_N.tolist(), row.advantage_N.tolist(), row.weight_N.tolist()
-    ([1, 2, 1], [7, 8, 9], [1.0, 1.0, -1.0], [0.5, 0.5, 0.25])
+    ([1, 2, 1], [7, 8, 9], [1.0, 1.0, -1.0], [0.25, 0.25, 0.25])
     >>> row.lengths
     [[2, 2, 1]]
     """
@@ -88,21 +88,20 @@ def build_row(groups: list, weights: list[list[float]]) -> Row:
     row.answer_T = on_device(answer_of)
     row.source_N = on_device(source)
     row.target_N = on_device(target)
-    add_loss_values(row, groups, weights)
+    add_loss_values(row, groups, weight)
     return row
 
 
-def add_loss_values(row: Row, groups: list, weights: list[list[float]]) -> None:
+def add_loss_values(row: Row, groups: list, weight: float) -> None:
     """Advantage, weight and sampler's log-prob of each answer token."""
-    advantage, weight, sampler = [], [], []
-    for group, group_weights in zip(groups, weights):
-        for answer, a, w in zip(group.answers, group.advantages, group_weights):
+    advantage, sampler = [], []
+    for group in groups:
+        for answer, a in zip(group.answers, group.advantages):
             advantage += [a] * len(answer)
-            weight += [w] * len(answer)
         for logprobs in group.sampler_logprobs:
             sampler += logprobs
     row.advantage_N = on_device(advantage)
-    row.weight_N = on_device(weight)
+    row.weight_N = on_device([weight] * len(advantage))
     row.sampler_N = on_device(sampler)
 
 
@@ -126,21 +125,18 @@ def pack(groups: list, row_tokens: int) -> list[list]:
     return rows
 
 
-def build_rows(groups: list, *, row_tokens: int, weight) -> list[Row]:
+def build_rows(groups: list, *, row_tokens: int, weight: float) -> list[Row]:
     """Packed rows, as many on every rank: under FSDP every forward pass is a collective.
 
-    weight: tokens of an answer -> weight of each of them in the loss. A rank that has fewer rows than another gets
-    idle ones, of one token whose weight is 0.
+    weight: of each answer token in the loss. A rank that has fewer rows than another gets idle ones, of one token whose
+    weight is 0.
     """
     rows = []
     for packed in pack(groups, row_tokens):
-        weights = []
-        for group in packed:
-            weights.append([weight(len(answer)) for answer in group.answers])
-        rows.append(build_row(packed, weights))
+        rows.append(build_row(packed, weight))
     most = int(all_reduce(len(rows), dist.ReduceOp.MAX))
     while len(rows) < most:
-        rows.append(build_row([Example([0], [[0]])], [[0.0]]))
+        rows.append(build_row([Example([0], [[0]])], 0.0))
     return rows
 
 

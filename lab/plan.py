@@ -117,78 +117,33 @@ def cache_tokens(shape, config, world: int) -> float:
     return room * parts / (2 * shape.key_values)
 
 
-# Rates of one H100, stated, not measured by us. The cost formula and where they come from: docs/gpu.md.
-MATMUL = 989e12  # FLOP a second of bf16, by the data sheet
-BANDWIDTH = 3.35e12  # bytes a second, by the data sheet
-UPDATE_SHARE, FORWARD_SHARE, PREFILL_SHARE, DECODE_SHARE = 0.30, 0.25, 0.5, 0.7  # of these two, reached
-DECODE_OVERHEAD = 0.004  # seconds of a decode step outside the model
-REDUCE_SECONDS = 20e-6  # of one all-reduce between ranks that share a sampler: two a layer
-HOST_LINK, PAGED_LINK, HOST_MEMORY = 25e9, 10e9, 200e9  # bytes a second: PCIe 4, pinned or not; a node's memory
-SYNC_SECONDS, GATHER = 2.0, 100e9  # a wake-up; bytes a second of weights gathered and loaded
+# Shares of an H100's data sheet that others' runs reach (docs/gpu.md), and its link to the host. None measured by us.
+MATMUL, UPDATE_SHARE = 989e12, 0.25  # FLOP a second
+BANDWIDTH, DECODE_SHARE = 3.35e12, 0.55  # bytes a second of weights; the rest is keys and values
+HOST_LINK = 16e9  # bytes a second
+TOKEN_OVERHEAD, REDUCE_SECONDS = 0.004, 20e-6  # of a decode step; of an all-reduce among sharers, two a layer
 ANSWER_SHARE = 0.4  # of its limit is the mean length of an answer; measured runs of others: .2 to .5
 
 
-def decode_seconds(shape, answers: float, mean_tokens: float, longest: float, context: float, sharers: int) -> float:
-    """Seconds in which one GPU samples `answers` answers at a time, until the longest of them ends.
+def step_seconds(shape, config, world: int) -> dict[str, float]:
+    """Seconds of the parts that cost most, on so many H100, when all groups have a signal; within a factor of two.
 
-    A decode step reads all weights once, and the keys and values of every answer that still runs. So many GPUs that
-    share a sampler have as many times the answers, read a part of each, and add up their products in every layer.
+    The sampler reads all its weights for each token of the longest answer. A parameter costs 2 FLOP a token in
+    log-probs and 6 in the update. --offload moves it to the GPU twice and its gradient back, for each row.
     """
-    weights, cache = 2 * shape.parameters / sharers, 2 * shape.key_values * (context + mean_tokens / 2)
-    overhead = DECODE_OVERHEAD + (2 * shape.layers * REDUCE_SECONDS if sharers > 1 else 0.0)
-    full = (weights + answers * cache) / (DECODE_SHARE * BANDWIDTH) + overhead
-    last = weights / (DECODE_SHARE * BANDWIDTH) + overhead
-    return mean_tokens * full + (longest - mean_tokens) * last
-
-
-def host_seconds(shape, config, world: int, rows: float) -> float:
-    """What --offload adds to an update, seconds: for each row of a rank its weights to the GPU twice and its gradient
-    back, in fp32, added up on the host (12 bytes of its memory a parameter); then AdamW there (28 bytes)."""
-    memory = (rows * 12 + config.minibatches * 28) * config.nproc / HOST_MEMORY
-    return (rows * (8 / HOST_LINK + 4 / PAGED_LINK) + memory) * shape.parameters / world
-
-
-def step_seconds(shape, world: int, kinds: list[tuple], judged: tuple, minibatches: int, sharers: int = 1) -> dict:
-    """Seconds of the parts that cost anything, on so many H100, when all groups have a signal.
-
-    kinds: (prompts, G, prompt tokens, mean answer tokens, limit of an answer) of each kind of a batch.
-    judged: (judgements, tokens of a judge's prompt). sharers: GPUs of one sampler.
-    """
-    prompts = sum(count for count, *_ in kinds)
-    answers = sum(count * group for count, group, *_ in kinds)
-    prompt_tokens = sum(count * tokens for count, _, tokens, _, _ in kinds)
-    answer_tokens = sum(count * group * mean for count, group, _, mean, _ in kinds)
-    longest = max(limit for *_, limit in kinds)
-    prefill = 2 * shape.parameters / (PREFILL_SHARE * MATMUL * world)
-    rollout = prompt_tokens * prefill + decode_seconds(
-        shape, answers / world, answer_tokens / answers, longest, prompt_tokens / prompts, sharers)
-    count, judge_tokens = judged
-    judging = count * judge_tokens * prefill
-    judging += decode_seconds(shape, count / world, 100, 400, judge_tokens, sharers) if count else 0.0
-    flop = (prompt_tokens + answer_tokens) * 2 * shape.parameters
-    forward = flop / (FORWARD_SHARE * MATMUL * world)
-    return {"rollout": rollout, "self_score": judging, "old_logprobs": forward * (minibatches - 1) / minibatches,
-            "update": 3 * flop / (UPDATE_SHARE * MATMUL * world),
-            "sync": SYNC_SECONDS + 4 * shape.parameters / GATHER}
-
-
-def planned_seconds(shape, config, world: int) -> dict[str, float]:
-    """`step_seconds` of these settings, after warm-up."""
-    counts, kinds = data.mix_counts(config, warmup=False), []
+    counts, tokens, longest = data.mix_counts(config, warmup=False), 0, 0
     for kind, prompts in counts.items():
         limit = config.max_referee_tokens if kind == "preference" else config.max_answer_tokens
-        if prompts:
-            tokens = (0.4 if kind == "preference" else 0.05) * config.max_prompt_tokens
-            kinds.append((prompts, config.group, tokens, ANSWER_SHARE * limit, limit))
-    listed = config.judge_list or config.group  # answers in a judge's prompt
-    tokens = listed * ANSWER_SHARE * config.max_answer_tokens + 0.05 * config.max_prompt_tokens
-    judged = (counts["instruction"] * config.judgements * config.group // listed, min(tokens, config.max_judge_tokens))
-    seconds = step_seconds(shape, world, kinds, judged, config.minibatches, config.tensor_parallel)
-    if config.offload:
-        tokens = sum(count * (prompt + group * mean) for count, group, prompt, mean, _ in kinds)
-        rows = max(config.minibatches, tokens / world / longest_row(config))
-        seconds["update"] += host_seconds(shape, config, world, rows)
-    return seconds
+        tokens += prompts * config.group * ANSWER_SHARE * limit / world
+        longest = max(longest, limit if prompts else 0)
+    reading = 2 * shape.parameters / config.tensor_parallel / (DECODE_SHARE * BANDWIDTH) + TOKEN_OVERHEAD
+    reading += 2 * shape.layers * REDUCE_SECONDS * (config.tensor_parallel > 1)
+    forward = 2 * shape.parameters * tokens / (UPDATE_SHARE * MATMUL)
+    rows = config.offload * max(config.minibatches, tokens / longest_row(config))
+    judgement = ANSWER_SHARE * config.max_referee_tokens if counts["instruction"] else 0
+    return {"rollout": longest * reading, "self_score": judgement * reading,
+            "old_logprobs": forward * (1 - 1 / config.minibatches),
+            "update": 3 * forward + 12 * rows * shape.parameters / world / HOST_LINK}
 
 
 def does_not_fit(shape, config, world: int) -> str:
@@ -225,7 +180,7 @@ def advice(shape, plan: Plan) -> str:
         if plan.nproc % tried.tensor_parallel == 0 and not does_not_fit(shape, tried, world):
             changed = [(name, value) for name, value in vars(tried).items() if value != getattr(plan, name)]
             flags = [f"--{name}" if value is True else f"--{name} {value}" for name, value in changed]
-            return f"{' '.join(flags)}, about {sum(planned_seconds(shape, tried, world).values()):.0f} s a step"
+            return f"{' '.join(flags)}, about {sum(step_seconds(shape, tried, world).values()):.0f} s a step"
     return "nothing that this plan tries"
 
 
@@ -243,7 +198,7 @@ def show(plan: Plan) -> str:
     if fault:
         verdict = f"does NOT fit: {fault}\nwhat fits: {advice(shape, plan)}"
     else:
-        seconds = planned_seconds(shape, plan, world)
+        seconds = step_seconds(shape, plan, world)
         total, parts = sum(seconds.values()), ", ".join(f"{part} {value:.0f}" for part, value in seconds.items())
         verdict = (f"a step: about {total:.0f} s on H100s, within a factor of two ({parts})\n"
                    f"the run: {plan.steps * total / 3600:.0f} hours for {plan.steps} steps\n\nit fits")

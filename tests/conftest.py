@@ -135,7 +135,7 @@ def packed(groups):
     """All of them as one row; every answer has an advantage and a weight of 1."""
     for group in groups:
         group.advantages = [1.0] * len(group.answers)
-    return build_row(groups, [group.advantages for group in groups])
+    return build_row(groups, 1.0)
 
 
 def plain_logprobs(model, prompt, answer, temperature):

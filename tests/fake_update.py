@@ -58,7 +58,7 @@ def main(case: dict) -> None:
         prompt, answers = [0] * case["prompt"], [[0] * case["answer"]] * case["group"]
         group = Group(0, None, prompt, answers, advantages=[1.0] * case["group"],
                       sampler_logprobs=[[0.0] * case["answer"]] * case["group"])
-        row = rows.build_row([group], [[1.0] * case["group"]])
+        row = rows.build_row([group], 1.0)
         tracker = FSDPMemTracker(model)
         tracker.track_inputs((row.ids_T,))
         with tracker:

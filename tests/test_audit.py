@@ -141,7 +141,7 @@ NUMBERS = {
     "speed": logged(lambda line: line.update(tokens_per_second=9e9)),
     "updates": logged(lambda line: line.update(updates=9, skipped_updates=9)),
     "an order that no judgement can have": judgement(order=[1, 1, 2, 3]),
-    "tau": config(tau="strict"), "loss": config(loss="sequence-mean"),
+    "tau": config(tau="strict"),
     "minibatches": config(minibatches=1), "seed": config(seed=1), "mix": config(mix="2:1:1"), "batch": config(batch=6),
     "group": config(group=3), "judgements": config(judgements=3), "warmup_steps": config(warmup_steps=0),
 }

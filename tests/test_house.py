@@ -106,7 +106,7 @@ def test_fsdp_walks_past_a_row_whatever_its_length(make_policy):
     for tokens in (30, 4500):
         group = Group(0, None, [1] * (tokens // 3), [[2] * (tokens // 3)] * 2, advantages=[1.0, -1.0],
                       sampler_logprobs=[[-1.0] * (tokens // 3)] * 2)
-        row = build_row([group], [[1.0, 1.0]])
+        row = build_row([group], 1.0)
         visits.append(0)
         sys.setprofile(watch)
         policy(row)

@@ -100,11 +100,10 @@ def measure(folder: Path) -> None:
     for name in BATCHES:
         for budget in BUDGETS:
             for minibatches, moved in UPDATES:
-                for loss in ("token-mean", "sequence-mean") if minibatches == 1 else ("token-mean",):
-                    recorder = Recorder(policy)
-                    figures = one_update(policy, make_batch(name), recorder, row_tokens=budget, loss=loss,
-                                         minibatches=minibatches, moved=moved)
-                    found[name, budget, minibatches, moved, loss] = recorder.gradients, figures
+                recorder = Recorder(policy)
+                figures = one_update(policy, make_batch(name), recorder, row_tokens=budget,
+                                     minibatches=minibatches, moved=moved)
+                found[name, budget, minibatches, moved] = recorder.gradients, figures
     checkpoint = folder / "checkpoints" / "step_1"
     if world == 2:
         one_update(policy, make_batch(BATCHES[0]), optimizer)
@@ -144,16 +143,15 @@ def distance(a, b) -> float:
 
 # ---- ranks and rows ----
 
-@pytest.mark.parametrize("minibatches, moved, loss", [(*case, "token-mean") for case in UPDATES]
-                         + [(1, True, "sequence-mean")])
+@pytest.mark.parametrize("minibatches, moved", UPDATES)
 @pytest.mark.parametrize("name", BATCHES[:2])
 def test_the_gradient_is_the_same_on_any_number_of_ranks_and_in_rows_of_any_size(
-        measured, name, minibatches, moved, loss):
-    gradients, expected = measured[1][name, 4096, minibatches, moved, loss]
+        measured, name, minibatches, moved):
+    gradients, expected = measured[1][name, 4096, minibatches, moved]
     assert gradients and all(gradient.norm() > 0 for gradient in gradients)
     for world in WORLDS:
         for budget in BUDGETS:
-            found, figures = measured[world][name, budget, minibatches, moved, loss]
+            found, figures = measured[world][name, budget, minibatches, moved]
             assert len(found) == len(gradients)
             for gradient, whole in zip(found, gradients):
                 assert distance(gradient, whole) <= 1e-6, (world, budget)
@@ -165,7 +163,7 @@ def test_ranks_without_spread_instructions_or_a_readable_judgement_meet_every_co
     """That `measured` ended is the test; that nothing was left out shows in the number of updates."""
     for world in WORLDS:
         for budget in BUDGETS:
-            updates = [measured[world][name, budget, *case, "token-mean"][1]["updates"]
+            updates = [measured[world][name, budget, *case][1]["updates"]
                        for name in BATCHES for case in UPDATES]
             # The second batch has no signal in its second half, the third in neither.
             assert updates == [1, 2, 2, 1, 1, 1, 0, 0, 0]

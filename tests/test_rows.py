@@ -18,7 +18,7 @@ def group_of(prompt_ids, *answers) -> Group:
 
 
 def row_of(*groups):
-    return build_row(groups, [[1.0] * len(group.answers) for group in groups])
+    return build_row(groups, 1.0)
 
 
 # ---- what an answer sees ----

@@ -42,7 +42,7 @@ SETTINGS = dict(
     name="bench", seed=0, resume=False, model="", chat_template="", preferences=[], reasoning=[], instructions=[],
     steps=1, warmup_steps=0, mix="0:1:0", batch=4, group=8, minibatches=1, temperature=1.0, max_prompt_tokens=4096,
     max_answer_tokens=32, max_referee_tokens=32, max_judge_tokens=4096, judgements=1, judge_list=0, both_orders=False,
-    tau="b", clip_low=0.8, clip_high=1.28, loss="token-mean", importance_cap=0.0, lr=1e-6,
+    tau="b", clip_low=0.8, clip_high=1.28, importance_cap=0.0, lr=1e-6,
     lr_warmup=0, precision="float32", row_tokens=1024, tensor_parallel=1, offload=False, gpu_memory=0.6, save_every=0,
     keep=0)
 

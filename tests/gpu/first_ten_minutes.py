@@ -59,7 +59,7 @@ def near(found: float, limit: float, what: str) -> str:
 
 
 def row_of(groups: list[Group]) -> rows.Row:
-    return rows.build_row(groups, [[1e-3] * len(group.answers) for group in groups])
+    return rows.build_row(groups, 1e-3)
 
 
 class Bench:
@@ -178,7 +178,7 @@ class Trainer:
         row = row_of([group_of(tokens)])
         wall, host, _ = clock(lambda: self.look(row))
         share = 2 * self.shape.parameters * len(row.ids_T) / wall / plan.MATMUL
-        return f"{wall:.2f} s, Python {host:.2f} s; {share:.2f} of 989 TFLOP/s, planned {plan.FORWARD_SHARE}"
+        return f"{wall:.2f} s, Python {host:.2f} s; {share:.2f} of 989 TFLOP/s, planned {plan.UPDATE_SHARE}"
 
     def both(self, tokens: int) -> str:
         row = row_of([group_of(tokens)])
