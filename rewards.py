@@ -108,8 +108,10 @@ def verify_answer(response: str, answer: str) -> float:
     The final answer is the last box, or without one the last number; infra/answers.py says what equals what. No text
     makes this function raise.
 
-    >>> verify_answer(r"First \boxed{3}. No: \boxed{1{,}024}.", "1024"), verify_answer("so 3/4 it is", "0.75")
-    (1.0, 1.0)
+    >>> verify_answer(r"First \boxed{3}. No: \boxed{1{,}024}.", "1024")
+    1.0
+    >>> verify_answer("so 3/4 it is", "0.75")
+    1.0
     >>> verify_answer(r"\boxed{(x-1)(x+1)}", "x^2-1"), verify_answer(r"It is 12, so \boxed{13}", "12")
     (1.0, 0.0)
     >>> verify_answer(r"\boxed{\text{Friday}}", "friday")
@@ -227,7 +229,11 @@ def clipped_objective(ratio: Tensor, advantage: Tensor, low: float, high: float)
 
 
 def mean(values) -> float | None:
-    """The mean, or None of nothing: unknown is not zero."""
+    """The mean, or None of nothing: unknown is not zero.
+
+    >>> mean([1, 2]), mean([])
+    (1.5, None)
+    """
     values = list(values)
     return sum(values) / len(values) if values else None
 

@@ -195,7 +195,7 @@ def test_every_bound_is_kept_and_named():
 
 def test_a_batch_that_does_not_split_over_the_ranks_names_one_that_does(refused):
     message = refused(RANK="0", LOCAL_RANK="0", WORLD_SIZE="5")
-    assert "--batch 24" in message and "5 ranks" in message and "--batch 30" in message
+    assert "--batch 24" in message and "5 ranks" in message and "--batch 120" in message
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(refused, monkeypatch):

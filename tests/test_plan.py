@@ -148,7 +148,7 @@ def test_a_model_that_is_not_known_is_read_from_its_config(monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--nproc 7", "--batch 196"), ("--gpu_gib 0", "--gpu_gib 0"), ("--nproc_per_node 8", "--nproc_per_node")])
+    ("--nproc 7", "--batch 210"), ("--gpu_gib 0", "--gpu_gib 0"), ("--nproc_per_node 8", "--nproc_per_node")])
 def test_a_mistake_is_one_line(monkeypatch, capsys, arguments, message):
     with pytest.raises(SystemExit):
         planned(monkeypatch, capsys, arguments)

@@ -324,5 +324,7 @@ def test_flags_win_over_a_preset_that_wins_over_the_papers_defaults_and_each_pre
     assert data.longest_sequence(paper) <= 32768  # max_position_embeddings of Qwen2.5-7B
     for preset in (config, paper):
         urpo.check(preset, world=2)
-    with pytest.raises(InputError, match="--batch 48 does not split over 32 ranks.* use --batch 64, or 8 ranks"):
+    with pytest.raises(InputError, match="--batch 48 does not split over 32 ranks.* use --batch 192, or 8 ranks"):
         urpo.check(config, world=32)
+    config.batch = 192
+    urpo.check(config, world=32)
