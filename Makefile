@@ -74,7 +74,7 @@ lint: .venv/ready
 	.venv-trl/bin/python -m pip install --quiet --no-deps trl==1.16.0
 	touch $@
 
-# About an hour. `make bench ARGS="--parts step --cases a"` measures some and keeps the figures of the others.
+# About forty minutes. `make bench ARGS="--parts step --cases a"` measures some and keeps the figures of the others.
 bench: .venv-trl/ready
 	$(python) -m lab.seed raw
 	$(python) tests/bench/speed.py $(ARGS)

@@ -158,7 +158,7 @@ def self_rewards(verdicts: list, orders: list[list[int]]) -> list[float] | None:
 def group_rewards(config, group) -> list[float] | None:
     """The rewards of the G answers to one prompt (a data.Group): the one place where the kind of a prompt decides.
 
-    A new verifiable reward is one more branch here. None where nothing could be judged: that group teaches nothing.
+    A new verifiable reward is one more branch here. None for an unjudged group, which teaches nothing.
     """
     prompt, rewards = group.prompt, []
     if prompt.kind == "instruction":
@@ -216,7 +216,7 @@ def token_weight(tokens: int) -> float:
 def clipped_objective(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
     """min(rho A, clip(rho, low, high) A) for each token, to be maximised. The range is the paper's, from DAPO.
 
-    rho is a token's probability now over its probability when it was sampled. There is no dual clip: a token that
+    rho is a token's probability now over the trainer's own at rollout weights. There is no dual clip: a token that
     got likelier in a bad answer (rho > high, A < 0) is pulled back in full.
 
     >>> clipped_objective(torch.tensor([0.5, 0.5, 1.5, 1.5]), torch.tensor([1., -1., 1., -1.]), 0.8, 1.28)
@@ -267,20 +267,12 @@ def update_figures(tallies: list[Tally], world: int) -> dict:
     }
     if not done:
         return dict.fromkeys(("loss", "grad_norm", "clipped_low", "clipped_high")) | counts
-    loss = norm = 0.0
-    low = high = tokens = 0
-    for tally in done:
-        loss += tally.loss
-        norm += tally.norm
-        low += tally.clipped_low
-        high += tally.clipped_high
-        tokens += tally.tokens
-    tokens = all_reduce(tokens)
+    tokens = all_reduce(sum(tally.tokens for tally in done))
     return {
-        "loss": all_reduce(loss) / world / len(done),
-        "grad_norm": norm / len(done),
-        "clipped_low": all_reduce(low) / tokens,
-        "clipped_high": all_reduce(high) / tokens,
+        "loss": all_reduce(sum(tally.loss for tally in done)) / world / len(done),
+        "grad_norm": mean(tally.norm for tally in done),
+        "clipped_low": all_reduce(sum(tally.clipped_low for tally in done)) / tokens,
+        "clipped_high": all_reduce(sum(tally.clipped_high for tally in done)) / tokens,
         **counts,
     }
 
@@ -326,7 +318,7 @@ def kind_figures(groups: list) -> dict:
     rewards, spreads, advantages = [], [], []
     lengths, finished, distinct, entropy = [], [], [], []
     for group in groups:
-        if group.rewards is not None:  # else no judgement of the group could be read
+        if group.rewards is not None:  # else the group is unjudged
             rewards += group.rewards
             spreads.append(pstdev(group.rewards))
         advantages += map(abs, group.advantages)

@@ -1,7 +1,7 @@
 """URPO: one LLM that learns to answer and to judge its own answers in a single GRPO loop (arXiv 2507.17515).
 
 Read this file from top to bottom and you have read the algorithm; its equations stand in rewards.py. One step has
-seven parts; the same numbers and names stand in README.md, in the log's timings and in the tests:
+seven parts; the same names stand in README.md, in the log's timings and in the tests:
 
     1. draw          a mixed batch of preference (P), reasoning (R) and instruction (I) prompts at P:R:I
     2. rollout       G answers a prompt, sampled by vLLM from the current weights
@@ -118,8 +118,8 @@ class Config:
 
 TOY = os.path.relpath(Path(__file__).parent / "toy")  # the laptop's world: `make toy` writes it
 PRESETS = {
-    # A bf16 sampler is .01 to .02 nats a token away from the trainer, which the cap corrects. A checkpoint of 7B takes
-    # 107 GB, so two stay.
+    # bf16 alone makes .01 to .02 nats a token between trainer and sampler (measured on a CPU), which the cap corrects.
+    # A checkpoint of 7B takes 107 GB, so two stay.
     "paper": dict(importance_cap=2.0, keep=2),
     # A judge of 135M parameters was taught pairs, so it judges its own answers in pairs, each answer in two. Half of a
     # step is P, since the judge has most to learn; in both orders, so that no position pays.
@@ -222,7 +222,7 @@ def reward(config: Config, groups: list[Group]) -> list[Group]:
     """
     for group in groups:
         group.rewards = group_rewards(config, group)
-        if group.rewards is None:  # of some answer no judgement can be read: the group teaches nothing, counted
+        if group.rewards is None:  # of some answer too few judgements can be read: counted
             group.advantages = [0.0] * len(group.texts)
         else:
             group.advantages = group_advantages(torch.tensor(group.rewards)).tolist()
@@ -311,7 +311,7 @@ def update(config: Config, policy: Policy, optimizer, minibatches: list[list[Row
 
         J = sum over tokens of  w * min(rho A, clip(rho, 0.8, 1.28) A),   rho = pi(token) / pi_old(token)   [paper]
 
-    with no KL term (beta = 0). The weights w stand in the rows, and with them the importance cap (both ours).
+    with no KL term (beta = 0). The weights w [DAPO] stand in the rows, and in them the importance cap (ours).
     """
     tallies = []
     lr = learning_rate(config, updates_done(optimizer))

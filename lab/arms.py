@@ -1,6 +1,6 @@
 """The paper's comparisons in miniature: every arm is trained and measured, and becomes a line of a CSV.
 
-    python -m lab.arms                                     all arms: many hours; what has a line is not run again
+    python -m lab.arms                                     all arms, after `lab.seed all`: many hours; a line is not run again
     python -m lab.arms --only rm_gen sft --seeds 1         some of them, with URPO and the judges that they need
     python -m lab.arms --show                              no run: the tables of the CSV
 

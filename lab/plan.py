@@ -126,9 +126,10 @@ ANSWER_SHARE = 0.4  # of its limit is the mean length of an answer; measured run
 
 
 def step_seconds(shape, config, world: int) -> dict[str, float]:
-    """Seconds of the parts that cost most, on so many H100, when all groups have a signal; within a factor of two.
+    """Seconds of the parts that cost most, on so many H100, when all groups have a signal. Not checked on a GPU.
 
-    The sampler reads all its weights for each token of the longest answer. A parameter costs 2 FLOP a token in
+    The sampler reads all its weights for each token of the longest answer; answers for which its cache has no room
+    wait, and it reads them again. A parameter costs 2 FLOP a token in
     log-probs and 6 in the update. --offload moves it to the GPU twice and its gradient back, for each row.
     """
     counts, tokens, longest = data.mix_counts(config, warmup=False), 0, 0
@@ -138,10 +139,12 @@ def step_seconds(shape, config, world: int) -> dict[str, float]:
         longest = max(longest, limit if prompts else 0)
     reading = 2 * shape.parameters / config.tensor_parallel / (DECODE_SHARE * BANDWIDTH) + TOKEN_OVERHEAD
     reading += 2 * shape.layers * REDUCE_SECONDS * (config.tensor_parallel > 1)
+    answers = config.batch // world * config.group * config.tensor_parallel
+    waves = max(1, answers * ANSWER_SHARE * longest / cache_tokens(shape, config, world))
     forward = 2 * shape.parameters * tokens / (UPDATE_SHARE * MATMUL)
     rows = config.offload * max(config.minibatches, tokens / longest_row(config))
     judgement = ANSWER_SHARE * config.max_referee_tokens if counts["instruction"] else 0
-    return {"rollout": longest * reading, "self_score": judgement * reading,
+    return {"rollout": waves * longest * reading, "self_score": judgement * reading,
             "old_logprobs": forward * (1 - 1 / config.minibatches),
             "update": 3 * forward + 12 * rows * shape.parameters / world / HOST_LINK}
 
@@ -200,7 +203,7 @@ def show(plan: Plan) -> str:
     else:
         seconds = step_seconds(shape, plan, world)
         total, parts = sum(seconds.values()), ", ".join(f"{part} {value:.0f}" for part, value in seconds.items())
-        verdict = (f"a step: about {total:.0f} s on H100s, within a factor of two ({parts})\n"
+        verdict = (f"a step: about {total:.0f} s on H100s, not checked on any ({parts})\n"
                    f"the run: {plan.steps * total / 3600:.0f} hours for {plan.steps} steps\n\nit fits")
     return f"""{plan.model}: {shape.parameters / 1e9:.2f}B parameters on {world} GPUs of {plan.gpu_gib:g} GiB
 

@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_the_largest_part_or_else_the_cache(changes, world,
     assert fault in found and bool(found) == bool(fault)
 
 
-TABLE = re.findall(r"^\| ([\d.]+)B, (\d+)( \(24\))? \| (.*?) \| ([\d.]+), ([\d.]+) \| (\d+) s \|",
+TABLE = re.findall(r"^\| ([\d.]+)B, (\d+)( \(24\))? \| (.*?) \| ([\d.]+), ([\d.]+) \| (\d+ s|-) \|",
                    (ROOT / "docs" / "gpu.md").read_text(), re.M)
 
 
@@ -112,7 +112,8 @@ def test_a_row_of_the_table_of_models_and_cards_is_what_the_plan_says(size, card
     assert plan.does_not_fit(shape, config, int(cards)) == ""
     together = plan.gpu_memory(shape, config, int(cards))["together"]
     found = [f"{together['update']:.1f}", f"{together['sync']:.1f}"]
-    assert [*found, f"{sum(plan.step_seconds(shape, config, int(cards)).values()):.0f}"] == [update, sync, seconds]
+    time = "-" if small else f"{sum(plan.step_seconds(shape, config, int(cards)).values()):.0f} s"  # of H100s
+    assert [*found, time] == [update, sync, seconds]
 
 
 def test_72b_by_hand(monkeypatch, capsys):
