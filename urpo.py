@@ -181,11 +181,9 @@ def rollout(config: Config, sampler, tokenizer, share: list[tuple[int, data.Prom
     answers = generate(
         sampler, prompts, n=config.group, max_tokens=limits, seeds=seeds, temperature=config.temperature)
     for group, samples in zip(groups, answers):
-        entropies = []
         for sample in samples:
             group.add(sample)
-            entropies += [-logprob for logprob in sample.logprobs]
-        group.entropy = mean(entropies)
+        group.entropy = mean(-logprob for logprobs in group.sampler_logprobs for logprob in logprobs)
     return groups
 
 
@@ -339,15 +337,10 @@ def update(config: Config, policy: Policy, optimizer, minibatches: list[list[Row
 
 def record(config: Config, log: runs.Log, groups: list[Group], figures: dict, step: int) -> None:
     """The step's line in log.jsonl and its trajectories, from the groups of all ranks in the batch's order."""
-
-    def make():
-        kinds = step_figures(config, groups)
-        tokens = sum(kind["tokens"] for kind in kinds.values())
-        figures["tokens_per_second"] = tokens / sum(figures["seconds"].values())
-        shown = [f"{name} {kind['reward']:.2f}" for name, kind in kinds.items() if kind["reward"] is not None]
-        return [group.to_record(step) for group in groups], kinds, ", ".join(shown)
-
-    log.write(step, figures, make)
+    kinds = step_figures(config, groups)
+    tokens = sum(kind["tokens"] for kind in kinds.values())
+    figures["tokens_per_second"] = tokens / sum(figures["seconds"].values())
+    log.write({"step": step, **kinds, **figures}, [group.to_record(step) for group in groups])
 
 
 def train(config: Config, score=self_score, program: str = "urpo") -> None:

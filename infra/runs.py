@@ -127,24 +127,23 @@ class Log:
                     print(f"stopped by a signal; {step + 1} steps are saved and --resume continues", flush=True)
                 return
 
-    def write(self, step: int, figures: dict, make) -> None:
-        """One line of log.jsonl, one record a group in rollouts.jsonl.
+    def write(self, line: dict, records: list[dict]) -> None:
+        """The line of a step in log.jsonl, the same on all ranks but for seconds; its groups' in rollouts.jsonl.
 
-        figures: the same on all ranks, but for seconds. make: on rank 0, () -> (records, figures of kinds, the live
-        line's text). Raises FloatingPointError at the third step without a finite update since the last that had one.
+        Raises FloatingPointError at the third step without a finite update since the last that had one.
         """
 
-        def write() -> str:
-            records, kinds, shown = make()
+        def write() -> None:
             append(self.folder / "rollouts.jsonl", records)
-            append(self.folder / "log.jsonl", [{"step": step, **kinds, **figures}])  # last: it has its trajectories
-            return shown
+            append(self.folder / "log.jsonl", [line])  # last: it has its trajectories
 
-        self.bar.set_postfix_str(on_rank_0(f"writing {self.folder}", write))
-        self.not_finite = 0 if figures["updates"] else self.not_finite + (figures["nonfinite_updates"] > 0)
+        on_rank_0(f"writing {self.folder}", write)
+        rewards = {kind: part["reward"] for kind, part in line.items() if isinstance(part, dict) and "reward" in part}
+        self.bar.set_postfix(rewards)
+        self.not_finite = 0 if line["updates"] else self.not_finite + (line["nonfinite_updates"] > 0)
         if self.not_finite == 3:
-            raise FloatingPointError(f"step {step}: no finite update for 3 steps: lower --lr, or look at the last "
-                                     "prompts in rollouts.jsonl")
+            raise FloatingPointError(f"step {line['step']}: no finite update for 3 steps: lower --lr, or look at the "
+                                     "last prompts in rollouts.jsonl")
 
     def save_if_due(self, step: int, policy, optimizer, tokenizer) -> None:
         """A checkpoint every `save_every` steps, after the last step, and before a signal ends the run.

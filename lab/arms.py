@@ -1,13 +1,14 @@
 """The paper's comparisons in miniature: every arm is trained and measured, and becomes a line of a CSV.
 
-    python -m lab.arms                                     all arms, after `lab.seed all`: many hours; a line is not run again
+    python -m lab.arms                                     all arms: many hours; one that has a line is not run again
     python -m lab.arms --only rm_gen sft --seeds 1         some of them, with URPO and the judges that they need
     python -m lab.arms --show                              no run: the tables of the CSV
 
-All arms answer the same held-out examples; those of one mix and warm-up draw the same prompts. Any other flag goes to
-every run, so one CSV is for one set of flags. A run that died has a line too: delete it, and the run is tried again. A
-difference from URPO has a t interval: Welch's, since two arms share the order of prompts and nothing that was sampled;
-or of the seeds' own differences, for arms that are URPO's run until the warm-up ends and for models as they are.
+All arms answer the same held-out examples; those of one mix and warm-up draw the same prompts. First `python -m
+lab.seed all`. Any other flag goes to every run, so one CSV is for one set of flags. A run that died has a line too:
+delete it, and the run is tried again. A difference from URPO has a t interval: Welch's, since two arms share the order
+of prompts and nothing that was sampled; or of the seeds' own differences, for arms that are URPO's run until the
+warm-up ends and for models as they are.
 """
 
 from __future__ import annotations
