@@ -173,10 +173,10 @@ def check_judging(config) -> None:
     size, times, listed = config.group, config.judgements, config.judge_list or config.group
     if not 2 <= listed <= size:
         raise InputError(f"--judge_list {listed}: a judgement compares 2 to {size} answers, --group; 0 is all of them")
+    most = listed * len(judge_strides(size, listed))
     if listed < size and times % listed:
         raise InputError(f"--judgements {times} --judge_list {listed}: judging every answer as often, and as often in "
-                         f"each place, takes a multiple of {listed}; for example {-(-times // listed) * listed}")
-    most = listed * len(judge_strides(size, listed))
+                         f"each place, takes a multiple of {listed}; use {min(-(-times // listed) * listed, most)}")
     if times > most:
         raise InputError(f"--judgements {times}: lists of {listed} of {size} answers that differ are enough for {most}")
 
@@ -184,8 +184,18 @@ def check_judging(config) -> None:
 # ------------------------------------------------------------------------------- the mixed batch
 
 
-def mix_counts(config, warmup: bool) -> dict[str, int]:
+def fitting_batch(config, part: int) -> int:
+    """The next --batch that is a multiple of `part` and that --mix can share, in the warm-up, too."""
+    shares = [int(share) for share in config.mix.split(":")]
+    orders, warm = 1 + config.both_orders, max(1, sum(shares[:2]))
+    unit = math.lcm(part, orders * sum(shares), orders * warm)
+    return -(-config.batch // unit) * unit
+
+
+def mix_counts(config, warmup: bool, part: int = 1) -> dict[str, int]:
     """How many prompts of each kind stand in a batch: shares of the prompts (our choice). Warm-up is P + R [paper].
+
+    part: what must divide the batch, too, for the remedy of an error.
 
     >>> from types import SimpleNamespace
     >>> mix_counts(SimpleNamespace(mix="1:1:1", batch=12, both_orders=False), warmup=False)
@@ -205,12 +215,12 @@ def mix_counts(config, warmup: bool) -> dict[str, int]:
                          "set --warmup_steps 0")
     if batch % total:
         when = " (warm-up)" if warmup else ""
-        raise InputError(f"--batch {batch} cannot be shared {':'.join(map(str, shares))}{when}: use a multiple of "
-                         f"{total}, for example {-(-batch // total) * total}")
+        raise InputError(f"--batch {batch} cannot be shared {':'.join(map(str, shares))}{when}: use --batch "
+                         f"{fitting_batch(config, part)}")
     counts = {kind: batch * share // total for kind, share in zip(KINDS, shares)}
     if config.both_orders and counts["preference"] % 2:
         raise InputError(f"--batch {batch} --mix {mix} draws {counts['preference']} preference prompts, and "
-                         f"--both_orders needs an even number: use --batch {2 * batch}")
+                         f"--both_orders needs an even number: use --batch {fitting_batch(config, part)}")
     return counts
 
 
@@ -518,13 +528,15 @@ def load_source(kind: str, source: str, split: str = "train") -> tuple[list[Prom
 def fits(config, tokenizer, prompt: Prompt) -> bool:
     """Whether a row has room in --max_prompt_tokens. Rows are never silently cut.
 
-    An instruction must also leave room for its judgement in --max_judge_tokens: the referee's prompt over answers
-    without a word.
+    An instruction must also leave room in --max_judge_tokens for its judgement over answers of --max_answer_tokens.
+    (The quotation marks of answers of many lines may need more: such a judgement is not asked, and counts as unread.)
     """
     if len(encode_prompt(tokenizer, prompt)) > config.max_prompt_tokens:
         return False
-    shortest = encode_judgement(tokenizer, prompt.instruction, [""] * (config.judge_list or config.group))
-    return prompt.kind != "instruction" or len(shortest) <= config.max_judge_tokens
+    listed = config.judge_list or config.group
+    empty = encode_judgement(tokenizer, prompt.instruction, [""] * listed)
+    longest = len(empty) + listed * config.max_answer_tokens
+    return prompt.kind != "instruction" or longest <= config.max_judge_tokens
 
 
 def each_row_fits(config, tokenizer, rows: list[Prompt]) -> list[bool]:
@@ -556,7 +568,7 @@ def load_sources(config, tokenizer) -> tuple[dict[str, list[Prompt]], dict[str, 
             if len(kept) < len(rows):
                 left_out["it is longer than --max_prompt_tokens, or leaves no room for its judgement in "
                          "--max_judge_tokens"] = len(rows) - len(kept)
-            told[name] = {"read": len(kept), "left out": dict(left_out)}
+            told[f"--{FLAGS[kind]} {name}"] = {"read": len(kept), "left out": dict(left_out)}
             if os.environ.get("RANK", "0") == "0":
                 said = [f"{name}: {len(kept)} rows of {kind}"]
                 said += [f"{number} left out, since {reason}" for reason, number in left_out.items()]

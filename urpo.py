@@ -146,18 +146,15 @@ def check(config: Config, world: int) -> None:
     if world % config.tensor_parallel:
         raise InputError(f"--tensor_parallel {config.tensor_parallel}: {world} ranks do not split into samplers of so "
                          f"many: use {math.gcd(world, config.tensor_parallel)}")
-    for warmup in {False, config.warmup_steps > 0}:
-        data.mix_counts(config, warmup)
     part = world * config.minibatches
+    for warmup in {False, config.warmup_steps > 0}:
+        data.mix_counts(config, warmup, part)
     if config.batch % part:
-        orders = 1 + config.both_orders
-        shares = [int(share) for share in config.mix.split(":")]
-        warm = max(1, sum(shares[:2]))
-        unit = math.lcm(part, orders * sum(shares), orders * warm)  # what --mix can share, too
         fitting = math.gcd(config.batch // config.minibatches, world)
-        fewer = "" if config.batch % config.minibatches else f", or {fitting} ranks"
+        splits = config.batch % config.minibatches == 0 and fitting % config.tensor_parallel == 0
+        fewer = f", or {fitting} ranks" if splits else ""
         raise InputError(f"--batch {config.batch} does not split over {world} ranks, {config.minibatches} minibatches: "
-                         f"use --batch {-(-config.batch // unit) * unit}{fewer}")
+                         f"use --batch {data.fitting_batch(config, part)}{fewer}")
     data.check_judging(config)
 
 

@@ -2,7 +2,7 @@ r"""The final answer of a text: how it is found, and what equals what. A wrong 1
 
     1. tidy      only what cannot change a value goes: fonts, blanks of LaTeX, signs around maths
     2. units     where both sides have one, it must be the same; million, dozen and cents belong to the value
-    3. numbers   two plain numbers must be exactly equal, never nearly; what is still to compute is none
+    3. numbers   two plain numbers must be exactly equal, never nearly; a sum or product to compute is none
     4. words     two words or choices are compared letter by letter, and so is what math_verify would misread
     5. maths     everything else goes to math_verify, in a process of its own, its decimals as exact fractions
 """
@@ -35,6 +35,7 @@ FONT = r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|ope
 OF_TEXT = r"\\(?:text(?:bf|rm)?|mathrm|mbox)"  # the fonts of a unit: others are a variable's
 TIDY = rules(
     ("[\u2212\u2013]", "-"), ("°", r"^\\circ"), (r"\^ ?\{\\circ\}|\\degree(?![A-Za-z])", r"^\\circ"),
+    ("×", r"\\times "), ("÷", r"\\div "), ("[·⋅∗•]", r"\\cdot "),
     ("π", r"\\pi "), ("∞", r"\\infty "), ("²", "^2"), ("³", "^3"), ("√", r"\\sqrt "),
     (r"\\(?:[dt]|nice)frac", r"\\frac"),
     (r"(?<=[0-9A-F)])_\{([0-9]+)\}", r"_\1"), (r"\\bar(?=\{)", r"\\overline"),
@@ -72,7 +73,7 @@ NO_MATHS = re.compile("|".join((  # what math_verify would misread: only equal t
     r"'", r"\\[lc]?dots", r"\.\.\.")))  # what it leaves out
 # Of a number as the truth: what is still to compute is no answer, or a copy of the question would be paid.
 TO_COMPUTE = re.compile(r"[^\s({=,^]\s*(?:[-+*!]|\\(?:cdot|times|div)(?![A-Za-z])(?! *10 *\^))"
-                        r"|\\?(?:max|min|gcd|lcm|binom|sum|prod|int|lim)(?![A-Za-z])")
+                        r"|\\?(?:max|min|gcd|lcm|binom|choose|sum|prod|int|lim|lfloor|lceil)(?![A-Za-z])")
 DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)(?:\\overline\{([0-9]+)\})?(?![0-9._])")
 
 
@@ -202,6 +203,7 @@ def same_answer(given: str, truth: str) -> bool:
     a_number, b_number = read_number(a), read_number(b)
     if a_number and b_number:
         (x, x_percent), (y, y_percent) = a_number, b_number
+        a_scale = b_scale if not a_unit and b_scale < 1 else a_scale  # "5.4" for 5.4 cents
         x, y = x * a_scale, y * b_scale
         return x == y or x_percent > y_percent and x == 100 * y or y_percent > x_percent and y == 100 * x
     if b_number and TO_COMPUTE.search(re.sub(r"^[^={]*=", "", a)):

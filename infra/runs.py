@@ -269,7 +269,7 @@ def check_resumed(saved: Path, settings: dict, may_change: list[str], old_rows: 
     refused = [f"the rows of {kind}" for kind in rows if old_rows.get(kind) != rows[kind]]
     for name in before | settings:
         if settings.get(name) != before.get(name) and name != "resume":
-            change = f"--{name} {before.get(name)} -> {settings.get(name)}"
+            change = f"--{name} {before.get(name)} -> {settings.get(name, 'no setting of this version')}"
             if name in may_change:
                 print(f"{saved}: resumed with another setting: {change}", flush=True)
             else:

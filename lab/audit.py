@@ -62,9 +62,9 @@ def witnesses(run: Path) -> tuple:
         raise InputError(f"{run}: no rollouts.jsonl, or no settings in config.json: nothing to derive from")
     if settings.get("program") == "sft":
         raise InputError(f"{run}: a run of sft, which no reward has taught: nothing to derive")
-    if missing := vars(urpo.Config()).keys() - settings.keys():
-        raise InputError(f"{run}: its config.json has no {', '.join(sorted(missing))}: another version of urpo.py "
-                         "wrote it, and that version's audit derives it")
+    if other := vars(urpo.Config()).keys() ^ settings.keys() - {"program", "judge", "errors"}:
+        raise InputError(f"{run}: its settings differ from today's by {', '.join(sorted(other))}: another version of "
+                         "urpo.py wrote it, and that version's audit derives it")
     config = SimpleNamespace(**{"judge": ""} | settings)  # a frozen judge is a setting of the baselines
     own = (str(saved), "") if saved.is_dir() else (config.model, config.chat_template)
     tokenizer = judge = chat.load_tokenizer(*own)

@@ -203,7 +203,7 @@ def show(plan: Plan) -> str:
     else:
         seconds = step_seconds(shape, plan, world)
         total, parts = sum(seconds.values()), ", ".join(f"{part} {value:.0f}" for part, value in seconds.items())
-        verdict = (f"a step: about {total:.0f} s on H100s, not checked on any ({parts})\n"
+        verdict = (f"a step: about {total:.0f} s on H100s, prompts left out, not checked on any ({parts})\n"
                    f"the run: {plan.steps * total / 3600:.0f} hours for {plan.steps} steps\n\nit fits")
     return f"""{plan.model}: {shape.parameters / 1e9:.2f}B parameters on {world} GPUs of {plan.gpu_gib:g} GiB
 

@@ -46,6 +46,8 @@ WRONG = [  # (given, truth)
 ]
 COPIES = [  # (what a question asks for, the number that it should be)
     ("24 + 25", "49"), (r"\max(13, 29, 38, 68)", "68"), ("max(1, 2)", "2"), ("9 * 8", "72"), (r"9\cdot 8", "72"),
+    ("37 × 48", "1776"), ("1776 ÷ 48", "37"), ("37⋅48", "1776"), (r"{10 \choose 3}", "120"),
+    (r"\lfloor 5.5 \rfloor", "5"),
     (r"\binom{5}{2}", "10"), ("5!", "120"), (r"\frac{24+25}{1}", "49"), (r"\sum_{k=1}^{3} k", "6"), ("x=24+25", "49"),
 ]
 LAST = [  # (text without a box, its last number)
@@ -69,7 +71,11 @@ def test_wrong_answers_are_not_paid(given, truth):
 @pytest.mark.parametrize("given, truth", COPIES)
 def test_a_number_that_is_still_to_compute_is_no_answer(given, truth):
     assert not same_answer(given, truth)
-    assert same_answer(r"1.5\times 10^3", "1500")
+    assert same_answer(r"1.5\times 10^3", "1500") and same_answer("1.5 × 10^3", "1500")
+
+
+def test_a_bare_number_may_count_cents_where_the_truth_does_and_never_dozens():
+    assert same_answer("5.4", r"5.4 \text{ cents}") and not same_answer("3", "3 dozen")
 
 
 @pytest.mark.parametrize("text, number", LAST)

@@ -216,7 +216,8 @@ def test_a_frozen_judges_prompts_are_built_by_its_own_tokenizer(audited, record,
 @pytest.mark.parametrize("change, part", [
     (lambda groups, *_: groups[4].pop("truth"), "rollouts.jsonl:5"),
     (lambda groups, log, *_: log.clear(), "log.jsonl"), (lambda groups, log, about, _: about.clear(), "config.json"),
-    (lambda groups, log, about, _: about["config"].pop("tau"), "no tau"),
+    (lambda groups, log, about, _: about["config"].pop("tau"), "by tau"),
+    (lambda groups, log, about, _: about["config"].update(beauty=1), "by beauty"),
 ])
 def test_what_cannot_be_checked_is_refused(audited, change, part):
     with pytest.raises(InputError, match=part):

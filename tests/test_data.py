@@ -19,7 +19,8 @@ from infra.ranks import InputError
 
 
 def config(**changes) -> urpo.Config:
-    settings = dict(batch=12, warmup_steps=0, max_prompt_tokens=200, max_judge_tokens=800, group=4)
+    settings = dict(batch=12, warmup_steps=0, max_prompt_tokens=200, max_answer_tokens=20, group=4)
+    settings["max_judge_tokens"] = 800
     return urpo.Config(**settings | changes)
 
 

@@ -205,7 +205,7 @@ def test_a_resume_names_every_setting_that_differs(process_group, tmp_path, monk
         "--steps 1000 -> 2000", "--lr 1e-06 -> 3e-06", "--keep 0 -> 2"}
 
 
-KEPT = """seed mix batch warmup_steps both_orders group preferences max_prompt_tokens tau loss minibatches
+KEPT = """seed mix batch warmup_steps both_orders group preferences max_prompt_tokens tau minibatches
     judgements temperature""".split()
 
 

@@ -326,5 +326,13 @@ def test_flags_win_over_a_preset_that_wins_over_the_papers_defaults_and_each_pre
         urpo.check(preset, world=2)
     with pytest.raises(InputError, match="--batch 48 does not split over 32 ranks.* use --batch 192, or 8 ranks"):
         urpo.check(config, world=32)
-    config.batch = 192
-    urpo.check(config, world=32)
+
+
+@pytest.mark.parametrize("batch, mix, world", [(48, "2:1:1", 32), (24, "2:1:1", 5), (20, "2:1:1", 2), (30, "2:1:1", 2),
+                                               (9, "1:1:1", 1), (24, "3:1:1", 1), (100, "1:1:1", 8)])
+def test_the_batch_that_an_error_proposes_is_one(batch, mix, world):
+    config = Config(**urpo.PRESETS["smol"] | {"batch": batch, "mix": mix})
+    with pytest.raises(InputError, match=f"--batch {batch} ") as error:
+        urpo.check(config, world)
+    config.batch = int(re.search(r"use --batch (\d+)", str(error.value))[1])
+    urpo.check(config, world)
