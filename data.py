@@ -136,7 +136,7 @@ def encode_judgement(tokenizer, instruction: str, answers) -> list[int]:
 
 
 def judge_strides(size: int, listed: int) -> list[int]:
-    """The steps around a ring of `size` answers that meet `listed` different ones before one comes again."""
+    """The steps around a ring of `size` answers that meet at least `listed` different ones before one comes again."""
     return [stride for stride in range(1, size) if listed <= size // math.gcd(size, stride)]
 
 

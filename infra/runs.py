@@ -212,7 +212,7 @@ def put_in_place(unfinished: Path, folder: Path, keep: int) -> None:
 def tidy_checkpoints(run: Path, keep: int) -> None:
     """`last` points at the newest checkpoint, all but the newest `keep` go (0: all stay), and nothing unfinished stays.
 
-    When a run is resumed, too, since a kill may have come between a checkpoint and this: then all stay.
+    A resume calls it, too, since a kill may have come between a checkpoint and this: then all stay.
     """
     folder, found = run / "checkpoints", checkpoints(run)
     pointer, new, unfinished = folder / "last", folder / "last.new", folder / "unfinished"
