@@ -39,7 +39,7 @@ LINES = [  # (old, new, check)
     ("temperature=config.temperature)\n    for group, samples", "temperature=1.0)\n    for group, samples", ROLLOUT),
     ("shown = [group.texts[i] for i in order]", "shown = group.texts", JUDGED),
     ("group_advantages(torch.tensor(", "group_advantages(-torch.tensor(", REWARDS),
-    ("lengths += map(len, group.answers)", "lengths += map(len, group.answers * group.has_signal)", UPDATE),
+    ("tokens += sum(map(len, group.answers))", "tokens += sum(map(len, group.answers * group.has_signal))", UPDATE),
     ("for rows in minibatches[1:]:", "for rows in minibatches[2:]:", UPDATE),
     ("row.keep_old(logprob_N.detach(), config.importance_cap)", "row.keep_old(logprob_N.detach())", UPDATE),
     ("(logprob_N - row.old_N).exp()", "(logprob_N - logprob_N.detach()).exp()", UPDATE),
