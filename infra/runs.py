@@ -138,8 +138,8 @@ class Log:
             append(self.folder / "log.jsonl", [line])  # last: it has its trajectories
 
         on_rank_0(f"writing {self.folder}", write)
-        rewards = {kind: part["reward"] for kind, part in line.items() if isinstance(part, dict) and "reward" in part}
-        self.bar.set_postfix(rewards)
+        kinds = {name: part for name, part in line.items() if isinstance(part, dict) and "prompts" in part}
+        self.bar.set_postfix({kind: figures["reward"] for kind, figures in kinds.items()})
         self.not_finite = 0 if line["updates"] else self.not_finite + (line["nonfinite_updates"] > 0)
         if self.not_finite == 3:
             raise FloatingPointError(f"step {line['step']}: no finite update for 3 steps: lower --lr, or look at the "
