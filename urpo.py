@@ -337,7 +337,8 @@ def record(config: Config, log: runs.Log, groups: list[Group], figures: dict, st
     kinds = step_figures(config, groups)
     tokens = sum(kind["tokens"] for kind in kinds.values())
     figures["tokens_per_second"] = tokens / sum(figures["seconds"].values())
-    log.write({"step": step, **kinds, **figures}, [group.to_record(step) for group in groups])
+    shown = {kind: part["reward"] for kind, part in kinds.items()}
+    log.write({"step": step, **kinds, **figures}, [group.to_record(step) for group in groups], shown)
 
 
 def train(config: Config, score=self_score, program: str = "urpo") -> None:

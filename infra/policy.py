@@ -261,9 +261,7 @@ def check_packing(policy: Policy) -> None:
     This finds what a model's attention or head does and ours does not. Raises FloatingPointError. After the optimiser
     is built: FSDP's first forward pass replaces the weights that it must hold.
     """
-    # Nats, the mean of ten tokens. Two kernels in bf16 are .11 apart on SmolLM2, and a scale of attention that is a
-    # tenth too small makes .27 (measured on a CPU).
-    limit = 1e-4 if policy.compute == torch.float32 else 0.2
+    limit = 1e-4 if policy.compute == torch.float32 else 0.1  # nats, the mean of ten tokens: in bf16 one may be .2
     groups = [Example([5, 6, 7, 8, 9], [[10, 11, 12], [13, 14]]), Example([15, 16, 17], [[18, 19], [20, 21, 22]])]
     packed_N = policy(build_row(groups, 1.0))
     plain = []

@@ -127,10 +127,11 @@ class Log:
                     print(f"stopped by a signal; {step + 1} steps are saved and --resume continues", flush=True)
                 return
 
-    def write(self, line: dict, records: list[dict]) -> None:
+    def write(self, line: dict, records: list[dict], shown: dict) -> None:
         """The line of a step in log.jsonl, the same on all ranks but for seconds; its groups' in rollouts.jsonl.
 
-        Raises FloatingPointError at the third step without a finite update since the last that had one.
+        shown: what the live line says. Raises FloatingPointError at the third step without a finite update since the
+        last that had one.
         """
 
         def write() -> None:
@@ -138,8 +139,7 @@ class Log:
             append(self.folder / "log.jsonl", [line])  # last: it has its trajectories
 
         on_rank_0(f"writing {self.folder}", write)
-        kinds = {name: part for name, part in line.items() if isinstance(part, dict) and "prompts" in part}
-        self.bar.set_postfix({kind: figures["reward"] for kind, figures in kinds.items()})
+        self.bar.set_postfix(shown)
         self.not_finite = 0 if line["updates"] else self.not_finite + (line["nonfinite_updates"] > 0)
         if self.not_finite == 3:
             raise FloatingPointError(f"step {line['step']}: no finite update for 3 steps: lower --lr, or look at the "

@@ -64,7 +64,8 @@ def test_the_log_has_exactly_the_keys_of_its_page(process_group):
         groups.append(data.Group(0, data.Prompt(kind, "q", truth=(1.0, 0.0)), [1], [[1], [2]], ["a", "b"], [True, True],
                                  rewards=[0.0, 1.0], advantages=[-0.7, 0.7]))
 
-    def write(line, records):
+    def write(line, records, shown):
+        assert shown.keys() == set(data.KINDS)
         keys.update(line.keys() - set(data.KINDS), *(line[kind] for kind in data.KINDS))
 
     figures = urpo.update(urpo.Config(), None, SimpleNamespace(state={}), [[]])

@@ -64,9 +64,9 @@ def test_three_steps_in_a_row_without_a_finite_update_stop_the_run(process_group
     told = [broken, broken, figures(), broken, figures(updates=0), broken, broken]
     steps = log.steps()
     for step in range(6):
-        log.write({"step": next(steps), **told[step]}, [])
+        log.write({"step": next(steps), **told[step]}, [], {})
     with pytest.raises(FloatingPointError, match="step 6: .*--lr"):
-        log.write({"step": next(steps), **told[6]}, [])
+        log.write({"step": next(steps), **told[6]}, [], {})
     assert len(lines(tmp_path / "runs" / "mine" / "log.jsonl")) == 7
 
 

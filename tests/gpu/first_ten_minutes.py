@@ -191,10 +191,7 @@ class Trainer:
                 f"{gib:.1f} GiB, planned {planned:.1f}")
 
     def packed(self, limit: float, gradient_limit: float) -> str:
-        """Log-probs and gradients of a packed row of two groups against those of separate sequences.
-
-        Gradients: in fp32 of the worst tensor; in bf16 of all together, as a small one is mostly the kernels' rounding.
-        """
+        """Log-probs and gradients of a packed row of two groups against those of separate sequences."""
         groups = [group_of(700, 4), group_of(400, 4)]
         self.learn(row_of(groups))
         found = [weight.grad.full_tensor().clone() for weight in self.policy.parameters()]
@@ -206,16 +203,12 @@ class Trainer:
                 logprob_N = self.policy.plain_logprobs(group.prompt_ids + answer, len(answer))
                 (-1e-3 * advantage * logprob_N).sum().backward()
                 plain.append(logprob_N.detach())
-        gaps, norms = [], []
-        for own, weight in zip(found, self.policy.parameters()):
-            gaps.append((own - weight.grad.full_tensor()).norm())
-            norms.append(weight.grad.full_tensor().norm().clamp(min=1e-12))
-        gaps, norms = torch.stack(gaps), torch.stack(norms)
-        far = gaps / norms if self.policy.compute == torch.float32 else gaps.norm() / norms.norm()
+        far = [(own - weight.grad.full_tensor()).norm() / weight.grad.full_tensor().norm().clamp(min=1e-12)
+               for own, weight in zip(found, self.policy.parameters())]
         self.policy.zero_grad()
         distance = (packed_N - torch.cat(plain)).abs().mean().item()
         found = near(distance, limit, "nats a token")
-        return f"{found}; {near(far.max().item(), gradient_limit, 'gradients, relative')}"
+        return f"{found}; {near(max(far).item(), gradient_limit, 'gradients, relative')}"
 
     def graphs(self) -> str:
         """How many graphs rows of 30 lengths compile."""
